@@ -1,0 +1,57 @@
+# What a newcomer runs. Each target does all its own set-up, in .venv; 'make' alone lists them.
+# VENV and PYTHON can be set on the command line, and EDET_CUDA, EDET_CUDA_ARCHS, … (docs/build.md) too.
+
+VENV ?= .venv
+# the first python that is new enough
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && command -v $$p && break; done)
+PY := $(VENV)/bin/python
+CPP_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test build lint format clean
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.extra-all build ## run EfficientDet-D0 on a photograph; writes a table, a plot and an image to demo/
+	$(PY) -m edet.demo --output demo
+
+test: $(VENV)/.extra-test build ## run the whole test suite
+	$(PY) -m pytest
+
+build: $(VENV)/.torch ## compile the op library (only what has changed)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+lint: $(VENV)/.extra-dev ## check style, types and formatting; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.extra-dev ## put Python and C++ sources in the project's format
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean: ## remove what the build made; the environment stays (rm -r .venv removes it)
+	rm -rf build dist *.egg-info edet_kernels/libedet_kernels.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The environment, in three steps that are repeated only when their reason has changed.
+$(PY):
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer was not found. Install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Making the environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/.torch: Makefile | $(PY)
+	@echo "Installing torch 2.13.0 and the build tools"
+	@$(PY) -m pip install --disable-pip-version-check torch==2.13.0 "setuptools>=77" "cmake>=3.24" ninja
+	@touch $@
+
+# Editable and without the library, which 'build' compiles.
+$(VENV)/.extra-%: pyproject.toml $(VENV)/.torch
+	@echo "Installing edet-kernels[$*]"
+	@EDET_BUILD=0 $(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@
