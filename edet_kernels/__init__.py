@@ -1,0 +1,52 @@
+"""Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler, GPU or library."""
+
+from . import fake as _fake
+from .backend import BackendError, Choice, backend, current_backend, explain
+from .ops import (
+    bifpn,
+    detect,
+    fusion_node,
+    head,
+    lateral,
+    mbconv,
+    nms,
+    separable_conv,
+    stem,
+    weighted_fusion,
+)
+from .packing import (
+    pack_depthwise,
+    pack_pointwise,
+    pack_stem,
+    unpack_depthwise,
+    unpack_pointwise,
+    unpack_stem,
+)
+
+__version__ = "0.1.0"
+
+_fake.register()
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "backend",
+    "bifpn",
+    "current_backend",
+    "detect",
+    "explain",
+    "fusion_node",
+    "head",
+    "lateral",
+    "mbconv",
+    "nms",
+    "pack_depthwise",
+    "pack_pointwise",
+    "pack_stem",
+    "separable_conv",
+    "stem",
+    "unpack_depthwise",
+    "unpack_pointwise",
+    "unpack_stem",
+    "weighted_fusion",
+]

@@ -1,0 +1,147 @@
+"""Which implementation an op runs: chosen automatically, by ``EDET_BACKEND`` or by a context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import library
+
+#: Names accepted by :func:`backend` and by the environment variable ``EDET_BACKEND``.
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+
+#: Map dtypes the compiled kernels take; the reference takes any float dtype.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Every op of the functional API.
+OPS = (
+    "stem",
+    "mbconv",
+    "lateral",
+    "weighted_fusion",
+    "fusion_node",
+    "bifpn",
+    "separable_conv",
+    "head",
+    "nms",
+    "detect",
+)
+
+_log = logging.getLogger(__name__)
+_told: set[tuple[str, str]] = set()
+_override: ContextVar[str | None] = ContextVar("edet_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the op."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend an op will use and the reason."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def current_backend() -> str:
+    """The backend asked for: the innermost ``with backend(…)``, else ``EDET_BACKEND``, else auto."""
+    override = _override.get()
+    if override is not None:
+        return override
+    return _check_name(os.environ.get("EDET_BACKEND", "auto"), "EDET_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs ops on the backend ``name`` inside the ``with`` block.
+
+    Args:
+        name: ``auto``, ``reference``, ``cpu`` or ``cuda``. Any name but ``auto`` is a request that
+            is met or refused, never replaced.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    token = _override.set(_check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@functools.cache
+def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype, grad: bool) -> str:
+    """Why the compiled backend ``name`` cannot run ``op``; empty when it can."""
+    if device_type != name:
+        return f"the tensors are on {device_type}"
+    if dtype not in KERNEL_DTYPES:
+        return f"its maps are float32, float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if grad:
+        return "it has no gradient yet and an input requires one"
+    if not library.load():
+        return library.status()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"edet_kernels::{op}", name.upper()):
+        return f"the library was built without a {name.upper()} kernel for it"
+    return ""
+
+
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype = torch.float32, grad: bool = False
+) -> Choice:
+    """The backend ``op`` runs on for maps of ``dtype`` on ``device``, and why.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot run the op.
+    """
+    asked = current_backend()
+    if asked == "reference":
+        return Choice(op, "reference", "asked for")
+    if asked != "auto":
+        refusal = _refusal(op, asked, device.type, dtype, grad)
+        if refusal:
+            raise BackendError(f"{op} cannot run on backend {asked!r}: {refusal}")
+        return Choice(op, asked, "asked for")
+    if device.type not in ("cpu", "cuda"):
+        return Choice(op, "reference", f"no kernels for device type {device.type}")
+    refusal = _refusal(op, device.type, device.type, dtype, grad)
+    if refusal:
+        if (op, refusal) not in _told:
+            _told.add((op, refusal))
+            _log.debug("%s runs its reference: %s", op, refusal)
+        return Choice(op, "reference", refusal)
+    return Choice(op, device.type, f"compiled {device.type.upper()} kernel")
+
+
+def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether ``op`` on these tensors (the first one a map) runs its reference."""
+    x = tensors[0]
+    assert x is not None
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    device = x.device.type
+    if current_backend() == "auto" and device in ("cpu", "cuda"):
+        if not _refusal(op, device, device, x.dtype, grad):
+            return False  # the common case, without the cost of a Choice
+    return choose(op, x.device, x.dtype, grad).backend == "reference"
+
+
+def explain(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Choice]:
+    """For each op, the backend it would use without gradients on ``device``, and why."""
+    return [choose(op, torch.device(device), dtype) for op in OPS]

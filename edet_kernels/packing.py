@@ -1,0 +1,89 @@
+"""Weight layouts: convolution weights to the layout the kernels read, and back.
+
+Both layouts are the same for every instruction set and device, so that weights are packed once,
+with plain tensor operations, and a packed tensor can be moved or saved like any other.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Output channels in one panel of a packed pointwise weight (one AVX-512 register of floats).
+PANEL = 16
+
+
+def pack_depthwise(weight: Tensor) -> Tensor:
+    """Packs a depthwise weight (C, 1, k, k) as (k·k, C): one contiguous row of channels per tap.
+
+    Raises:
+        ValueError: ``weight`` is not (C, 1, k, k).
+    """
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"dw_weight must be (C, 1, k, k), got {tuple(weight.shape)}")
+    return weight.flatten(1).t().contiguous()
+
+
+def unpack_depthwise(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_depthwise`: (k·k, C) to (C, 1, k, k)."""
+    taps, channels = packed.shape
+    k = round(taps**0.5)
+    return packed.t().reshape(channels, 1, k, k)
+
+
+def pack_pointwise(weight: Tensor) -> Tensor:
+    """Packs a pointwise weight (C_out, C_in, 1, 1) as (⌈C_out/16⌉, C_in, 16), zero padded.
+
+    Raises:
+        ValueError: ``weight`` is not (C_out, C_in, 1, 1).
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        raise ValueError(f"pw_weight must be (C_out, C_in, 1, 1), got {tuple(weight.shape)}")
+    c_out, c_in = weight.shape[:2]
+    padded = F.pad(weight.flatten(1), (0, 0, 0, -c_out % PANEL))
+    return padded.view(-1, PANEL, c_in).transpose(1, 2).contiguous()
+
+
+def unpack_pointwise(packed: Tensor, out_channels: int) -> Tensor:
+    """Inverse of :func:`pack_pointwise`: (⌈C_out/16⌉, C_in, 16) to (C_out, C_in, 1, 1)."""
+    c_in = packed.shape[1]
+    return packed.transpose(1, 2).reshape(-1, c_in)[:out_channels, :, None, None]
+
+
+def pack_stem(weight: Tensor) -> Tensor:
+    """Packs a stem weight (C_out, 3, 3, 3) as (⌈C_out/16⌉, 27, 16), inputs in the order y, x, channel.
+
+    Raises:
+        ValueError: ``weight`` is not (C_out, 3, 3, 3).
+    """
+    if weight.dim() != 4 or weight.shape[1:] != (3, 3, 3):
+        raise ValueError(f"weight must be (C_out, 3, 3, 3), got {tuple(weight.shape)}")
+    return pack_pointwise(weight.permute(0, 2, 3, 1).reshape(-1, 27, 1, 1))
+
+
+def unpack_stem(packed: Tensor, out_channels: int) -> Tensor:
+    """Inverse of :func:`pack_stem`: (⌈C_out/16⌉, 27, 16) to (C_out, 3, 3, 3)."""
+    return unpack_pointwise(packed, out_channels).reshape(-1, 3, 3, 3).permute(0, 3, 1, 2)
+
+
+def as_packed_depthwise(weight: Tensor) -> Tensor:
+    """``weight`` as (k·k, C), packing it when it is a convolution weight."""
+    return pack_depthwise(weight) if weight.dim() == 4 else weight
+
+
+def as_packed_pointwise(weight: Tensor) -> Tensor:
+    """``weight`` as (⌈C_out/16⌉, C_in, 16), packing it when it is a convolution weight."""
+    return pack_pointwise(weight) if weight.dim() == 4 else weight
+
+
+__all__ = [
+    "PANEL",
+    "as_packed_depthwise",
+    "as_packed_pointwise",
+    "pack_depthwise",
+    "pack_pointwise",
+    "pack_stem",
+    "unpack_depthwise",
+    "unpack_pointwise",
+    "unpack_stem",
+]
