@@ -1,0 +1,166 @@
+// Top candidates by threads that share a rising threshold; decoding and suppression per image.
+#include "detect.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "dispatch.h"
+#include "nms.h"
+
+namespace edet::cpu {
+
+namespace {
+
+struct Logit {
+  float value;
+  int64_t index;  // (anchor, class), the anchors in the order of DetectParams::anchors
+};
+
+bool before(const Logit& a, const Logit& b) {
+  return a.value > b.value || (a.value == b.value && a.index < b.index);
+}
+
+// Keeps the `most` best, in any order; returns the worst of them.
+float keep_best(std::vector<Logit>& logits, size_t most) {
+  std::nth_element(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(most) - 1,
+                   logits.end(), before);
+  logits.resize(most);
+  return logits.back().value;
+}
+
+// A part of one level's logits that one task scans.
+struct Part {
+  int level;
+  int64_t begin, end;  // elements of the level
+  int64_t index;       // of its first element among all levels
+};
+
+constexpr int64_t kPart = 1 << 19;  // elements: 2 MiB of floats, enough to hide a task's start
+constexpr int64_t kBlock = 4096;    // elements scanned with one threshold
+
+size_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+float element(DType dtype, const void* data, int64_t i) {
+  float value = 0;
+  int32_t index;
+  const auto* at = static_cast<const char*>(data) + static_cast<size_t>(i) * bytes(dtype);
+  if (!kernels().scan(dtype, at, 1, -std::numeric_limits<float>::infinity(), &index, &value))
+    return std::numeric_limits<float>::quiet_NaN();
+  return value;
+}
+
+// The part's candidates among the image's best; `threshold` is known to be reached by `most`
+// logits of the image and rises with what is found here.
+std::vector<Logit> scan_part(const DetectParams& p, const Part& part, int64_t image, size_t most,
+                             std::atomic<float>& threshold) {
+  const Kernels& k = kernels();
+  const int64_t level = p.pixels[part.level] * p.cell_anchors * p.num_classes;
+  const auto* data = static_cast<const char*>(p.classes[part.level]) +
+                     static_cast<size_t>(image * level) * bytes(p.dtype);
+  int32_t index[kBlock];
+  float value[kBlock];
+  std::vector<Logit> found;
+  for (int64_t i = part.begin; i < part.end; i += kBlock) {
+    const int64_t n = std::min(kBlock, part.end - i);
+    const int64_t count = k.scan(p.dtype, data + static_cast<size_t>(i) * bytes(p.dtype), n,
+                                 threshold.load(std::memory_order_relaxed), index, value);
+    for (int64_t j = 0; j < count; j++)
+      found.push_back({value[j], part.index + (i - part.begin) + index[j]});
+    if (found.size() >= 2 * most) {
+      const float worst = keep_best(found, most);
+      float known = threshold.load(std::memory_order_relaxed);
+      while (worst > known && !threshold.compare_exchange_weak(known, worst)) {
+      }
+    }
+  }
+  return found;
+}
+
+// The box of an anchor in corners x1, y1, x2, y2 (facts: no variance scaling, centre form).
+void decode(const DetectParams& p, int64_t image, int64_t anchor, float* box) {
+  int64_t local = anchor;
+  int level = 0;
+  while (local >= p.pixels[level] * p.cell_anchors) local -= p.pixels[level++] * p.cell_anchors;
+  const int64_t base = (image * p.pixels[level] * p.cell_anchors + local) * 4;
+  float t[4];
+  for (int i = 0; i < 4; i++) t[i] = element(p.dtype, p.boxes[level], base + i);
+  const float* a = p.anchors + anchor * 4;
+  for (int axis = 0; axis < 2; axis++) {  // y, then x
+    const float low = a[axis], high = a[axis + 2], size = high - low;
+    const float centre = t[axis] * size + (low + high) / 2;
+    const float half = std::exp(t[axis + 2]) * size / 2;
+    float first = centre - half, last = centre + half;
+    if (p.limits) {
+      const float limit = p.limits[image * 2 + (1 - axis)];
+      const auto clip = [limit](float v) { return v < 0 ? 0 : v > limit ? limit : v; };
+      first = clip(first), last = clip(last);
+    }
+    box[1 - axis] = first;
+    box[3 - axis] = last;
+  }
+}
+
+void finish_image(const DetectParams& p, int64_t image, std::vector<Logit>& logits, size_t most) {
+  if (logits.size() > most) keep_best(logits, most);
+  std::sort(logits.begin(), logits.end(), before);
+  std::vector<float> boxes(4 * logits.size());
+  std::vector<Candidate> candidates;
+  for (size_t i = 0; i < logits.size(); i++) {
+    const float score = 1.0f / (1.0f + std::exp(-logits[i].value));
+    if (!(score > p.settings.score_threshold)) continue;
+    const int64_t anchor = logits[i].index / p.num_classes;
+    float* box = &boxes[4 * i];
+    decode(p, image, anchor, box);
+    candidates.push_back(make_candidate(box, score, logits[i].index % p.num_classes,
+                                        static_cast<int64_t>(i)));
+  }
+  const std::vector<Candidate> kept = suppress(std::move(candidates), p.settings);
+  p.out_counts[image] = static_cast<int64_t>(kept.size());
+  for (int64_t i = 0; i < p.settings.most; i++) {
+    const bool real = i < p.out_counts[image];
+    const int64_t at = image * p.settings.most + i;
+    for (int k = 0; k < 4; k++)
+      p.out_boxes[4 * at + k] = real ? kept[static_cast<size_t>(i)].box[k] : 0.0f;
+    p.out_scores[at] = real ? kept[static_cast<size_t>(i)].score : 0.0f;
+    p.out_labels[at] = real ? kept[static_cast<size_t>(i)].label : -1;
+  }
+}
+
+}  // namespace
+
+void run_detect(const DetectParams& p, const Runtime& runtime) {
+  std::vector<Part> parts;
+  int64_t first = 0;
+  for (int l = 0; l < p.levels; l++) {
+    const int64_t size = p.pixels[l] * p.cell_anchors * p.num_classes;
+    for (int64_t i = 0; i < size; i += kPart)
+      parts.push_back({l, i, std::min(i + kPart, size), first + i});
+    first += size;
+  }
+  const auto count = static_cast<int64_t>(parts.size());
+  const auto most = static_cast<size_t>(p.candidates);
+  std::vector<std::vector<Logit>> found(static_cast<size_t>(p.n * count));
+  std::vector<std::atomic<float>> thresholds(static_cast<size_t>(p.n));
+  for (auto& t : thresholds) t = -std::numeric_limits<float>::infinity();
+
+  Schedule schedule({p.n * count, p.n});
+  schedule.run(runtime, [&](int64_t step, int64_t task, int) {
+    if (step == 0) {
+      const int64_t image = task / count;
+      found[static_cast<size_t>(task)] = scan_part(p, parts[static_cast<size_t>(task % count)],
+                                                   image, most, thresholds[static_cast<size_t>(image)]);
+      return;
+    }
+    schedule.wait(0, task * count, (task + 1) * count);
+    std::vector<Logit> all;
+    for (int64_t i = task * count; i < (task + 1) * count; i++) {
+      const std::vector<Logit>& part = found[static_cast<size_t>(i)];
+      all.insert(all.end(), part.begin(), part.end());
+    }
+    finish_image(p, task, all, most);
+  });
+}
+
+}  // namespace edet::cpu

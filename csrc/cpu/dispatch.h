@@ -1,0 +1,36 @@
+// The kernels of one instruction set as a table of functions, and the choice of the table.
+#pragma once
+
+#include "../core/params.h"
+
+namespace edet::cpu {
+
+constexpr int64_t kLateralPixels = 96;  // of one lateral task: a multiple of every tile height
+
+struct Kernels {
+  const char* isa;
+  int64_t (*node_scratch)(const NodeParams&);  // floats of scratch per thread
+  void (*separable_node)(const NodeParams&, int64_t image, int64_t y_begin, int64_t y_end,
+                         float* scratch);
+  void (*fusion_band)(const FusionParams&, void* out, int64_t image, int64_t y_begin,
+                      int64_t y_end, float* scratch);
+  int64_t (*lateral_scratch)(const LateralParams&);
+  void (*lateral_block)(const LateralParams&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*mbconv_scratch)(const MbconvParams&);
+  void (*mbconv_expand)(const MbconvParams&, int64_t image, int64_t band, int64_t chunk,
+                        float* scratch);
+  void (*mbconv_squeeze)(const MbconvParams&, int64_t image, float* scratch);
+  void (*mbconv_project)(const MbconvParams&, int64_t image, int64_t begin, int64_t end,
+                         float* scratch);
+  int64_t (*stem_scratch)(const StemParams&);
+  void (*stem_rows)(const StemParams&, int64_t image, int64_t y_begin, int64_t y_end,
+                    float* scratch);
+  int64_t (*scan)(DType dtype, const void* data, int64_t n, float threshold, int32_t* index,
+                  float* value);
+};
+
+// The best table that this CPU can run, or the one EDET_CPU_ISA names. Throws
+// std::invalid_argument when EDET_CPU_ISA names none that was built and that this CPU can run.
+const Kernels& kernels();
+
+}  // namespace edet::cpu

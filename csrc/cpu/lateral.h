@@ -1,0 +1,60 @@
+// A block of pixels of the 1×1 + batch-norm projections of one map.
+#pragma once
+
+#include "../core/params.h"
+#include "dispatch.h"
+#include "fuse.h"
+#include "pointwise.h"
+
+namespace edet::cpu::EDET_ISA {
+
+inline int64_t lateral_scratch(const LateralParams& p) {
+  int64_t widest = 0;
+  for (int i = 0; i < p.projections; i++)
+    if (p.projection[i].c_out > widest) widest = p.projection[i].c_out;
+  const int64_t op = round_up(widest, kPanel);
+  return kLateralPixels * (round_up(p.c_in, kPanel) + op) + 2 * op;
+}
+
+template <class T>
+void lateral_block_as(const LateralParams& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t rows = end - begin;
+  int64_t lda = p.c_in;
+  const float* a = scratch;
+  const T* input = static_cast<const T*>(p.input) + begin * p.c_in;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    a = input;
+  } else {
+    lda = round_up(p.c_in, kPanel);
+    const int64_t whole = p.c_in / kWidth * kWidth;
+    const int rest = static_cast<int>(p.c_in - whole);
+    for (int64_t i = 0; i < rows; i++) {
+      float* row = scratch + i * lda;
+      for (int64_t c = 0; c < whole; c += kWidth) store(row + c, load(input + i * p.c_in + c));
+      if (rest) store(row + whole, load_tail(input + i * p.c_in + whole, rest));
+    }
+  }
+  for (int i = 0; i < p.projections; i++) {
+    const Projection& q = p.projection[i];
+    const int64_t op = round_up(q.c_out, kPanel);
+    float* scale = scratch + kLateralPixels * round_up(p.c_in, kPanel);
+    float* shift = scale + op;
+    float* tile = shift + op;
+    std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
+    std::memcpy(scale, q.scale, sizeof(float) * static_cast<size_t>(q.c_out));
+    std::memcpy(shift, q.shift, sizeof(float) * static_cast<size_t>(q.c_out));
+    const PointwiseWeights weights{q.pw, scale, shift, p.c_in, q.c_out, Activation::none};
+    T* out = static_cast<T*>(q.out) + begin * q.c_out;
+    pointwise_to(a, lda, rows, weights, tile, out);
+  }
+}
+
+inline void lateral_block(const LateralParams& p, int64_t begin, int64_t end, float* scratch) {
+  switch (p.dtype) {
+    case DType::f32: return lateral_block_as<float>(p, begin, end, scratch);
+    case DType::f16: return lateral_block_as<f16>(p, begin, end, scratch);
+    case DType::bf16: return lateral_block_as<bf16>(p, begin, end, scratch);
+  }
+}
+
+}  // namespace edet::cpu::EDET_ISA

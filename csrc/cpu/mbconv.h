@@ -1,0 +1,232 @@
+// The inverted residual block in two phases: a band of rows and a chunk of middle channels is
+// expanded into rolling rows, depthwise-convolved, activated and summed; when all sums of an image
+// are known, squeeze-excite gives the gate and blocks of pixels are gated, projected and stored.
+#pragma once
+
+#include "depthwise.h"
+#include "dispatch.h"
+#include "fuse.h"
+#include "pointwise.h"
+
+namespace edet::cpu::EDET_ISA {
+
+inline int64_t mbconv_scratch(const MbconvParams& p) {
+  const int64_t channels = p.chunk_panels * kPanel;
+  const int64_t columns = (p.out_w - 1) * p.stride + p.kernel;
+  const int64_t expand = p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
+                         p.kernel * p.kernel * channels + 4 * channels +
+                         p.w * round_up(p.c_in, kPanel);
+  const int64_t op = round_up(p.c_out, kPanel), mp = round_up(p.c_mid, kPanel);
+  const int64_t project = kLateralPixels * (mp + op) + 2 * op;
+  const int64_t squeeze = 2 * mp + 4 * round_up(p.c_reduced, kPanel) + 2 * mp;
+  const int64_t most = expand > project ? expand : project;
+  return most > squeeze ? most : squeeze;
+}
+
+// row (count, c) of T as floats, `pitch` apart and zero past c.
+template <class T>
+EDET_INLINE void load_pixels(const T* from, int64_t count, int64_t stride, int64_t c, int64_t pitch,
+                             float* to) {
+  const int64_t whole = c / kWidth * kWidth;
+  const int rest = static_cast<int>(c - whole);
+  for (int64_t i = 0; i < count; i++, from += stride, to += pitch) {
+    for (int64_t k = 0; k < whole; k += kWidth) store(to + k, load(from + k));
+    int64_t k = whole;
+    if (rest) {
+      store(to + k, load_tail(from + k, rest));
+      k += kWidth;
+    }
+    for (; k < pitch; k += kWidth) store(to + k, vf{});
+  }
+}
+
+// to[0, padded) = from[0, n), then zeros.
+inline void copy_padded(const float* from, int64_t n, int64_t padded, float* to) {
+  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
+  std::memset(to + n, 0, sizeof(float) * static_cast<size_t>(padded - n));
+}
+
+// Input row y as it enters the depthwise convolution: expanded and activated, or as it is.
+template <class T>
+void mbconv_row_as(const MbconvParams& p, const PointwiseWeights& expand, int64_t image, int64_t y,
+                   int64_t first, int64_t cp, float* pixels, float* row) {
+  const T* from = static_cast<const T*>(p.input) + (image * p.h + y) * p.w * p.c_in;
+  if (!p.expand) return load_pixels(from + first, p.w, p.c_in, expand.c_out, cp, row);
+  const float* a = pixels;
+  int64_t lda = p.c_in;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    a = from;
+  } else {
+    lda = round_up(p.c_in, kPanel);
+    load_pixels(from, p.w, p.c_in, p.c_in, lda, pixels);
+  }
+  pointwise(a, lda, p.w, expand, row, cp);
+}
+
+inline void mbconv_row(const MbconvParams& p, const PointwiseWeights& expand, int64_t image,
+                       int64_t y, int64_t first, int64_t cp, float* pixels, float* row) {
+  switch (p.dtype) {
+    case DType::f32: return mbconv_row_as<float>(p, expand, image, y, first, cp, pixels, row);
+    case DType::f16: return mbconv_row_as<f16>(p, expand, image, y, first, cp, pixels, row);
+    case DType::bf16: return mbconv_row_as<bf16>(p, expand, image, y, first, cp, pixels, row);
+  }
+}
+
+// One output row: depthwise sums plus shift, activated, to out (pixels `pitch` apart) and added up.
+template <int K, int S>
+void mbconv_depthwise(const float* const* rows, const float* dw, const float* shift, int64_t cp,
+                      int64_t count, Activation activation, float* out, int64_t pitch,
+                      float* sums) {
+  const auto run = [&](auto tag) {
+    depthwise_row<K, S>(rows, dw, cp, count, [&](int64_t x, int64_t i, const auto& sum) {
+      const vf b = load(shift + i);
+      vf total = load(sums + i);
+      for (const vf& s : sum) {
+        const vf v = activate<decltype(tag)::value>(s + b);
+        store(out + x++ * pitch + i, v);
+        total += v;
+      }
+      store(sums + i, total);
+    });
+  };
+  if (activation == Activation::swish) return run(Constant<Activation::swish>{});
+  if (activation == Activation::relu6) return run(Constant<Activation::relu6>{});
+  // The activations that no published model has here: a second pass over the row.
+  depthwise_row<K, S>(rows, dw, cp, count, [&](int64_t x, int64_t i, const auto& sum) {
+    for (const vf& s : sum) store(out + x++ * pitch + i, s + load(shift + i));
+  });
+  with_activation(activation, [&](auto tag) {
+    for (int64_t x = 0; x < count; x++)
+      for (int64_t i = 0; i < cp; i += kWidth) {
+        const vf v = activate<decltype(tag)::value>(load(out + x * pitch + i));
+        store(out + x * pitch + i, v);
+        store(sums + i, load(sums + i) + v);
+      }
+  });
+}
+
+inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
+                          float* scratch) {
+  const int K = p.kernel, S = p.stride;
+  const int64_t pitch = round_up(p.c_mid, kPanel);
+  const int64_t first = chunk * p.chunk_panels * kPanel;
+  const int64_t left = p.c_mid - first;
+  const int64_t c = left < p.chunk_panels * kPanel ? left : p.chunk_panels * kPanel;
+  const int64_t cp = round_up(c, kPanel);
+  const int64_t columns = (p.out_w - 1) * S + K;  // that the depthwise convolution reads of a row
+  const int64_t row_floats = (columns > p.w + K ? columns : p.w + K) * cp;
+
+  float* ring = scratch;  // (K, columns or more, cp); row y of the input is in ring row y mod K
+  float* dw = ring + K * row_floats;
+  float* shift = dw + K * K * cp;
+  float* e_scale = shift + cp;
+  float* e_shift = e_scale + cp;
+  float* sums = e_shift + cp;
+  float* pixels = sums + cp;  // one input row as floats, when it is not
+  for (int t = 0; t < K * K; t++) {
+    copy_padded(p.dw + t * p.c_mid + first, c, cp, dw + t * cp);
+    for (int64_t i = 0; i < c; i++) dw[t * cp + i] *= p.dw_scale[first + i];
+  }
+  copy_padded(p.dw_shift + first, c, cp, shift);
+  if (p.expand) {
+    copy_padded(p.expand_scale + first, c, cp, e_scale);
+    copy_padded(p.expand_shift + first, c, cp, e_shift);
+  }
+  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(cp));
+  std::memset(ring, 0, sizeof(float) * static_cast<size_t>(K * row_floats));
+
+  const int64_t y_begin = band * p.band_rows;
+  const int64_t y_end = y_begin + p.band_rows < p.out_h ? y_begin + p.band_rows : p.out_h;
+  const PointwiseWeights expand{p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift,
+                                p.c_in, c, p.activation};
+  const auto ring_row = [&](int64_t y) { return ring + (y + K) % K * row_floats; };
+  int64_t next = y_begin * S - p.pad_top;  // first input row not yet in the ring
+  for (int64_t y = y_begin; y < y_end; y++) {
+    const int64_t top = y * S - p.pad_top;
+    for (; next < top + K; next++) {
+      float* row = ring_row(next) + p.pad_left * cp;
+      if (next < 0 || next >= p.h)
+        std::memset(row, 0, sizeof(float) * static_cast<size_t>(p.w * cp));
+      else
+        mbconv_row(p, expand, image, next, first, cp, pixels, row);
+    }
+    const float* rows[5];
+    for (int r = 0; r < K; r++) rows[r] = ring_row(top + r);
+    float* out = p.mid + ((image * p.out_h + y) * p.out_w) * pitch + first;
+    const auto convolve = K == 3 ? (S == 1 ? &mbconv_depthwise<3, 1> : &mbconv_depthwise<3, 2>)
+                                 : (S == 1 ? &mbconv_depthwise<5, 1> : &mbconv_depthwise<5, 2>);
+    convolve(rows, dw, shift, cp, p.out_w, p.activation, out, pitch, sums);
+  }
+  std::memcpy(p.sums + (image * p.bands + band) * pitch + first, sums,
+              sizeof(float) * static_cast<size_t>(cp));
+}
+
+// gate = σ(excite · activation(reduce · mean + reduce_bias) + excite_bias) of one image.
+inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch) {
+  const int64_t pitch = round_up(p.c_mid, kPanel), rp = round_up(p.c_reduced, kPanel);
+  float* mean = scratch;       // (pitch)
+  float* ones = mean + pitch;  // (max(pitch, rp))
+  float* bias = ones + pitch + rp;
+  float* reduced = bias + pitch + rp;
+  float* gate = p.gate + image * pitch;
+  const float inverse = 1.0f / static_cast<float>(p.out_h * p.out_w);
+  for (int64_t i = 0; i < pitch; i += kWidth) {
+    vf sum = vf{};
+    for (int64_t b = 0; b < p.bands; b++) sum += load(p.sums + (image * p.bands + b) * pitch + i);
+    store(mean + i, sum * inverse);
+  }
+  for (int64_t i = 0; i < pitch + rp; i += kWidth) store(ones + i, set1(1.0f));
+  copy_padded(p.reduce_bias, p.c_reduced, rp, bias);
+  pointwise(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, p.c_reduced, p.activation},
+            reduced, rp);
+  copy_padded(p.excite_bias, p.c_mid, pitch, bias);
+  pointwise(reduced, rp, 1, {p.excite, ones, bias, p.c_reduced, p.c_mid, Activation::none},
+            gate, pitch);
+  for (int64_t i = 0; i < pitch; i += kWidth) store(gate + i, sigmoid(load(gate + i)));
+}
+
+template <class T>
+void mbconv_project_as(const MbconvParams& p, int64_t image, int64_t begin, int64_t end,
+                       float* scratch) {
+  const int64_t mp = round_up(p.c_mid, kPanel), op = round_up(p.c_out, kPanel);
+  const int64_t area = p.out_h * p.out_w, rows = end - begin;
+  float* strip = scratch;                        // (kLateralPixels, mp)
+  float* tile = strip + kLateralPixels * mp;     // (kLateralPixels, op)
+  float* scale = tile + kLateralPixels * op;
+  float* shift = scale + op;
+  copy_padded(p.project_scale, p.c_out, op, scale);
+  copy_padded(p.project_shift, p.c_out, op, shift);
+  const float* a = p.mid + (image * area + begin) * mp;
+  if (p.c_reduced) {
+    const float* gate = p.gate + image * mp;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < mp; i += kWidth)
+        store(strip + r * mp + i, load(a + r * mp + i) * load(gate + i));
+    a = strip;
+  }
+  const PointwiseWeights weights{p.project, scale, shift, p.c_mid, p.c_out, Activation::none};
+  T* out = static_cast<T*>(p.out) + (image * area + begin) * p.c_out;
+  if (!p.residual) return pointwise_to(a, mp, rows, weights, tile, out);
+  pointwise(a, mp, rows, weights, tile, op);
+  const T* input = static_cast<const T*>(p.input) + (image * area + begin) * p.c_in;
+  const int64_t whole = p.c_out / kWidth * kWidth;
+  const int rest = static_cast<int>(p.c_out - whole);
+  for (int64_t r = 0; r < rows; r++) {
+    float* row = tile + r * op;
+    const T* x = input + r * p.c_in;
+    for (int64_t i = 0; i < whole; i += kWidth) store(row + i, load(row + i) + load(x + i));
+    if (rest) store(row + whole, load(row + whole) + load_tail(x + whole, rest));
+  }
+  convert(tile, op, rows, p.c_out, out);
+}
+
+inline void mbconv_project(const MbconvParams& p, int64_t image, int64_t begin, int64_t end,
+                           float* scratch) {
+  switch (p.dtype) {
+    case DType::f32: return mbconv_project_as<float>(p, image, begin, end, scratch);
+    case DType::f16: return mbconv_project_as<f16>(p, image, begin, end, scratch);
+    case DType::bf16: return mbconv_project_as<bf16>(p, image, begin, end, scratch);
+  }
+}
+
+}  // namespace edet::cpu::EDET_ISA

@@ -1,0 +1,78 @@
+// Tasks, dependencies and order of node_graph.h.
+#include "node_graph.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+
+namespace edet::cpu {
+
+namespace {
+
+int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// Rows of an edge's map that output rows [begin, end) of its node read, the halo included.
+void rows_read(const Edge& edge, int64_t h, int64_t& begin, int64_t& end) {
+  begin = std::max<int64_t>(begin - 1, 0);
+  end = std::min(end + 1, h);
+  if (edge.resize == Resize::max_pool) {
+    begin = std::max<int64_t>(begin * edge.rows.stride - edge.rows.before, 0);
+    end = (end - 1) * edge.rows.stride - edge.rows.before + edge.rows.kernel;
+  } else if (edge.resize == Resize::nearest) {
+    begin = nearest_source(begin, edge.h, h);
+    end = nearest_source(end - 1, edge.h, h) + 1;
+  }
+  begin = std::min(begin, edge.h - 1);
+  end = std::min(end, edge.h);
+}
+
+}  // namespace
+
+int64_t band_rows(int64_t h, int64_t w, int threads) {
+  const int64_t wanted = divide_up(h, 2 * std::max(threads, 1));
+  const int64_t least = std::max<int64_t>(4, divide_up(128, w));
+  return std::min(h, std::max(wanted, least));
+}
+
+static int64_t thread_scratch(const NodeGraph& graph) {
+  int64_t floats = 0;
+  for (const NodeParams& node : graph.nodes)
+    floats = std::max(floats, kernels().node_scratch(node));
+  return divide_up(floats, 16) * 16;
+}
+
+int64_t node_graph_scratch(const NodeGraph& graph, const Runtime& runtime) {
+  return thread_scratch(graph) * runtime.threads;
+}
+
+void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scratch) {
+  const Kernels& k = kernels();
+  std::vector<int64_t> bands, rows, tasks;
+  for (const NodeParams& node : graph.nodes) {
+    rows.push_back(band_rows(node.fusion.h, node.fusion.w, runtime.threads));
+    bands.push_back(divide_up(node.fusion.h, rows.back()));
+    tasks.push_back(node.fusion.n * bands.back());
+  }
+  const int64_t scratch_floats = thread_scratch(graph);
+  Schedule schedule(tasks);
+  schedule.run(runtime, [&](int64_t step, int64_t task, int thread) {
+    const auto i = static_cast<size_t>(step);
+    const NodeParams& node = graph.nodes[i];
+    const int64_t image = task / bands[i];
+    const int64_t begin = task % bands[i] * rows[i];
+    const int64_t end = std::min(begin + rows[i], node.fusion.h);
+    for (int other : graph.after[i]) schedule.wait(other);
+    for (int e = 0; e < node.fusion.edges; e++) {
+      const Edge& edge = node.fusion.edge[e];
+      if (edge.source < 0) continue;
+      const auto s = static_cast<size_t>(edge.source);
+      int64_t first = begin, last = end;
+      rows_read(edge, node.fusion.h, first, last);
+      schedule.wait(edge.source, image * bands[s] + first / rows[s],
+                    image * bands[s] + divide_up(last, rows[s]));
+    }
+    k.separable_node(node, image, begin, end, scratch + thread * scratch_floats);
+  });
+}
+
+}  // namespace edet::cpu

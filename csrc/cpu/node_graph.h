@@ -1,0 +1,26 @@
+// Runs fusion → depthwise → pointwise nodes that read each other's maps, band by band.
+#pragma once
+
+#include <vector>
+
+#include "../core/params.h"
+#include "schedule.h"
+
+namespace edet::cpu {
+
+struct NodeGraph {
+  std::vector<NodeParams> nodes;  // edges' sources come before their readers
+  // For each node, nodes that must be finished first because it overwrites what they read or wrote.
+  std::vector<std::vector<int>> after;
+};
+
+// Floats of scratch that run_node_graph needs; the nodes' data pointers may still be missing.
+int64_t node_graph_scratch(const NodeGraph& graph, const Runtime& runtime);
+
+void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scratch);
+
+// Rows of one task of a map (h, w): enough pixels that recomputing the two halo rows is cheap,
+// few enough that every thread has work.
+int64_t band_rows(int64_t h, int64_t w, int threads);
+
+}  // namespace edet::cpu

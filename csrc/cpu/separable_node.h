@@ -1,0 +1,116 @@
+// A band of rows of one fusion → depthwise → pointwise node, in one pass through the cache:
+// three rolling rows of fused, activated pixels → a strip of depthwise sums → packed pointwise.
+#pragma once
+
+#include "../core/params.h"
+#include "depthwise.h"
+#include "fuse.h"
+#include "pointwise.h"
+
+namespace edet::cpu::EDET_ISA {
+
+// Pixels of a strip: long enough that a panel of weights read from L2 serves several register
+// tiles, short enough that the strip (C floats each) stays in L1.
+constexpr int64_t kStripPixels = 48;
+
+// Floats of scratch that one thread needs for a node.
+inline int64_t node_scratch(const NodeParams& p) {
+  const int64_t cp = round_up(p.fusion.c, kPanel), op = round_up(p.c_out, kPanel);
+  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op);
+}
+
+template <class T>
+void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int64_t y_end,
+                       float* scratch) {
+  const FusionParams& f = p.fusion;
+  const int64_t cp = round_up(f.c, kPanel), op = round_up(p.c_out, kPanel);
+  const int64_t pitch = (f.w + 2) * cp;
+  float* ring = scratch;  // (3, w + 2, cp)
+  float* dw = ring + 3 * pitch;
+  float* scale = dw + 9 * cp;
+  float* shift = scale + op;
+  float* strip = shift + op;                  // (kStripPixels, cp)
+  float* tile = strip + kStripPixels * cp;    // (kStripPixels, op)
+
+  std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
+  for (int k = 0; k < 9; k++)
+    std::memcpy(dw + k * cp, p.dw + k * f.c, sizeof(float) * static_cast<size_t>(f.c));
+  std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
+  std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
+  const PointwiseWeights weights{p.pw, scale, shift, f.c, p.c_out, p.activation};
+
+  // Row y of the map lives in ring row (y + 1) % 3; the columns −1 and w are zero.
+  const auto ring_row = [&](int64_t y) { return ring + (y + 1) % 3 * pitch; };
+  for (int r = 0; r < 3; r++) {
+    std::memset(ring + r * pitch, 0, sizeof(float) * static_cast<size_t>(cp));
+    std::memset(ring + (r + 1) * pitch - cp, 0, sizeof(float) * static_cast<size_t>(cp));
+  }
+  const auto fuse = [&](int64_t y) {
+    float* row = ring_row(y) + cp;
+    if (y < 0 || y >= f.h)  // outside the image the activated map is zero
+      std::memset(row, 0, sizeof(float) * static_cast<size_t>(f.w * cp));
+    else
+      fuse_row<T>(f, image, y, 0, f.w, row);
+  };
+
+  T* out = static_cast<T*>(p.out) + (image * f.h + y_begin) * f.w * p.c_out;
+  int64_t filled = 0;
+  const auto flush = [&] {
+    pointwise_to(strip, cp, filled, weights, tile, out);
+    out += filled * p.c_out;
+    filled = 0;
+  };
+
+  fuse(y_begin - 1);
+  fuse(y_begin);
+  for (int64_t y = y_begin; y < y_end; y++) {
+    fuse(y + 1);
+    const float *above = ring_row(y - 1), *here = ring_row(y), *below = ring_row(y + 1);
+    for (int64_t x = 0; x < f.w;) {
+      const int64_t count = f.w - x < kStripPixels - filled ? f.w - x : kStripPixels - filled;
+      const float* rows[3] = {above + x * cp, here + x * cp, below + x * cp};
+      float* to = strip + filled * cp;
+      depthwise_row<3, 1>(rows, dw, cp, count, [to, cp](int64_t at, int64_t i, const auto& sum) {
+        for (const vf& s : sum) store(to + at++ * cp + i, s);
+      });
+      x += count;
+      filled += count;
+      if (filled == kStripPixels) flush();
+    }
+  }
+  if (filled) flush();
+}
+
+inline void separable_node(const NodeParams& p, int64_t image, int64_t y_begin, int64_t y_end,
+                           float* scratch) {
+  switch (p.fusion.dtype) {
+    case DType::f32: return separable_node_as<float>(p, image, y_begin, y_end, scratch);
+    case DType::f16: return separable_node_as<f16>(p, image, y_begin, y_end, scratch);
+    case DType::bf16: return separable_node_as<bf16>(p, image, y_begin, y_end, scratch);
+  }
+}
+
+// The fusion alone, for the same band.
+template <class T>
+void fusion_band_as(const FusionParams& p, T* out, int64_t image, int64_t y_begin, int64_t y_end,
+                    float* scratch) {
+  const int64_t cp = round_up(p.c, kPanel);
+  for (int64_t y = y_begin; y < y_end; y++) {
+    fuse_row<T>(p, image, y, 0, p.w, scratch);
+    convert(scratch, cp, p.w, p.c, out + (image * p.h + y) * p.w * p.c);
+  }
+}
+
+inline void fusion_band(const FusionParams& p, void* out, int64_t image, int64_t y_begin,
+                        int64_t y_end, float* scratch) {
+  switch (p.dtype) {
+    case DType::f32:
+      return fusion_band_as(p, static_cast<float*>(out), image, y_begin, y_end, scratch);
+    case DType::f16:
+      return fusion_band_as(p, static_cast<f16*>(out), image, y_begin, y_end, scratch);
+    case DType::bf16:
+      return fusion_band_as(p, static_cast<bf16*>(out), image, y_begin, y_end, scratch);
+  }
+}
+
+}  // namespace edet::cpu::EDET_ISA

@@ -1,0 +1,167 @@
+// Checks, memory, threads and coefficients shared by the ops' glue.
+#include "common.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+namespace edet::torch_ops {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+namespace {
+
+bool poisoned() {
+  static const bool on = [] {
+    const char* value = std::getenv("EDET_POISON");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  return on;
+}
+
+void poison(const Tensor& t) {
+  // all bits set is a NaN in every float dtype
+  if (poisoned() && t.is_cpu() && t.numel())
+    std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(t.numel()) * t.element_size());
+}
+
+bool is_channels_last(const Tensor& t) {
+  const int64_t order[4] = {1, 3, 2, 0};  // from the innermost
+  int64_t expected = 1;
+  for (int64_t d : order) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+}  // namespace
+
+DType map_dtype(const Tensor& map) {
+  switch (map.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default:
+      STD_TORCH_CHECK(false, "maps must be float32, float16 or bfloat16, got ",
+                      torch::headeronly::toString(map.scalar_type()));
+  }
+}
+
+Tensor channels_last(const Tensor& map) {
+  STD_TORCH_CHECK(map.dim() == 4, "maps must be (N, C, H, W), got ", map.dim(), " dimensions");
+  if (is_channels_last(map)) return map;
+  return torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
+}
+
+Tensor float_weight(const Tensor& weight, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, name, " must be float32, got ",
+                  torch::headeronly::toString(weight.scalar_type()));
+  STD_TORCH_CHECK(weight.numel() == numel, name, " must have ", numel, " elements, got ",
+                  weight.numel());
+  return torch::stable::contiguous(weight);
+}
+
+Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
+  const int64_t size[4] = {like.size(0), channels, height, width};
+  Tensor t = torch::stable::empty({size, 4}, like.scalar_type(), std::nullopt, like.device(),
+                                  std::nullopt, MemoryFormat::ChannelsLast);
+  poison(t);
+  return t;
+}
+
+int64_t coefficient_floats(int edges, int64_t channels) {
+  return edges * ((channels + kPanel - 1) / kPanel * kPanel);
+}
+
+void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
+                       Fusion fusion, float* coefficients) {
+  const int64_t pitch = coefficient_floats(1, channels);
+  std::memset(coefficients, 0, sizeof(float) * static_cast<size_t>(edges * pitch));
+  const int64_t distinct = per_channel ? channels : 1;
+  for (int64_t c = 0; c < distinct; c++) {
+    const auto weight = [&](int e) { return edge_weights[per_channel ? e * channels + c : e]; };
+    float a[kMaxEdges];
+    if (fusion == Fusion::sum) {
+      for (int e = 0; e < edges; e++) a[e] = 1.0f;
+    } else if (fusion == Fusion::unbounded) {
+      for (int e = 0; e < edges; e++) a[e] = weight(e);
+    } else {
+      float largest = weight(0), total = 0.0f;
+      for (int e = 1; e < edges; e++) largest = weight(e) > largest ? weight(e) : largest;
+      for (int e = 0; e < edges; e++) {
+        const float w = weight(e);
+        a[e] = fusion == Fusion::softmax ? std::exp(w - largest) : (w < 0.0f ? 0.0f : w);
+        total += a[e];
+      }
+      if (fusion == Fusion::fast) total += kFastEpsilon;
+      for (int e = 0; e < edges; e++) a[e] /= total;
+    }
+    for (int e = 0; e < edges; e++)
+      for (int64_t i = c; i < (per_channel ? c + 1 : channels); i++)
+        coefficients[e * pitch + i] = a[e];
+  }
+}
+
+Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t w, Pool pool,
+               int source) {
+  STD_TORCH_CHECK(in_h > 0 && in_w > 0 && h > 0 && w > 0, "maps must have at least one pixel");
+  const Resize kind = resize_kind(in_h, in_w, h, w);
+  STD_TORCH_CHECK(kind != Resize::max_pool || (in_h >= h && in_w >= w),
+                  "a map must grow or shrink along both axes, got (", in_h, ", ", in_w, ") for (",
+                  h, ", ", w, ")");
+  return {data, in_h, in_w, kind, pool_window(in_h, h, pool), pool_window(in_w, w, pool), source};
+}
+
+cpu::Runtime runtime() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return {static_cast<int>(threads),
+          [](int64_t n, void (*f)(void*, int64_t, int64_t), void* context) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+              f(context, begin, end);
+            });
+          }};
+}
+
+namespace {
+
+struct Pooled {
+  std::mutex mutex;
+  Tensors free;
+};
+// Never destroyed: torch may be gone when static objects are.
+Pooled& pooled() {
+  static Pooled* p = new Pooled;
+  return *p;
+}
+
+Tensor take(int64_t bytes) {
+  Pooled& p = pooled();
+  const std::lock_guard<std::mutex> lock(p.mutex);
+  size_t best = p.free.size();
+  for (size_t i = 0; i < p.free.size(); i++)
+    if (p.free[i].numel() >= bytes && (best == p.free.size() || p.free[i].numel() < p.free[best].numel()))
+      best = i;
+  if (best < p.free.size()) {
+    Tensor t = p.free[best];
+    p.free.erase(p.free.begin() + static_cast<std::ptrdiff_t>(best));
+    return t;
+  }
+  if (!p.free.empty()) p.free.pop_back();  // too small: the new one takes its place
+  return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
+}
+
+}  // namespace
+
+Workspace::Workspace(int64_t bytes) : buffer_(take(bytes > 0 ? bytes : 1)) { poison(buffer_); }
+
+Workspace::~Workspace() {
+  Pooled& p = pooled();
+  const std::lock_guard<std::mutex> lock(p.mutex);
+  p.free.push_back(buffer_);
+}
+
+}  // namespace edet::torch_ops

@@ -1,0 +1,81 @@
+// What every op's glue shares: checks, memory, threads and the reading of tensors and schema integers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "../core/params.h"
+#include "../cpu/schedule.h"
+
+namespace edet::torch_ops {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+DType map_dtype(const Tensor& map);
+
+// The map with NHWC bytes: itself, or a copy when its strides are others.
+Tensor channels_last(const Tensor& map);
+
+// A contiguous float tensor of `numel` elements, or an error that names it.
+Tensor float_weight(const Tensor& weight, int64_t numel, const char* name);
+
+// An uninitialised channels_last map like `like` (NaN when EDET_POISON=1).
+Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t width);
+
+// `value` of an enumeration with `count` members.
+template <class E>
+E enumerator(int64_t value, int64_t count, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value < count, name, " must be 0 to ", count - 1, ", got ", value);
+  return static_cast<E>(value);
+}
+inline Fusion fusion_of(int64_t v) { return enumerator<Fusion>(v, 4, "fusion"); }
+inline Pool pool_of(int64_t v) { return enumerator<Pool>(v, 2, "pool"); }
+inline Activation activation_of(int64_t v) { return enumerator<Activation>(v, 5, "activation"); }
+
+// Factors of the edges, (edges, C rounded up to kPanel), from edge weights (edges[, C]).
+void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
+                       Fusion fusion, float* coefficients);
+int64_t coefficient_floats(int edges, int64_t channels);
+
+// An edge that brings a map of (in_h, in_w) to (h, w).
+Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t w, Pool pool,
+               int source);
+
+// torch's thread pool.
+cpu::Runtime runtime();
+
+// Memory for one call, taken from a pool that keeps it for the next call.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* data() const { return static_cast<char*>(buffer_.mutable_data_ptr()); }
+
+ private:
+  Tensor buffer_;
+};
+
+// Lays out parts of a workspace, each aligned to a cache line.
+class Layout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+}  // namespace edet::torch_ops

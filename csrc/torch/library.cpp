@@ -1,0 +1,39 @@
+// The schema of every op: one line an op; kernels for them are registered beside their glue.
+#include "common.h"
+
+// Enumerations are integers, numbered in core/params.h. Weights are packed (edet_kernels/packing.py).
+STABLE_TORCH_LIBRARY(edet_kernels, m) {
+  m.def(
+      "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, int[] size, int fusion, int pool, "
+      "int activation) -> Tensor");
+  m.def(
+      "fusion_node(Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, Tensor pw_weight, "
+      "Tensor scale, Tensor shift, int[] size, int fusion, int pool, int pre_activation, "
+      "int post_activation) -> Tensor");
+  m.def(
+      "bifpn(Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, Tensor pw_weight, "
+      "Tensor scale, Tensor shift, int[] edges, int[] edge_counts, int[] sizes, int[] outputs, "
+      "int fusion, int pool, int pre_activation, int post_activation) -> Tensor[]");
+  m.def(
+      "separable_conv(Tensor[] inputs, Tensor dw_weight, Tensor pw_weight, Tensor scale, "
+      "Tensor shift, int activation) -> Tensor[]");
+  m.def(
+      "head(Tensor[] inputs, Tensor[] dw_weights, Tensor[] pw_weights, Tensor[] scales, "
+      "Tensor[] shifts, int activation) -> Tensor[]");
+  m.def(
+      "lateral(Tensor input, Tensor[] pw_weights, Tensor[] scales, Tensor[] shifts, int pooled, "
+      "int pool) -> Tensor[]");
+  m.def(
+      "mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, Tensor[] project, "
+      "int stride, int[] padding, int[] size, int activation, bool residual) -> Tensor");
+  m.def(
+      "stem(Tensor image, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, Tensor? std, "
+      "int[] padding, int[] size, int activation, ScalarType dtype) -> Tensor");
+  m.def(
+      "nms(Tensor boxes, Tensor scores, Tensor labels, int method, float iou_threshold, "
+      "float sigma, float score_threshold, int max_detections) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "detect(Tensor[] class_outputs, Tensor[] box_outputs, Tensor anchors, Tensor? limits, "
+      "int method, float iou_threshold, float sigma, float score_threshold, int max_detections, "
+      "int max_candidates) -> (Tensor, Tensor, Tensor, Tensor)");
+}
