@@ -1,0 +1,440 @@
+"""The quick table: each part of a model in PyTorch's eager layers and here, checked, then timed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import edet_kernels
+
+from .efficientdet import EfficientDet, create_model
+from .extras import require
+from .files import replacing
+from .packing import PackedModule
+
+#: The rows of the table.
+PARTS = ("BiFPN", "heads", "backbone", "whole")
+
+#: Rounds that are run and not counted: weights are packed and caches filled in them.
+WARM_UP = 3
+
+Call = Callable[[], list[Tensor]]
+
+
+class CheckFailed(RuntimeError):
+    """A part's result is further from the reference than the error rule allows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of the model.
+
+    Attributes:
+        part: one of :data:`PARTS`.
+        milliseconds: for each variant the time of every round.
+        difference: largest difference of ours from the float64 reference, as a fraction of the
+            reference's largest value.
+        eager_difference: the same of eager.
+    """
+
+    part: str
+    milliseconds: dict[str, list[float]]
+    difference: float
+    eager_difference: float
+
+    def median(self, variant: str) -> float | None:
+        """Median time in milliseconds; None for a variant that does not apply to this part."""
+        times = self.milliseconds.get(variant)
+        return statistics.median(times) if times else None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A table and what is needed to read it: the conditions under which it was measured."""
+
+    model: str
+    image_size: tuple[int, int]
+    batch_size: int
+    dtype: str
+    device: str
+    threads: int
+    rounds: int
+    machine: str
+    python: str
+    torch: str
+    edet_kernels: str
+    backends: dict[str, str]
+    variants: list[str]
+    rows: list[Row]
+
+    def to_json(self) -> str:
+        """Everything, with the median of every variant, as JSON text."""
+        plain = asdict(self)
+        for row, out in zip(self.rows, plain["rows"], strict=True):
+            out["median_ms"] = {v: row.median(v) for v in self.variants}
+        return json.dumps(plain, indent=1)
+
+    def __str__(self) -> str:
+        return format_table(self)
+
+
+def set_batch_norms(model: nn.Module, images: Tensor) -> None:
+    """Makes every batch norm scale its input for ``images`` to a mean square of one.
+
+    Without this the maps of a network with random weights fade away from layer to layer, and
+    neither their differences nor the time spent on them mean much. The mean is left in: taking it
+    out of maps of a few pixels leaves rounding only.
+    """
+
+    def hook(bn: nn.Module, args: tuple[Tensor, ...]) -> None:
+        bn.running_mean.zero_()  # type: ignore[operator]
+        bn.running_var.copy_(args[0].square().mean((0, 2, 3)))  # type: ignore[operator]
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(hook) for norm in norms]
+    eager = [m for m in model.modules() if isinstance(m, PackedModule)]
+    try:
+        for module in eager:
+            module.training = True
+        with torch.no_grad():
+            model(images)
+    finally:
+        for module in eager:
+            module.training = False
+        for handle in hooks:
+            handle.remove()
+
+
+def eager_copy(model: EfficientDet) -> EfficientDet:
+    """A copy of ``model`` that runs its plain PyTorch layers in eval mode and without gradients."""
+    copied = copy.deepcopy(model).eval()
+    for module in copied.modules():
+        if isinstance(module, PackedModule):
+            module.training = True  # these choose between layers and fused ops; batch norms do not
+    return copied
+
+
+def prepare(model: EfficientDet, device: torch.device, dtype: torch.dtype) -> EfficientDet:
+    """Moves ``model`` to ``device``, ``dtype`` and channels_last."""
+    return model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def part_calls(
+    model: EfficientDet, images: Tensor, features: Sequence[Tensor], pyramid: Sequence[Tensor]
+) -> dict[str, Call]:
+    """A call for each of :data:`PARTS` on inputs that are the same for all models."""
+
+    def whole() -> list[Tensor]:
+        classes, boxes = model(images)
+        return [*classes, *boxes]
+
+    return {
+        "BiFPN": lambda: model.fpn(features),
+        "heads": lambda: [*model.class_net(pyramid), *model.box_net(pyramid)],
+        "backbone": lambda: model.backbone(images),
+        "whole": whole,
+    }
+
+
+def relative_difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Largest difference over all maps, each as a fraction of its reference's largest value."""
+    return max(
+        float((x.double() - r).abs().max() / r.abs().max().clamp(min=1e-300))
+        for x, r in zip(found, reference, strict=True)
+    )
+
+
+def check(part: str, ours: float, eager: float, dtype: torch.dtype) -> None:
+    """The error rule: at most three times eager's own error, or four units in the last place.
+
+    Raises:
+        CheckFailed: ``ours`` is larger, or not a number.
+    """
+    limit = max(3 * eager, 4 * torch.finfo(dtype).eps)
+    if not ours <= limit:
+        raise CheckFailed(
+            f"{part} differs from the float64 reference by {ours:.1e} of its largest value, "
+            f"allowed is {limit:.1e} (PyTorch's eager layers differ by {eager:.1e}): "
+            "no times are reported"
+        )
+
+
+def _timed(call: Call, device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def run_bench(
+    model: EfficientDet | str = "tf_efficientdet_d0",
+    *,
+    images: Tensor | None = None,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    rounds: int = 20,
+    seconds: float = 120.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bench:
+    """Checks the fused parts of a model against a float64 reference, then times them.
+
+    Compared are the model's plain PyTorch layers ("eager": eval mode, no gradients, channels_last)
+    with softmax fusion and with the model's own, and the fused ops. All variants take turns within
+    every round, in an order that is reversed from round to round, so that whatever slows the
+    machine slows all of them.
+
+    Args:
+        model: a model, which is not changed; or the name of one, which gets random weights.
+        images: (N, 3, H, W) normalised; random when None.
+        batch_size: of random images.
+        dtype: float32, bfloat16 or float16.
+        device: where to run.
+        rounds: timed rounds, after a few that are not counted.
+        seconds: no further round is begun after this long, once there have been three.
+        progress: called with the number of finished and of all rounds.
+
+    Raises:
+        CheckFailed: a part is wrong; nothing is timed then.
+        ValueError: unknown model, or not at least one round and one image.
+    """
+    if rounds < 1 or batch_size < 1:
+        raise ValueError(f"rounds and batch_size must be at least 1, got {rounds} and {batch_size}")
+    device = torch.device(device)
+    random_weights = isinstance(model, str)
+    source = create_model(model) if isinstance(model, str) else copy.deepcopy(model)
+    source = source.eval().to(device, torch.float32)
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch_size, 3, *source.config.image_size, generator=generator)
+    images = images.to(device, torch.float32)
+    if random_weights:
+        set_batch_norms(source, images)
+    ours = prepare(source, device, dtype)
+    images = images.to(dtype, memory_format=torch.channels_last)
+    eager = eager_copy(ours)
+    features = eager.backbone(images)
+    pyramid = eager.fpn(features)
+
+    fusion = ours.config.fusion
+    variants = {f"eager {fusion}": part_calls(eager, images, features, pyramid)}
+    if fusion != "softmax":
+        softmax = EfficientDet(
+            replace(ours.config, fusion="softmax"),
+            backbone=copy.deepcopy(ours.backbone),
+            backbone_channels=ours.fpn.in_channels,
+        )
+        prepare(softmax, device, dtype)
+        softmax.load_state_dict(ours.state_dict(), strict=False)  # a sum has no edge weights
+        calls = part_calls(eager_copy(softmax), images, features, pyramid)
+        # the other parts are the same
+        variants = {"eager softmax": {p: calls[p] for p in ("BiFPN", "whole")}, **variants}
+    variants["ours"] = part_calls(ours, images, features, pyramid)
+
+    exact = part_calls(
+        eager_copy(ours).double(),
+        images.double(),
+        [x.double() for x in features],
+        [x.double() for x in pyramid],
+    )
+    differences = {}
+    for part in PARTS:
+        reference = exact[part]()
+        mine, theirs = (
+            relative_difference(variants[v][part](), reference) for v in ("ours", f"eager {fusion}")
+        )
+        check(part, mine, theirs, dtype)
+        differences[part] = mine, theirs
+    del exact, reference
+
+    times: dict[str, dict[str, list[float]]] = {part: {v: [] for v in variants} for part in PARTS}
+    turns = [
+        (part, v, calls[part]) for part in PARTS for v, calls in variants.items() if part in calls
+    ]
+    finished = -WARM_UP
+    start = time.perf_counter()
+    while finished < min(rounds, 3) or (
+        finished < rounds and time.perf_counter() - start < seconds
+    ):
+        for part, v, call in reversed(turns) if finished % 2 else turns:
+            elapsed = _timed(call, device)
+            if finished >= 0:
+                times[part][v].append(elapsed)
+        finished += 1
+        if progress is not None and finished > 0:
+            progress(finished, rounds)
+    return Bench(
+        model=ours.config.name,
+        image_size=(images.shape[2], images.shape[3]),
+        batch_size=images.shape[0],
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        rounds=finished,
+        machine=machine_name(device),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        edet_kernels=edet_kernels.__version__,
+        backends={c.op: c.backend for c in edet_kernels.explain(device, dtype)},
+        variants=list(variants),
+        rows=[
+            Row(part, {v: t for v, t in times[part].items() if t}, *differences[part])
+            for part in PARTS
+        ],
+    )
+
+
+def machine_name(device: torch.device) -> str:
+    """The processor that ``device`` is, with its instruction set or memory."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def format_table(bench: Bench) -> str:
+    """``bench`` as plain text for a terminal of 80 columns."""
+    baselines = bench.variants[:-1]
+    header = ["part", *bench.variants, *(f"vs {v.split()[1]}" for v in baselines), "difference"]
+    lines = [header]
+    for row in bench.rows:
+        ours = row.median("ours")
+        medians = [row.median(v) for v in bench.variants]
+        assert ours is not None
+        lines.append(
+            [
+                row.part,
+                *("same" if m is None else f"{m:.2f}" for m in medians),
+                *("" if m is None else f"{m / ours:.1f}x" for m in medians[:-1]),
+                f"{row.difference:.0e}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    table = "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+    height, width = bench.image_size
+    return (
+        f"{bench.model}, {height}x{width}, batch {bench.batch_size}, {bench.dtype}, "
+        f"{bench.device}, {bench.threads} threads\n{bench.machine}; torch {bench.torch}\n\n"
+        f"{table}\n\n"
+        f"Times are medians of {bench.rounds} rounds in ms. eager: the model's PyTorch layers,\n"
+        "eval mode, no gradients, channels_last. difference: of ours from a float64\n"
+        "reference, as a fraction of its largest value."
+    )
+
+
+def write_json(bench: Bench, path: str | os.PathLike[str]) -> None:
+    """Writes :meth:`Bench.to_json` to ``path``.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written; nothing is left behind.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(bench.to_json() + "\n", encoding="utf-8")
+
+
+def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
+    """Draws the table as bars, one group per part, to ``path`` (PNG, SVG or PDF).
+
+    Raises:
+        ImportError: matplotlib (extra ``plot``) is not installed.
+        OSError: the folder does not exist or cannot be written; nothing is left behind.
+    """
+    figure = require("matplotlib.figure", "plot").Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ("#b8b8b8", "#7d7d7d", "#d1495b")[-len(bench.variants) :]
+    thickness = 0.8 / len(bench.variants)
+    for k, (variant, fill) in enumerate(zip(bench.variants, colours, strict=True)):
+        for i, row in enumerate(bench.rows):
+            value = row.median(variant)
+            if value is None:
+                continue
+            # a part without this variant has its other bars centred
+            shift = k - (len(bench.variants) - 1) / 2 - (len(row.milliseconds) < 3) / 2
+            y = i + thickness * shift
+            axes.barh(y, value, thickness * 0.92, color=fill, label=variant if i == 0 else None)
+            baseline = row.median(bench.variants[-2])
+            note = f" {value:.1f}"
+            if variant == "ours" and baseline is not None:
+                note += f"  ({baseline / value:.1f}x)"
+            axes.text(value, y, note, va="center", fontsize=9)
+    axes.set_yticks(range(len(bench.rows)), [row.part for row in bench.rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("milliseconds (median)")
+    height, width = bench.image_size
+    axes.set_title(
+        f"{bench.model}, {height}x{width}, batch {bench.batch_size}, {bench.dtype}\n"
+        f"{bench.machine}, {bench.threads} threads",
+        fontsize=10,
+        loc="left",
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts operations that do work: neither views nor bare allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not (func.is_view or func.overloadpacket.__name__.startswith("empty"))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def count_operations(model: EfficientDet) -> dict[str, int]:
+    """Operations that each part of ``model`` dispatches: on a GPU, about as many kernel launches.
+
+    Views and allocations are not counted; a fused op is one operation. The image is as small as the
+    pyramid allows, which does not change the counts.
+
+    Returns:
+        a count for each of ``backbone``, ``fpn``, ``class_net`` and ``box_net``.
+    """
+    parameter = next(model.parameters())
+    side = 2 ** (model.config.max_level + 1)
+    maps: Any = torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)
+    counts = {}
+    for part in ("backbone", "fpn", "class_net", "box_net"):
+        module = getattr(model, part)
+        module(maps)  # packs the weights
+        with _OperationCounter() as counter:
+            out = module(maps)
+        counts[part] = counter.count
+        maps = out if part in ("backbone", "fpn") else maps
+    return counts

@@ -1,0 +1,440 @@
+"""BiFPN: the weighted bi-directional feature pyramid network, with effdet's state-dict keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import edet_kernels
+from edet_kernels import reference
+
+from .configs import FUSIONS
+from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype
+
+
+class Node(NamedTuple):
+    """One node of a cell: the level it writes and the ids it fuses.
+
+    Ids 0 … levels−1 are the cell's inputs, then come the nodes in order.
+    """
+
+    level: int
+    edges: tuple[int, ...]
+
+
+def bifpn_nodes(levels: int) -> list[Node]:
+    """The nodes of one BiFPN cell (paper, figure 2d); the last ``levels`` of them are its outputs.
+
+    Top-down, each level but the top one is fused with the level above; bottom-up, each level but
+    the lowest with its own top-down node and the level below.
+    """
+    ids = [[level] for level in range(levels)]
+    nodes: list[Node] = []
+    top_down = [(level, level + 1) for level in reversed(range(levels - 1))]
+    bottom_up = [(level, level - 1) for level in range(1, levels)]
+    for level, neighbour in top_down + bottom_up:
+        nodes.append(Node(level, (*ids[level], ids[neighbour][-1])))
+        ids[level].append(levels + len(nodes) - 1)
+    return nodes
+
+
+def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
+    """Checks that ``maps`` is a list of NCHW maps with these channels, fit for ``weight``.
+
+    Raises:
+        TypeError, ValueError: naming the map, what it must be and what it was.
+    """
+    if isinstance(maps, Tensor) or len(maps) != len(channels):
+        got = f"a tensor {tuple(maps.shape)}" if isinstance(maps, Tensor) else f"{len(maps)}"
+        raise ValueError(f"maps must be a list of {len(channels)} maps, got {got}")
+    for i, (x, c) in enumerate(zip(maps, channels, strict=True)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"maps[{i}] must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != c:
+            raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got {tuple(x.shape)}")
+        if x.device != weight.device:
+            raise ValueError(
+                f"maps[{i}] must be on {weight.device} like the weights, got {x.device}"
+            )
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"maps[{i}] must be {weight.dtype} like the weights, got {x.dtype}")
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """The batch norm of the BiFPN and the heads: the published weights' ε and momentum."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+def glorot_uniform_(weight: Tensor, groups: int) -> None:
+    """Fills a convolution weight by U(−l, l), l² = 6/(fan-in + fan-out) (Glorot & Bengio 2010)."""
+    taps = weight[0, 0].numel()
+    limit = (6 / ((weight.shape[1] + weight.shape[0] // groups) * taps)) ** 0.5
+    nn.init.uniform_(weight, -limit, limit)
+
+
+class ConvNorm(nn.Module):
+    """1×1 convolution and batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.bn = batch_norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.bn(self.conv(x)))
+
+
+class Projection(nn.Module):
+    """Brings a backbone map to the BiFPN's width."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = ConvNorm(in_channels, out_channels, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x))
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3×3, pointwise 1×1 and, if asked for, a batch norm; no activation."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, bias: bool, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(
+            in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False
+        )
+        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.bn = batch_norm(out_channels) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_pw(self.conv_dw(x))
+        return x if self.bn is None else self.bn(x)
+
+
+class Combine(nn.Module):
+    """The edges of a node: their weights, and the projections of those from the backbone."""
+
+    edge_weights: nn.Parameter | None
+
+    def __init__(self, weights: tuple[int, ...] | None, projections: dict[int, Projection]) -> None:
+        super().__init__()
+        self.edge_weights = None if weights is None else nn.Parameter(torch.ones(weights))
+        self.resample = nn.ModuleDict({str(edge): layer for edge, layer in projections.items()})
+
+    @property
+    def projections(self) -> dict[int, Projection]:
+        """The projection of each edge that has one."""
+        return {int(edge): cast(Projection, layer) for edge, layer in self.resample.items()}
+
+
+class AfterCombine(nn.Module):
+    """The convolution of a node."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = SeparableConv(width, width, bias=bias, norm=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x))
+
+
+class FusionNode(nn.Module):
+    """Weighted fusion → activation → depthwise 3×3 → pointwise 1×1 → batch norm.
+
+    Args:
+        edges: ids of the maps it fuses.
+        width: channels.
+        in_channels: channels of the edges that need a projection, by id.
+        fusion, fusion_per_channel, pool, activation, redundant_bias: as for :class:`BiFPN`.
+    """
+
+    def __init__(
+        self,
+        edges: tuple[int, ...],
+        width: int,
+        in_channels: dict[int, int],
+        *,
+        fusion: str,
+        fusion_per_channel: bool,
+        pool: str,
+        activation: str,
+        redundant_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.edges = edges
+        self.fusion, self.pool, self.activation = fusion, pool, activation
+        weights = (len(edges), width) if fusion_per_channel else (len(edges),)
+        self.combine = Combine(
+            None if fusion == "sum" else weights,
+            {edge: Projection(c, width, redundant_bias) for edge, c in in_channels.items()},
+        )
+        self.after_combine = AfterCombine(width, redundant_bias)
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """The node's map of ``size`` (H, W) from ``maps``, which its edges index."""
+        projections = self.combine.projections
+        fused = reference.weighted_fusion(
+            [projections[e](maps[e]) if e in projections else maps[e] for e in self.edges],
+            self.combine.edge_weights,
+            size=size,
+            fusion=self.fusion,
+            pool=self.pool,
+            activation=self.activation,
+        )
+        return cast(Tensor, self.after_combine(fused))
+
+
+class BiFPNCell(nn.Module):
+    """One pass down and up the pyramid."""
+
+    def __init__(self, nodes: Sequence[FusionNode], node_levels: Sequence[int]) -> None:
+        super().__init__()
+        self.fnode = nn.ModuleList(nodes)
+        self.node_levels = tuple(node_levels)
+
+    @property
+    def nodes(self) -> list[FusionNode]:
+        """The nodes in the order they run."""
+        return cast("list[FusionNode]", list(self.fnode))
+
+    def forward(self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """One map per level to one map per level, of ``sizes``."""
+        known = list(maps)
+        for node, level in zip(self.nodes, self.node_levels, strict=True):
+            known.append(node(known, sizes[level]))
+        return known[-len(maps) :]
+
+
+class _Projected(NamedTuple):
+    """Arguments of ``edet_kernels.lateral`` for one backbone map."""
+
+    pw_weights: list[Tensor]
+    scales: list[Tensor]
+    shifts: list[Tensor]
+
+
+class _Packed(NamedTuple):
+    """The weights of a whole BiFPN: per backbone map, and stacked over all nodes."""
+
+    projected: list[_Projected]
+    edge_weights: Tensor | None
+    dw_weight: Tensor
+    pw_weight: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class BiFPN(PackedModule):
+    """Bi-directional feature pyramid network (EfficientDet paper, section 3).
+
+    In the first cell every edge from a backbone map whose channels differ from ``width`` has its
+    own 1×1 convolution and batch norm; the levels above the last backbone map are max-pooled from
+    one more projection of it. Without gradients the projections of each map are one
+    ``edet_kernels.lateral``, and all nodes of all cells one ``edet_kernels.bifpn``.
+
+    Args:
+        in_channels: channels of the backbone's maps, from the lowest level up.
+        width: channels of the pyramid.
+        cells: number of cells.
+        levels: number of pyramid levels, at least ``len(in_channels)``.
+        fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
+        fusion_per_channel: one edge weight per channel instead of one per edge.
+        pool: padding of the max pools, ``same`` or ``symmetric``.
+        activation: before the convolutions, any of ``edet_kernels``.
+        redundant_bias: convolutions before a batch norm carry a bias.
+
+    Raises:
+        ValueError: no cell, no map, more maps than levels, fewer than two levels, unknown fusion.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        width: int = 64,
+        cells: int = 3,
+        *,
+        levels: int = 5,
+        fusion: str = "fast",
+        fusion_per_channel: bool = False,
+        pool: str = "same",
+        activation: str = "swish",
+        redundant_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if levels < 2 or not 1 <= len(in_channels) <= levels:
+            raise ValueError(
+                "levels must be at least 2 and in_channels name 1 to `levels` maps, "
+                f"got {levels} levels and {len(in_channels)} maps"
+            )
+        if cells < 1:
+            raise ValueError(f"cells must be at least 1, got {cells}")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        if fusion == "sum" and fusion_per_channel:
+            raise ValueError("fusion_per_channel must be False for fusion 'sum', got True")
+        self.in_channels = tuple(in_channels)
+        self.width, self.levels = width, levels
+        self.fusion, self.pool, self.activation = fusion, pool, activation
+        self._nodes = bifpn_nodes(levels)
+        self._graph = self._op_graph(cells)
+        needs_projection = {e: c for e, c in enumerate(in_channels) if c != width}
+        top = len(in_channels) - 1
+        # in effdet's keys the first level above the backbone holds the projection of them all
+        self.resample = nn.ModuleDict()
+        if levels > len(in_channels) and top in needs_projection:
+            layer = Projection(in_channels[top], width, redundant_bias)
+            self.resample[str(top + 1)] = layer
+        self.cell = nn.ModuleList()
+        for c in range(cells):
+            in_first = needs_projection if c == 0 else {}
+            nodes = [
+                FusionNode(
+                    node.edges,
+                    width,
+                    {e: in_first[e] for e in node.edges if e in in_first},
+                    fusion=fusion,
+                    fusion_per_channel=fusion_per_channel,
+                    pool=pool,
+                    activation=activation,
+                    redundant_bias=redundant_bias,
+                )
+                for node in self._nodes
+            ]
+            self.cell.append(BiFPNCell(nodes, [node.level for node in self._nodes]))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                glorot_uniform_(module.weight, module.groups)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def cells(self) -> list[BiFPNCell]:
+        """The cells in the order they run."""
+        return cast("list[BiFPNCell]", list(self.cell))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Backbone maps (N, in_channels[i], Hᵢ, Wᵢ) to one map (N, width, H, W) per level.
+
+        Raises:
+            TypeError, ValueError: ``maps`` are not what ``in_channels`` says.
+        """
+        check_maps(maps, self.in_channels, self.cells[0].nodes[0].after_combine.conv.conv_pw.weight)
+        sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in maps]
+        while len(sizes) < self.levels:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        packed = self.packed(maps[0])
+        if packed is not None:
+            return self._forward_fused(maps, sizes, *packed)
+        pyramid = list(maps)
+        for level in range(len(maps), self.levels):
+            x = pyramid[-1]
+            if str(level) in self.resample:
+                x = self.resample[str(level)](x)
+            pyramid.append(reference.resize(x, sizes[level], self.pool))
+        for cell in self.cells:
+            pyramid = cell(pyramid, sizes)
+        return pyramid
+
+    def _op_graph(self, cells: int) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The edges of every node of every cell and the outputs, as ids of ``edet_kernels.bifpn``.
+
+        Its inputs are, for each backbone map, the projections in the order of the nodes (or the map
+        itself where it needs none), then the levels above.
+        """
+        order: list[int | tuple[int, int]] = []
+        for e, channels in enumerate(self.in_channels):
+            users = [(n, e) for n, node in enumerate(self._nodes) if e in node.edges]
+            order += [e] if channels == self.width else users
+        order += range(len(self.in_channels), self.levels)
+        inputs = {key: i for i, key in enumerate(order)}
+
+        nodes: list[tuple[int, ...]] = []
+        for c in range(cells):
+            # what a cell's own ids are offset by: its inputs are the last nodes before it
+            offset = len(inputs) + len(nodes) - self.levels
+            for n, node in enumerate(self._nodes):
+                nodes.append(
+                    tuple(
+                        inputs[(n, e) if (n, e) in inputs else e]
+                        if c == 0 and e < self.levels
+                        else offset + e
+                        for e in node.edges
+                    )
+                )
+        end = len(inputs) + len(nodes)
+        return nodes, list(range(end - self.levels, end))
+
+    def pack(self, dtype: torch.dtype) -> _Packed:
+        dtype = kernel_dtype(dtype)
+
+        def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor, Tensor]:
+            assert bn is not None
+            weight = edet_kernels.pack_pointwise(conv.weight.to(dtype))
+            scale, shift = fold_batch_norm(bn, conv.bias)
+            return weight, scale.to(dtype), shift.to(dtype)
+
+        nodes = [node for cell in self.cells for node in cell.nodes]
+        edges = [edge for node in nodes for edge in node.combine.projections.items()]
+        above = [(len(self.in_channels) - 1, layer) for layer in self.resample.values()]
+        projected = [_Projected([], [], []) for _ in self.in_channels]
+        for e, layer in [*edges, *cast("list[tuple[int, Projection]]", above)]:
+            for tensors, tensor in zip(
+                projected[e], fold(layer.conv.conv, layer.conv.bn), strict=True
+            ):
+                tensors.append(tensor)
+
+        most = max(len(node.edges) for node in nodes)
+        weights = [node.combine.edge_weights for node in nodes]
+        edge_weights = [
+            F.pad(w.to(dtype), (*[0, 0] * (w.dim() - 1), 0, most - w.shape[0]))
+            for w in weights
+            if w is not None
+        ]
+        convs = [node.after_combine.conv for node in nodes]
+        folded = zip(*(fold(conv.conv_pw, conv.bn) for conv in convs), strict=True)
+        return _Packed(
+            projected,
+            torch.stack(edge_weights) if edge_weights else None,
+            torch.stack([edet_kernels.pack_depthwise(c.conv_dw.weight.to(dtype)) for c in convs]),
+            *(torch.stack(tensors) for tensors in folded),
+        )
+
+    def _forward_fused(
+        self,
+        maps: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        weights: _Packed,
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        inputs: list[Tensor] = []
+        for i, (x, projected) in enumerate(zip(maps, weights.projected, strict=True)):
+            x = x.to(dtype)
+            above = sizes[len(maps) :] if i == len(maps) - 1 else []
+            if projected.pw_weights:
+                inputs += edet_kernels.lateral(x, *projected, pooled=len(above), pool=self.pool)
+                continue
+            inputs.append(x)
+            for size in above:
+                x = edet_kernels.weighted_fusion([x], size=size, fusion="sum", pool=self.pool)
+                inputs.append(x)
+        nodes, outputs = self._graph
+        return edet_kernels.bifpn(
+            inputs,
+            weights.edge_weights,
+            weights.dw_weight,
+            weights.pw_weight,
+            weights.scale,
+            weights.shift,
+            nodes=nodes,
+            sizes=[sizes[node.level] for node in self._nodes] * len(self.cell),
+            outputs=outputs,
+            fusion=self.fusion,
+            pool=self.pool,
+            pre_activation=self.activation,
+        )

@@ -1,0 +1,478 @@
+"""The sub-commands of ``edet``: detect, info, bench, models."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import edet_kernels
+
+from .bench import CheckFailed, count_operations, eager_copy, plot, run_bench, write_json
+from .configs import get_config, list_models
+from .detector import Detector
+from .draw import draw_detections
+from .efficientdet import Counts, count_macs, count_parameters, create_model
+from .extras import require
+from .files import replacing
+from .preprocess import load_image
+from .results import Detections
+
+app = typer.Typer(
+    name="edet",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: paragraphs are reflowed and lines used whole
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(str, Enum):
+    """Precisions the kernels compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """PyTorch's dtype of that name."""
+        dtype: torch.dtype = getattr(torch, self.value)
+        return dtype
+
+
+class Nms(str, Enum):
+    """Ways to suppress overlapping boxes."""
+
+    hard = "hard"
+    gaussian = "gaussian"
+
+
+ModelName = typer.Argument(help="A name that 'edet models' lists.", metavar="MODEL")
+NumClasses = Annotated[
+    int, typer.Option(help="Number of classes of the model.", min=1, metavar="N")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision to compute in.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...", metavar="DEVICE")]
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """EfficientDet on fused kernels."""
+    if version:
+        typer.echo(f"edet-kernels {edet_kernels.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="edet")
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Ends the command with one line on standard error."""
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Shows errors that the user can act on as one line, without a traceback."""
+    try:
+        yield
+    except CheckFailed as error:
+        fail(error, code=1)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except (ValueError, ImportError, edet_kernels.BackendError) as error:
+        fail(error)
+
+
+def checked_device(name: str) -> torch.device:
+    """The device ``name``.
+
+    Raises:
+        ValueError: no such device, or not on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda, cuda:1 or the like, got {name!r}") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from error
+    return device
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error, which vanishes when it is done."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # prints above the bar; a pipe gets them as they are
+    )
+
+
+# --- detect ---------------------------------------------------------------------------------------
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The image files that files, folders and patterns name, in order, each once.
+
+    Raises:
+        ValueError: an argument names nothing.
+    """
+    suffixes = tuple(require("PIL.Image", "image").registered_extensions())
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+            if not inside:
+                raise ValueError(f"the folder {argument} holds no images (.jpg, .png, ...)")
+            found.update(dict.fromkeys(inside))
+        elif path.exists():
+            found[path] = None
+        else:
+            matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
+            matches = [p for p in matches if p.is_file()]
+            if not matches:
+                pattern = glob.has_magic(argument)
+                raise ValueError(
+                    f"no file matches {argument}" if pattern else f"{argument} does not exist"
+                )
+            found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def check_writable(folder: Path, option: str, *, create: bool = False) -> None:
+    """Checks that files can be made in ``folder``, which may be created first.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {folder}: {error.strerror}") from error
+
+
+def annotated_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Where the annotated copy of each image goes; images of one name get numbers.
+
+    Raises:
+        ValueError: a copy would overwrite its image.
+    """
+    names: dict[Path, Path] = {}
+    taken: set[str] = set()
+    for path in images:
+        suffix = (
+            path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else ".png"
+        )
+        name, number = path.stem + suffix, 2
+        while name in taken:
+            name, number = f"{path.stem}-{number}{suffix}", number + 1
+        taken.add(name)
+        names[path] = folder / name
+        if names[path].exists() and names[path].samefile(path):
+            raise ValueError(
+                "--output must not be the folder of the images: they would be replaced"
+            )
+    return names
+
+
+def load_detector(
+    model: str, checkpoint: Path | None, random_weights: bool, num_classes: int, **options: Any
+) -> Detector:
+    """The detector that the options of ``edet detect`` ask for.
+
+    Raises:
+        ValueError: neither or both of a checkpoint and random weights.
+    """
+    get_config(model)
+    if random_weights == (checkpoint is not None):
+        raise ValueError(
+            "--checkpoint and --random-weights exclude each other"
+            if random_weights
+            else "--checkpoint FILE is required (or --random-weights, to try things out: "
+            "the boxes then mean nothing)"
+        )
+    network = create_model(model, num_classes=num_classes, checkpoint=checkpoint)
+    return Detector(network, **options)
+
+
+@app.command(epilog="Example: edet detect photos/ -c tf_efficientdet_d0.pth -o found/")
+def detect(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders, or quoted patterns such as 'in/**/*.jpg'.",
+            metavar="IMAGE",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name that 'edet models' lists.", metavar="MODEL")
+    ] = "tf_efficientdet_d0",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="The model's weights: effdet's .pth, or .safetensors.",
+            metavar="FILE",
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Run without a checkpoint; boxes mean nothing.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write all detections to this file.", metavar="FILE"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write annotated images to this folder.", metavar="FOLDER"
+        ),
+    ] = None,
+    score_threshold: Annotated[
+        float,
+        typer.Option(help="Leave out objects scored at or below this.", min=0, max=1, metavar="P"),
+    ] = 0.3,
+    nms: Annotated[Nms, typer.Option(help="Suppression: hard, or gaussian (soft-NMS).")] = Nms.hard,
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1, metavar="N")] = 1,
+    num_classes: NumClasses = 90,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(help="Text file with the name of each class on a line.", metavar="FILE"),
+    ] = None,
+    dtype: DtypeOption = Dtype.float32,
+    device: Device = "cpu",
+) -> None:
+    """Find objects in images.
+
+    Prints what is found in each image, in the order given. A file that cannot be read is reported
+    and skipped; the exit status is then 1.
+    """
+    with one_line_errors():
+        files = find_images(images)
+        if json_file is not None:
+            check_writable(json_file.parent, "--json")
+        copies = annotated_names(files, output) if output is not None else {}
+        detector = load_detector(
+            model,
+            checkpoint,
+            random_weights,
+            num_classes,
+            score_threshold=score_threshold,
+            nms=nms.value,
+            batch_size=batch_size,
+            class_names=None if class_names is None else class_names.read_text().splitlines(),
+            device=checked_device(device),
+            dtype=dtype.torch,
+        )
+        if output is not None:
+            check_writable(output, "--output", create=True)
+        if random_weights:
+            typer.echo("Note: the weights are random, the boxes mean nothing.", err=True)
+        results: list[dict[str, Any]] = []
+        broken = 0
+        with progress_bar() as progress:
+            task = progress.add_task("detecting", total=len(files))
+            for start in range(0, len(files), batch_size):
+                chunk = files[start : start + batch_size]
+                loaded = {}
+                for path in chunk:
+                    try:
+                        loaded[path] = load_image(path)
+                    except (OSError, ValueError) as error:
+                        broken += 1
+                        typer.echo(f"Skipped: {error}", err=True)
+                found = detector(list(loaded.values())) if loaded else []
+                for (path, pixels), objects in zip(loaded.items(), found, strict=True):
+                    report(path, objects)
+                    results.append({"file": str(path), **objects.to_plain()})
+                    if path in copies:
+                        with replacing(copies[path]) as temporary:
+                            draw_detections(pixels, objects).save(temporary, quality=95)
+                progress.advance(task, len(chunk))
+        if json_file is not None:
+            lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
+            with replacing(json_file) as temporary:
+                temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            typer.echo(f"Detections: {json_file}", err=True)
+        if output is not None:
+            typer.echo(f"Annotated images: {output}", err=True)
+        if broken:
+            fail(f"{broken} of {len(files)} images could not be read", code=1)
+
+
+def report(path: Path, objects: Detections) -> None:
+    """Prints the objects of one image on one line."""
+    counts = Counter(objects.names)
+    listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    typer.echo(f"{path}: {listed or 'nothing'}")
+
+
+# --- info, bench, models --------------------------------------------------------------------------
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of cells, the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
+@app.command()
+def info(
+    model: Annotated[str, ModelName] = "tf_efficientdet_d0",
+    num_classes: NumClasses = 90,
+    dtype: DtypeOption = Dtype.float32,
+    device: Device = "cpu",
+) -> None:
+    """Show a model's size, and which kernels it will run on and why.
+
+    For each part: parameters, multiply-adds of the convolutions for one image, and operations per
+    image (on a GPU, kernel launches) in PyTorch's layers and in the fused ops.
+    """
+    with one_line_errors():
+        place = checked_device(device)
+        network = create_model(model, num_classes=num_classes).eval().to(place, dtype.torch)
+        config = network.config
+        height, width = config.image_size
+        typer.echo(
+            f"{model}: {config.backbone}, BiFPN of {config.cells} cells x {config.width} channels, "
+            f"{config.fusion} fusion\ninput {height}x{width}, levels P{config.min_level} to "
+            f"P{config.max_level}, {config.num_classes} classes\n"
+        )
+        parameters, macs = count_parameters(network), count_macs(network)
+        eager, ours = count_operations(eager_copy(network)), count_operations(network)
+        names = {"backbone": "backbone", "fpn": "BiFPN", "class_net": "class head"}
+        rows = [["", "parameters", "multiply-adds", "operations: PyTorch", "fused"]]
+        for part in Counts._fields:
+            rows.append(
+                [
+                    names.get(part, "box head"),
+                    f"{getattr(parameters, part):,}",
+                    f"{getattr(macs, part) / 1e9:.3f} G",
+                    str(eager[part]),
+                    str(ours[part]),
+                ]
+            )
+        rows.append(
+            [
+                "total",
+                f"{parameters.total:,}",
+                f"{macs.total / 1e9:.3f} G",
+                str(sum(eager.values())),
+                str(sum(ours.values())),
+            ]
+        )
+        print_table(rows)
+        typer.echo(f"\nop, its backend on {device} in {dtype.value}, and why")
+        choices = edet_kernels.explain(place, dtype.torch)
+        widths = [max(len(c[i]) for c in ((c.op, c.backend) for c in choices)) for i in (0, 1)]
+        for choice in choices:
+            typer.echo(f"{choice.op:{widths[0]}}  {choice.backend:{widths[1]}}  {choice.reason}")
+
+
+@app.command(epilog="Example: edet bench tf_efficientdet_d3 --dtype bfloat16 --plot d3.png")
+def bench(
+    model: Annotated[str, ModelName] = "tf_efficientdet_d0",
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1, metavar="N")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1, metavar="N")] = 20,
+    dtype: DtypeOption = Dtype.float32,
+    device: Device = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads; PyTorch's choice by default.", min=1, metavar="N"),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the table and all times to this file.", metavar="FILE"),
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw the table to this .png, .svg or .pdf.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Time BiFPN, heads, backbone and whole model against PyTorch.
+
+    Every part is first compared with a float64 reference; if one is wrong, nothing is timed. The
+    variants then take turns in one process. Weights are random.
+    """
+    with one_line_errors():
+        place = checked_device(device)
+        get_config(model)
+        for path, option in ((json_file, "--json"), (plot_file, "--plot")):
+            if path is not None:
+                check_writable(path.parent, option)
+        if plot_file is not None:
+            require("matplotlib.figure", "plot")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with progress_bar() as progress:
+            task = progress.add_task("checking, then timing", total=rounds)
+            table = run_bench(
+                model,
+                batch_size=batch_size,
+                dtype=dtype.torch,
+                device=place,
+                rounds=rounds,
+                progress=lambda done, _: progress.update(task, completed=done),
+            )
+        typer.echo(str(table))
+        if json_file is not None:
+            write_json(table, json_file)
+            typer.echo(f"Results: {json_file}", err=True)
+        if plot_file is not None:
+            plot(table, plot_file)
+            typer.echo(f"Plot: {plot_file}", err=True)
+
+
+@app.command()
+def models() -> None:
+    """List the models."""
+    rows = [["name", "input", "BiFPN", "fusion", "levels", "backbone"]]
+    for name in list_models():
+        c = get_config(name)
+        rows.append(
+            [
+                name,
+                "x".join(map(str, c.image_size)),
+                f"{c.cells}x{c.width}",
+                c.fusion,
+                f"P{c.min_level}-P{c.max_level}",
+                c.backbone,
+            ]
+        )
+    print_table(rows)

@@ -1,0 +1,122 @@
+"""The names of COCO's classes, keyed by the category ids that the published models predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+#: Category id (1 … 90, ten of them unused) to name, as in COCO's instance annotations.
+COCO_NAMES: dict[int, str] = {
+    1: "person",
+    2: "bicycle",
+    3: "car",
+    4: "motorcycle",
+    5: "airplane",
+    6: "bus",
+    7: "train",
+    8: "truck",
+    9: "boat",
+    10: "traffic light",
+    11: "fire hydrant",
+    13: "stop sign",
+    14: "parking meter",
+    15: "bench",
+    16: "bird",
+    17: "cat",
+    18: "dog",
+    19: "horse",
+    20: "sheep",
+    21: "cow",
+    22: "elephant",
+    23: "bear",
+    24: "zebra",
+    25: "giraffe",
+    27: "backpack",
+    28: "umbrella",
+    31: "handbag",
+    32: "tie",
+    33: "suitcase",
+    34: "frisbee",
+    35: "skis",
+    36: "snowboard",
+    37: "sports ball",
+    38: "kite",
+    39: "baseball bat",
+    40: "baseball glove",
+    41: "skateboard",
+    42: "surfboard",
+    43: "tennis racket",
+    44: "bottle",
+    46: "wine glass",
+    47: "cup",
+    48: "fork",
+    49: "knife",
+    50: "spoon",
+    51: "bowl",
+    52: "banana",
+    53: "apple",
+    54: "sandwich",
+    55: "orange",
+    56: "broccoli",
+    57: "carrot",
+    58: "hot dog",
+    59: "pizza",
+    60: "donut",
+    61: "cake",
+    62: "chair",
+    63: "couch",
+    64: "potted plant",
+    65: "bed",
+    67: "dining table",
+    70: "toilet",
+    72: "tv",
+    73: "laptop",
+    74: "mouse",
+    75: "remote",
+    76: "keyboard",
+    77: "cell phone",
+    78: "microwave",
+    79: "oven",
+    80: "toaster",
+    81: "sink",
+    82: "refrigerator",
+    84: "book",
+    85: "clock",
+    86: "vase",
+    87: "scissors",
+    88: "teddy bear",
+    89: "hair drier",
+    90: "toothbrush",
+}
+
+
+def label_map(names: Mapping[int, str] | Sequence[str] | None, num_classes: int) -> dict[int, str]:
+    """The name of each label of a model with ``num_classes`` classes.
+
+    Args:
+        names: label to name; or the names of labels 1, 2, … in order; or None for COCO's when
+            ``num_classes`` is 90 and for no names otherwise.
+        num_classes: labels run from 1 to this number.
+
+    Raises:
+        TypeError: ``names`` is a single string.
+        ValueError: a sequence whose length is not ``num_classes``, or a label out of range.
+    """
+    if names is None:
+        return dict(COCO_NAMES) if num_classes == 90 else {}
+    if isinstance(names, str):
+        raise TypeError(f"class_names must be a list or a mapping, got the string {names!r}")
+    if isinstance(names, Mapping):
+        strangers = [label for label in names if label not in range(1, num_classes + 1)]
+        if strangers:
+            raise ValueError(
+                f"class_names must name labels 1 to {num_classes}, got {strangers[0]!r}"
+            )
+        return dict(names)
+    if len(names) != num_classes:
+        raise ValueError(f"class_names must hold {num_classes} names, got {len(names)}")
+    return dict(enumerate(names, start=1))
+
+
+def label_name(label: int, names: Mapping[int, str]) -> str:
+    """The name of ``label``, or ``class <label>`` for a label without one."""
+    return names.get(label, f"class {label}")

@@ -1,0 +1,165 @@
+"""Weights folded and packed once for the fused ops, and again when a source tensor changes."""
+
+from __future__ import annotations
+
+import weakref
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_version = attrgetter("_version")
+_training = attrgetter("training")
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    # Fused optimizers write to parameters without raising their version. Compiled ones raise it,
+    # and would be compiled again at every step if they saw this counter.
+    global _optimizer_steps
+    if not torch.compiler.is_compiling():
+        _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def fold_batch_norm(bn: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (C,) float64, of a convolution's ``bias`` and a batch norm in eval mode.
+
+    γ/√(σ²+ε) and β + (bias − μ)·scale (Ioffe & Szegedy 2015, algorithm 2).
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("bn must track running statistics, got one without")
+    scale = bn.weight.double() * torch.rsqrt(bn.running_var.double() + bn.eps)
+    mean = bn.running_mean.double()
+    centred = -mean if bias is None else bias.double() - mean
+    return scale, bn.bias.double() + centred * scale
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` would compute in for ``x``; None where it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if eligible else None
+
+
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of packed weights for maps of ``dtype``: float32, or float64 (reference only)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Sources:
+    """Every parameter, buffer and child below a module, and whether any has changed since.
+
+    Written for speed, because it is asked before every call: the loops are C's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.owner = weakref.ref(module)
+        self.tables: list[dict[str, Any]] = [
+            table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
+        ]
+        self.contents = [dict(table) for table in self.tables]
+        entries = [(table, key, table[key]) for table in self.tables for key in table]
+        self.tensors = [value for _, _, value in entries if isinstance(value, Tensor)]
+        # two tensors of one element can be equal without being the same
+        self.scalars = [e for e in entries if isinstance(e[2], Tensor) and e[2].numel() == 1]
+        self.norms = [m for m in modules if isinstance(m, _BatchNorm)]
+        self.optimizer_steps = _optimizer_steps
+        try:
+            self.state: tuple[list[int], list[int]] | None = self._state()
+        except RuntimeError:  # inference tensors have no version, wrapped ones no address
+            self.state = None
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        # An in-place write raises the version; `p.data = q`, and so `.to()`, moves the address.
+        # The batch norms' running statistics change unversioned, but with num_batches_tracked.
+        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+
+    def _same_objects(self) -> bool:
+        try:
+            same = self.tables == self.contents  # compares identities first
+        except RuntimeError:  # and then finds that two tensors have no one truth value
+            return False
+        return same and all(table[key] is value for table, key, value in self.scalars)
+
+    def unchanged(self, module: nn.Module) -> bool:
+        return (
+            self.state is not None
+            and self.owner() is module
+            and self.optimizer_steps == _optimizer_steps
+            and self._same_objects()
+            and self._state() == self.state
+        )
+
+
+class _Cache:
+    """The packed weights of one module; a copy or a pickle of it is empty."""
+
+    def __init__(self) -> None:
+        # one attribute, so that threads sharing a module see sources, dtype and weights that match
+        self.entry: tuple[_Sources, torch.dtype, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Cache:
+        return _Cache()
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        return _Cache, ()
+
+
+class PackedModule(nn.Module):
+    """A module with two ways to compute the same: differentiable layers, and fused ops.
+
+    :meth:`packed` gives a subclass' ``forward`` the weights for the fused ops, or None when the
+    differentiable layers must run. The weights are packed when first used and again when any
+    parameter, buffer or submodule below was written to, replaced or moved. Two things cannot be
+    seen from Python: writes through ``parameter.data`` or a NumPy view (call :meth:`repack` after
+    them), and that a submodule has forward hooks (they run with the differentiable layers only).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache = _Cache()
+
+    def pack(self, dtype: torch.dtype) -> Any:
+        """The weights for maps of ``dtype``, by tensor operations that can be compiled."""
+        raise NotImplementedError
+
+    def repack(self) -> None:
+        """Packs the weights anew at the next use."""
+        self._cache.entry = None
+
+    def packed(self, x: Tensor) -> tuple[Any, torch.dtype] | None:
+        """The packed weights and the dtype to compute in for the input ``x``.
+
+        None, for the differentiable layers, in training mode, when a gradient is needed, and in
+        torch.export, whose graphs are to hold PyTorch's own operations. torch.compile packs inside
+        its graph, so that the weights stay inputs of it.
+        """
+        if self.training or torch.compiler.is_exporting():
+            return None
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            return None
+        dtype = autocast_dtype(x) or x.dtype
+        if torch.compiler.is_compiling():
+            training = any(m.training for m in self.modules() if isinstance(m, _BatchNorm))
+            return None if training else (self.pack(dtype), dtype)
+        entry = self._cache.entry
+        if entry is None or not entry[0].unchanged(self):
+            entry = _Sources(self), dtype, None
+        sources, packed_dtype, weights = entry
+        if any(map(_training, sources.norms)):
+            return None
+        if weights is None or packed_dtype != dtype:
+            weights = self.pack(dtype)
+            self._cache.entry = sources, dtype, weights
+        return weights, dtype
