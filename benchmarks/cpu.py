@@ -1,0 +1,646 @@
+"""Runs the models on a CPU against their rivals: checked first, then timed in turns in one process.
+
+``make bench-cpu`` runs it with everything installed; docs/benchmarks.md says how it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
+
+import edet_kernels  # noqa: E402
+from benchmarks import report, rivals  # noqa: E402
+from benchmarks.report import OURS  # noqa: E402
+from edet import EfficientDet, count_macs, create_model  # noqa: E402
+from edet.anchors import generate_anchors  # noqa: E402
+from edet.bench import (  # noqa: E402
+    Call,
+    eager_copy,
+    machine_name,
+    part_calls,
+    prepare,
+    relative_difference,
+    set_batch_norms,
+)
+from edet.postprocess import postprocess  # noqa: E402
+from edet_kernels import library, reference  # noqa: E402
+
+#: Names on the command line and in the tables.
+STAGES = {
+    "bifpn": "BiFPN",
+    "heads": "heads",
+    "backbone": "backbone",
+    "network": "network",
+    "post": "post-processing",
+    "network+post": "network + post-processing",
+}
+#: ``edet.bench`` has another name for the network.
+PART_OF_BENCH = {"network": "whole"}
+
+#: A turn of a variant begins with calls that are not timed, and ends after this many seconds.
+WARM_SECONDS, TURN_SECONDS = 0.005, 0.05
+#: Sides of the square matrices whose fastest product is the measured peak.
+PEAK_SIZES = (1024, 1536, 2048, 3072)
+
+
+class GateError(RuntimeError):
+    """A variant's result is wrong: nothing is reported."""
+
+
+def log(message: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+# Correctness -------------------------------------------------------------------------------------
+
+
+def gate(name: str, error: float, eager: float, dtype: torch.dtype) -> None:
+    """The error rule: at most twice eager's error in the same precision, plus one unit.
+
+    Args:
+        error, eager: largest difference from the float64 reference, as a fraction of each map's
+            largest value.
+
+    Raises:
+        GateError: ``error`` is larger or not a number.
+    """
+    limit = 2 * eager + torch.finfo(dtype).eps
+    if not error <= limit:
+        raise GateError(
+            f"{name} differs from the float64 reference by {error:.1e} of its largest value, "
+            f"allowed is {limit:.1e} (PyTorch's eager layers differ by {eager:.1e}): "
+            "no times are reported"
+        )
+
+
+def gate_detections(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Detections must be those of the reference on the same network outputs.
+
+    Boxes and scores may differ by eight units in the last place of the largest: exp and the sigmoid
+    are not rounded alike.
+
+    Raises:
+        GateError: another box, label or count.
+    """
+    boxes, scores, labels, counts = found
+    same = torch.equal(labels, expected[2]) and torch.equal(counts, expected[3])
+    limit = 8 * torch.finfo(torch.float32).eps
+    if not same or not relative_difference((boxes, scores), expected[:2]) <= limit:
+        raise GateError(f"{name} finds other boxes than the reference: no times are reported")
+
+
+# Timing ------------------------------------------------------------------------------------------
+
+
+def settle() -> None:
+    """Waits until no thread of this process works.
+
+    Runtimes let their threads spin for a while after a call, which would slow whoever is next.
+    """
+    for _ in range(200):
+        before = time.process_time()
+        time.sleep(0.001)
+        if time.process_time() - before < 2e-4:
+            return
+
+
+def turn(call: Call) -> float:
+    """Milliseconds of one call: the median of the calls of one turn."""
+    settle()
+    start = time.perf_counter()
+    call()
+    while time.perf_counter() - start < WARM_SECONDS:
+        call()
+    times: list[float] = []
+    while not times or sum(times) < TURN_SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def measure(
+    calls: dict[str, Call], *, rounds: int, seconds: float, limit: float
+) -> dict[str, dict[str, Any]]:
+    """Times ``calls`` in rounds in which each has a turn; the order changes from round to round.
+
+    Args:
+        rounds: at least this many.
+        seconds: and until each call was timed this long.
+        limit: no round is begun after this many seconds once there have been three.
+
+    Returns:
+        ``report.summary`` for each call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start = time.perf_counter()
+    finished = 0
+    for call in calls.values():
+        turn(call)
+    while True:
+        shift = finished % len(names)
+        order = names[shift:] + names[:shift]
+        for name in reversed(order) if finished % 2 else order:
+            samples[name].append(turn(calls[name]))
+        finished += 1
+        # a turn of a quick call lasts TURN_SECONDS, of a slow one longer
+        enough = finished >= rounds and finished * TURN_SECONDS >= seconds
+        if enough or (finished >= 3 and time.perf_counter() - start > limit):
+            return {name: report.summary(times) for name, times in samples.items()}
+
+
+def measured_peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest square matrix product; a multiply-add is two operations."""
+    best = 0.0
+    for size in PEAK_SIZES:
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        out = torch.mm(a, b)
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            elapsed = time.perf_counter() - start
+            best = max(best, 2e-9 * size**3 / elapsed)
+            if elapsed > 0.5:  # emulated arithmetic; larger ones would only take longer
+                return best
+    return best
+
+
+# Cases -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One model in one dtype, its inputs, and the calls of every variant on them."""
+
+    ours: EfficientDet
+    images: Tensor
+    threads: int
+    folder: Path
+
+    @classmethod
+    def create(cls, model: str, size: int | None, dtype: torch.dtype, threads: int,
+               folder: Path) -> Case:  # fmt: skip
+        """A model with random weights and an image of noise."""
+        torch.manual_seed(0)
+        ours = create_model(model, image_size=size).eval()
+        images = torch.randn(1, 3, *ours.config.image_size)
+        set_batch_norms(ours, images)
+        ours = prepare(ours, torch.device("cpu"), dtype)
+        images = images.to(dtype, memory_format=torch.channels_last)
+        return cls(ours, images, threads, folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @cached_property
+    def eager(self) -> EfficientDet:
+        return eager_copy(self.ours)
+
+    @cached_property
+    def features(self) -> list[Tensor]:
+        return self.eager.backbone(self.images)
+
+    @cached_property
+    def pyramid(self) -> list[Tensor]:
+        return self.eager.fpn(self.features)
+
+    @cached_property
+    def head_outputs(self) -> list[Tensor]:
+        return self.part("network", self.eager)()
+
+    @cached_property
+    def onnx_files(self) -> dict[str, Path]:
+        """The eager model with the weights of this dtype, in float32, as ONNX files."""
+        log(f"{self.ours.config.name}, {self.dtype_name}: exporting to ONNX")
+        eager = copy.deepcopy(self.eager).float()
+        return rivals.export_onnx(eager, self.images.float().contiguous(), self.folder)
+
+    def part(self, stage: str, model: EfficientDet) -> Call:
+        """The call of a network stage on ``model``, whose parameters may be of another dtype."""
+        dtype = next(model.parameters()).dtype
+        calls = part_calls(
+            model,
+            self.images.to(dtype),
+            [x.to(dtype) for x in self.features],
+            [x.to(dtype) for x in self.pyramid] if stage == "heads" else self.pyramid,
+        )
+        name = STAGES[stage]
+        return calls[PART_OF_BENCH.get(name, name)]
+
+    def detections(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Post-processing of the network's outputs."""
+        config = self.ours.config
+        anchors = generate_anchors(
+            config.image_size,
+            min_level=config.min_level,
+            max_level=config.max_level,
+            num_scales=config.num_scales,
+            aspect_ratios=config.aspect_ratios,
+            anchor_scale=config.anchor_scale,
+        )
+        classes, boxes = outputs[: config.levels], outputs[config.levels :]
+        return list(postprocess(classes, boxes, anchors, sizes=[config.image_size]))
+
+    def reference_detections(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`detections` by the reference in PyTorch."""
+        with edet_kernels.backend("reference"):
+            return self.detections(outputs)
+
+    def call(self, name: str, stage: str) -> Call:
+        """The call of one variant.
+
+        Raises:
+            Unavailable: the rival cannot run this stage or dtype.
+        """
+        if stage == "post":
+            if name not in (OURS, "eager"):
+                raise rivals.Unavailable("it has no post-processing of its own")
+            detect = self.detections if name == OURS else self.reference_detections
+            return lambda: detect(self.head_outputs)
+        if stage == "network+post":
+            network = self.call(name, "network")
+            return lambda: self.detections(network())
+        if name == OURS:
+            return self.part(stage, self.ours)
+        if name == "eager":
+            return self.part(stage, self.eager)
+        if name in rivals.COMPILE_OPTIONS:
+            return rivals.compiled(name, self.part(stage, self.eager))
+        given = {"BiFPN": self.features, "heads": self.pyramid}.get(STAGES[stage], [self.images])
+        arrays = [x.float().contiguous().numpy() for x in given]
+        file = self.onnx_files[STAGES[stage]]
+        run = rivals.ONNX_RIVALS[name](file, arrays, self.threads, self.dtype_name)
+        return lambda: [torch.from_numpy(array) for array in run()]
+
+    def checked_calls(
+        self, stage: str, names: Sequence[str]
+    ) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+        """The calls of the variants that run, their errors, and why the others do not.
+
+        Raises:
+            GateError: a variant computes something else.
+        """
+        calls: dict[str, Call] = {}
+        unavailable: dict[str, str] = {}
+        outputs: dict[str, list[Tensor]] = {}
+        for name in names:
+            try:
+                calls[name] = self.call(name, stage)
+                outputs[name] = [x.clone() for x in calls[name]()]
+            except Exception as error:
+                if name == OURS:
+                    raise
+                calls.pop(name, None)
+                unavailable[name] = str(error) or type(error).__name__
+                log(f"  {name} is not available: {unavailable[name].splitlines()[0]}")
+        errors: dict[str, float] = {}
+        if stage in ("post", "network+post"):
+            for name, found in outputs.items():
+                raw = self.head_outputs
+                if stage == "network+post":
+                    raw = [x.clone() for x in self.call(name, "network")()]
+                gate_detections(f"{name}, {stage}", found, self.reference_detections(raw))
+            return calls, errors, unavailable
+        exact = self.part(stage, copy.deepcopy(self.eager).double())()
+        eager = relative_difference(self.part(stage, self.eager)(), exact)
+        for name, found in outputs.items():
+            errors[name] = relative_difference(found, exact)
+            gate(f"{self.ours.config.name}, {self.dtype_name}, {stage}: {name}",
+                 errors[name], eager, self.dtype)  # fmt: skip
+        return calls, errors, unavailable
+
+
+# What is measured --------------------------------------------------------------------------------
+
+
+def stage_row(case: Case, stage: str, names: Sequence[str], timing: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table."""
+    calls, errors, unavailable = case.checked_calls(stage, names)
+    times = measure(calls, **timing)
+    for name, error in errors.items():
+        times[name]["error"] = error
+    best, ratios = report.compare(times)
+    macs = count_macs(case.ours)
+    counts = {
+        "bifpn": macs.fpn,
+        "heads": macs.class_net + macs.box_net,
+        "backbone": macs.backbone,
+        "post": 0,
+    }
+    return {
+        "model": case.ours.config.name,
+        "image_size": list(case.ours.config.image_size),
+        "dtype": case.dtype_name,
+        "stage": STAGES[stage],
+        "macs": counts.get(stage, macs.total),
+        "rounds": len(next(iter(times.values()))["samples_ms"]),
+        "times": times,
+        "unavailable": unavailable,
+        "best_rival": best,
+        "ratios": ratios,
+        "peak_fraction": {},  # known when the peak is
+    }
+
+
+def scaling_rows(case: Case, row: dict[str, Any], timing: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time of the network with one thread against that of its row, for us and the best rival."""
+    names = [name for name in (row["best_rival"], OURS) if name in row["times"]]
+    torch.set_num_threads(1)
+    try:
+        single = replace(case, threads=1)
+        calls, _, _ = single.checked_calls("network", names)
+        times = measure(calls, **timing)
+    finally:
+        torch.set_num_threads(case.threads)
+    return [
+        {
+            "model": row["model"],
+            "dtype": row["dtype"],
+            "name": name,
+            "one_ms": times[name]["median_ms"],
+            "all_ms": row["times"][name]["median_ms"],
+        }
+        for name in times
+    ]
+
+
+def memory_rows(case: Case, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Peak resident memory of each variant's network, each in a process of its own."""
+    rows = []
+    for name in names:
+        spec = {
+            "rival": name,
+            "model": case.ours.config.name,
+            "image_size": case.ours.config.image_size,
+            "dtype": case.dtype_name,
+            "threads": case.threads,
+            "onnx": str(case.onnx_files["network"]) if name in rivals.ONNX_RIVALS else "",
+        }
+        done = subprocess.run(
+            [sys.executable, rivals.__file__, json.dumps(spec)], capture_output=True, text=True
+        )
+        if done.returncode:
+            log(f"  memory of {name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"model": spec["model"], "dtype": spec["dtype"], "name": name, **found})
+    return rows
+
+
+def published_fusion(
+    inputs: Sequence[Tensor],
+    edge_weights: Tensor,
+    *,
+    size: tuple[int, int],
+    fusion: str,
+    pool: str,
+    activation: str,
+) -> Tensor:
+    """Weighted fusion with the operations of EfficientDet's published code, for maps in PyTorch.
+
+    Softmax: the resized maps are stacked, multiplied by softmax(w) and summed over the new axis;
+    fast: each map is multiplied by its weight and divided by Σ relu(w) + 1e-4, then all are added.
+    """
+    maps = [reference.resize(x, size, pool) for x in inputs]
+    if fusion == "softmax":
+        total = (torch.stack(maps, -1) * edge_weights.softmax(0).to(maps[0].dtype)).sum(-1)
+    else:
+        weights = edge_weights.relu().to(maps[0].dtype)
+        norm = weights.sum() + reference.FAST_EPSILON
+        terms = [x * w / norm for x, w in zip(maps, weights.unbind(), strict=True)]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+    return reference.activate(total, activation)
+
+
+def fusion_rows(case: Case, timing: dict[str, Any]) -> list[dict[str, Any]]:
+    """Softmax against fast fusion in the whole BiFPN (paper, table 6): eager twice, and ours."""
+    if case.ours.config.fusion != "fast":
+        return []  # its checkpoints have no edge weights
+    softmax = EfficientDet(
+        replace(case.ours.config, fusion="softmax"),
+        backbone=case.ours.backbone,
+        backbone_channels=case.ours.fpn.in_channels,
+    )
+    prepare(softmax, torch.device("cpu"), case.dtype)
+    softmax.load_state_dict(case.ours.state_dict())
+    calls: dict[str, Call] = {}
+    for fusion, model in (("softmax", softmax.eval()), ("fast", case.ours)):
+        eager = case.part("bifpn", eager_copy(model))
+
+        def published(call: Call = eager) -> list[Tensor]:
+            with mock.patch.object(reference, "weighted_fusion", published_fusion):
+                return call()
+
+        exact = case.part("bifpn", eager_copy(model).double())()
+        error = relative_difference(eager(), exact)
+        variants = {
+            "eager, as published": published,
+            "eager, weights normalised first": eager,
+            OURS: case.part("bifpn", model),
+        }
+        for name, call in variants.items():
+            gate(f"{fusion} fusion: {name}", relative_difference(call(), exact), error, case.dtype)
+            calls[f"{name}/{fusion}"] = call
+    times = measure(calls, **timing)
+    names = [name.removesuffix("/fast") for name in calls if name.endswith("/fast")]
+    return [
+        {
+            "model": case.ours.config.name,
+            "name": name,
+            "fast": times[f"{name}/fast"],
+            "softmax": times[f"{name}/softmax"],
+            "ratio": report.ratios(
+                times[f"{name}/softmax"]["samples_ms"], times[f"{name}/fast"]["samples_ms"]
+            ),
+        }
+        for name in names
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """The processor and the instruction set that our kernels were chosen for."""
+    info = library.build_info()
+    capability = torch.backends.cpu.get_cpu_capability()
+    usable = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
+    built = info.cpu if info else ()
+    best = usable if usable in built else "baseline" if built else "reference"
+    return {
+        "cpu": machine_name(torch.device("cpu")).split(", ")[0],
+        "cores": os.cpu_count(),
+        "isa": os.environ.get("EDET_CPU_ISA") or best,
+        "torch_capability": capability,
+        "system": platform.platform(),
+    }
+
+
+def revision() -> str | None:
+    """The commit of the source tree, with a plus sign when it was changed; None without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@torch.inference_mode()
+def run(
+    models: Sequence[str],
+    dtypes: Sequence[str] = ("float32",),
+    *,
+    threads: int = 2,
+    stages: Sequence[str] = tuple(STAGES),
+    names: Sequence[str] = (*rivals.RIVALS, OURS),
+    size: int | None = None,
+    rounds: int = 20,
+    seconds: float = 1.0,
+    limit: float = 300.0,
+    scaling: bool = True,
+    memory: bool = True,
+    fusion: bool = True,
+) -> dict[str, Any]:
+    """Measures everything and returns the result; see the command line for the arguments.
+
+    Raises:
+        GateError: a variant computes something else than the reference.
+        ValueError: a model, stage or rival is not known.
+    """
+    for argument, given, known in (
+        ("stages", stages, tuple(STAGES)),
+        ("rivals", names, (*rivals.RIVALS, OURS)),
+    ):
+        if unknown := set(given) - set(known):
+            raise ValueError(f"{argument} must be of {', '.join(known)}, got {min(unknown)!r}")
+    timing = {"rounds": rounds, "seconds": seconds, "limit": limit}
+    torch.set_num_threads(threads)
+    peaks = dict.fromkeys(dtypes, 0.0)
+    result: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "machine": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "edet_kernels": edet_kernels.__version__,
+            **rivals.versions(),
+        },
+        "threads": threads,
+        "settings": {**timing, "turn_seconds": TURN_SECONDS, "peak": "largest torch.mm"},
+        "peak_gflops": peaks,
+        "rows": [],
+        "scaling": [],
+        "memory": [],
+        "fusion": [],
+    }
+    for dtype in dtypes:
+        for model in models:
+            with tempfile.TemporaryDirectory() as folder:
+                torch._dynamo.reset()  # what was compiled for other cases is not needed any more
+                case = Case.create(model, size, getattr(torch, dtype), threads, Path(folder))
+                # arithmetic in bfloat16 that is emulated is bounded by that in float32
+                for kind in {torch.float32, case.dtype}:
+                    peaks[dtype] = max(peaks[dtype], measured_peak(kind))
+                for stage in stages:
+                    log(f"{model}, {dtype}: {stage}")
+                    row = stage_row(case, stage, names, timing)
+                    result["rows"].append(row)
+                    if stage == "network" and scaling and threads > 1:
+                        result["scaling"] += scaling_rows(case, row, timing)
+                if memory:
+                    log(f"{model}, {dtype}: memory")
+                    result["memory"] += memory_rows(case, names)
+                if fusion and dtype == "float32":
+                    log(f"{model}, {dtype}: softmax and fast fusion")
+                    result["fusion"] += fusion_rows(case, timing)
+    for row in result["rows"]:
+        row["peak_fraction"] = {
+            name: 2e-6 * row["macs"] / times["median_ms"] / peaks[row["dtype"]]
+            for name, times in row["times"].items()
+            if row["macs"]
+        }
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    defaults = [f"tf_efficientdet_{name}" for name in ("d0", "d1", "d3")]
+    parser = argparse.ArgumentParser(
+        description="Times EfficientDet on this CPU against its rivals.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("--models", nargs="+", default=defaults)
+    add("--size", type=int, help="side of the image instead of the model's own")
+    add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    add("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    add("--rivals", nargs="+", default=list(rivals.RIVALS), choices=list(rivals.RIVALS))
+    add("--rounds", type=int, default=20, help="at least this many for every row")
+    add("--seconds", type=float, default=1.0, help="at least so long for every cell")
+    add("--limit", type=float, default=300.0, help="seconds after which a row ends early")
+    add("--no-scaling", action="store_true", help="leave out the network on one thread")
+    add("--no-memory", action="store_true", help="leave out the peak memory")
+    add("--no-fusion", action="store_true", help="leave out softmax against fast fusion")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.json",
+        help="the result; the plot is written beside it as .png")  # fmt: skip
+    args = parser.parse_args(argv)
+    if not args.output.parent.is_dir():
+        parser.error(f"the folder of --output does not exist: {args.output.parent}")
+    if not library.load():
+        log(f"warning: {library.status()}")
+    try:
+        result = run(
+            args.models,
+            args.dtype,
+            threads=args.threads,
+            stages=args.stages,
+            names=(*args.rivals, OURS),
+            size=args.size,
+            rounds=args.rounds,
+            seconds=args.seconds,
+            limit=args.limit,
+            scaling=not args.no_scaling,
+            memory=not args.no_memory,
+            fusion=not args.no_fusion,
+        )
+    except (GateError, ValueError) as error:
+        sys.exit(str(error))
+    report.write(result, args.output)
+    report.plot(result, args.output.with_suffix(".png"))
+    print(report.markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""Sample calls of every op and the error rule that decides whether a kernel is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import edet_kernels
+from edet_kernels import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Around the widths of a vector register (4, 8, 16) and the widths of D0, D2 and D4.
+CHANNELS = (1, 7, 16, 64, 88, 112, 160)
+
+#: Name of a fusion method and whether its edge weights are per channel.
+FUSIONS = (
+    ("fast", False),
+    ("fast", True),
+    ("softmax", False),
+    ("softmax", True),
+    ("unbounded", False),
+    ("unbounded", True),
+    ("sum", False),
+)
+
+
+def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to every tensor in its lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tree(function, value) for value in tree)
+    return tree
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of ``tree``."""
+    found: list[Tensor] = []
+    map_tree(lambda t: found.append(t) or t, tree)
+    return found
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """``tree`` with its float tensors in ``dtype``."""
+    return map_tree(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op and its arguments: ``maps`` in the dtype under test, weights in float32."""
+
+    op: str
+    maps: Any
+    weights: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, maps: Any = None) -> Any:
+        """The public op's result, on ``maps`` where given."""
+        maps = self.maps if maps is None else maps
+        return getattr(edet_kernels, self.op)(maps, *self.weights, **self.options)
+
+    def reference(self, dtype: torch.dtype) -> Any:
+        """The reference's result with every float tensor in ``dtype``."""
+        options = cast(self.options, dtype)
+        if "dtype" in options:
+            options["dtype"] = dtype
+        return getattr(reference, self.op)(
+            cast(self.maps, dtype), *cast(self.weights, dtype), **options
+        )
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Checks the op against the fp64 reference, by the error of eager PyTorch in ``dtype``."""
+        assert_as_accurate_as_eager(self(), self.reference(torch.float64), self.reference(dtype))
+
+
+def ulp(largest: float, dtype: torch.dtype) -> float:
+    """The distance between neighbours of ``largest`` in ``dtype``."""
+    info = torch.finfo(dtype)
+    return max(math.ldexp(info.eps, math.frexp(largest)[1] - 1), info.smallest_normal * info.eps)
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Where ``a`` and ``b`` are equal, NaN equal to NaN."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def assert_as_accurate_as_eager(out: Any, reference64: Any, eager: Any) -> None:
+    """Asserts max|out − reference64| ≤ 2·max|eager − reference64| + 1 ulp of max|reference64|.
+
+    Where the reference is NaN or infinite, so must the output be. Where it is finite but
+    overflows in the output's dtype, the output may overflow or do as eager does.
+
+    Args:
+        out: the op's result: a tensor or a list or tuple of tensors.
+        reference64: the same from the reference in float64.
+        eager: the same from the reference in the output's dtype.
+    """
+    if not isinstance(out, Tensor):
+        assert len(out) == len(reference64) == len(eager)
+        for one in zip(out, reference64, eager, strict=True):
+            assert_as_accurate_as_eager(*one)
+        return
+    assert out.shape == reference64.shape
+    assert out.dtype == eager.dtype
+    if not out.is_floating_point():
+        assert torch.equal(out, reference64)
+        return
+    rounded = reference64.to(out.dtype)
+    special = ~reference64.isfinite()
+    assert same(out, rounded)[special].all(), "NaN or infinity is not where the reference has it"
+    overflow = ~special & ~rounded.isfinite()
+    assert (same(out, rounded) | same(out, eager))[overflow].all(), "overflows unlike the reference"
+    finite = rounded.isfinite()
+    assert (out.isfinite() | ~eager.isfinite())[finite].all(), "not finite where eager is"
+    compared = finite & out.isfinite()
+    if not compared.any():
+        return
+    error = (out.double() - reference64)[compared].abs().max().item()
+    eager_error = (eager.double() - reference64)[finite & eager.isfinite()].abs()
+    largest = reference64[finite].abs().max().item()
+    bound = 2 * max(eager_error.tolist(), default=0.0) + ulp(largest, out.dtype)
+    assert error <= bound, f"error {error:.3g} > {bound:.3g}, largest value {largest:.3g}"
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    """Asserts that two results are equal in every bit that matters (NaN equal to NaN)."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class Maker:
+    """Makes random maps in a dtype and float32 weights that this dtype holds exactly.
+
+    With such weights the error of eager PyTorch is that of its arithmetic alone.
+    """
+
+    def __init__(self, dtype: torch.dtype, batch: int = 2) -> None:
+        self.dtype, self.batch = dtype, batch
+
+    def map(self, channels: int, h: int, w: int) -> Tensor:
+        """A map (batch, channels, h, w), channels_last."""
+        x = torch.randn(self.batch, channels, h, w).to(self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def maps(self, channels: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """A map for each of ``sizes``."""
+        return [self.map(channels, h, w) for h, w in sizes]
+
+    def weight(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normally distributed weights."""
+        return (torch.randn(shape) * scale).to(self.dtype).float()
+
+    def batch_norm(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """A folded batch norm: scale and shift."""
+        return (torch.rand(shape) + 0.5).to(self.dtype).float(), self.weight(*shape)
+
+    def edge_weights(self, *shape: int) -> Tensor:
+        """Weights of edges, of either sign but for the first edge's: all negative fuse to zero."""
+        weights = self.weight(*shape)
+        return torch.cat([weights[:1].abs() + 0.5, weights[1:]]).to(self.dtype).float()
+
+    def depthwise(self, channels: int, kernel: int = 3) -> Tensor:
+        """A depthwise weight (C, 1, k, k)."""
+        return self.weight(channels, 1, kernel, kernel, scale=1 / kernel)
+
+    def pointwise(self, out_channels: int, channels: int) -> Tensor:
+        """A pointwise weight (C_out, C, 1, 1)."""
+        return self.weight(out_channels, channels, 1, 1, scale=channels**-0.5)
+
+    def separable(self, channels: int, out_channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Depthwise weight, pointwise weight, scale and shift."""
+        return (
+            self.depthwise(channels),
+            self.pointwise(out_channels, channels),
+            *self.batch_norm(out_channels),
+        )
+
+
+SIZES = ((9, 6), (5, 3), (17, 12))  # of a fusion: as it is, enlarged, max-pooled
+
+
+def weighted_fusion(
+    make: Maker,
+    channels: int = 24,
+    *,
+    fusion: str = "fast",
+    per_channel: bool = False,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    edge_weights: Tensor | None = None,
+    **options: Any,
+) -> Call:
+    """A fusion of maps of ``sizes`` to the first one's size or ``options["size"]``."""
+    if edge_weights is None and fusion != "sum":
+        edge_weights = make.edge_weights(len(sizes), *([channels] if per_channel else []))
+    maps = make.maps(channels, sizes)
+    return Call("weighted_fusion", maps, (edge_weights,), {"fusion": fusion, **options})
+
+
+def fusion_node(
+    make: Maker, channels: int = 24, out_channels: int | None = None, **options: Any
+) -> Call:
+    """A node on the maps of :func:`weighted_fusion`."""
+    fused = weighted_fusion(make, channels, **options)
+    weights = make.separable(channels, channels + 3 if out_channels is None else out_channels)
+    return Call("fusion_node", fused.maps, (*fused.weights, *weights), fused.options)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes of a feature network: see ``nodes``, ``sizes`` and ``outputs`` of ``bifpn``."""
+
+    input_sizes: list[tuple[int, int]]
+    nodes: list[tuple[int, ...]]
+    sizes: list[tuple[int, int]]
+    outputs: list[int]
+
+
+def bifpn_graph(size: tuple[int, int], levels: int, cells: int) -> Graph:
+    """EfficientDet's graph (paper, figure 3): ``levels`` maps from ``size`` down, ⌈/2⌉ each."""
+    extents = [size]
+    for _ in range(levels - 1):
+        extents.append((-(-extents[-1][0] // 2), -(-extents[-1][1] // 2)))
+    nodes: list[tuple[int, ...]] = []
+    sizes: list[tuple[int, int]] = []
+
+    def add(level: int, *edges: int) -> int:
+        nodes.append(edges)
+        sizes.append(extents[level])
+        return levels + len(nodes) - 1
+
+    features = list(range(levels))
+    for _ in range(cells):
+        down = list(features)
+        for level in range(levels - 2, -1, -1):
+            down[level] = add(level, features[level], down[level + 1])
+        up = [down[0]]
+        for level in range(1, levels - 1):
+            up.append(add(level, features[level], down[level], up[-1]))
+        up.append(add(levels - 1, features[-1], up[-1]))
+        features = up
+    return Graph(extents, nodes, sizes, features)
+
+
+def bifpn(
+    make: Maker,
+    channels: int = 24,
+    *,
+    graph: Graph | None = None,
+    fusion: str = "fast",
+    per_channel: bool = False,
+    **options: Any,
+) -> Call:
+    """All nodes of ``graph``, two small BiFPN cells when it is not given."""
+    graph = graph or bifpn_graph((9, 6), levels=3, cells=2)
+    count, most = len(graph.nodes), max(map(len, graph.nodes))
+    shape = (most, channels) if per_channel else (most,)
+    dw = [edet_kernels.pack_depthwise(make.depthwise(channels)) for _ in graph.nodes]
+    pw = [edet_kernels.pack_pointwise(make.pointwise(channels, channels)) for _ in graph.nodes]
+    weights = (
+        None if fusion == "sum" else torch.stack([make.edge_weights(*shape) for _ in graph.nodes]),
+        torch.stack(dw),
+        torch.stack(pw),
+        *make.batch_norm(count, channels),
+    )
+    options = {
+        "nodes": graph.nodes,
+        "sizes": graph.sizes,
+        "outputs": graph.outputs,
+        "fusion": fusion,
+        **options,
+    }
+    return Call("bifpn", make.maps(channels, graph.input_sizes), weights, options)
+
+
+def separable_conv(
+    make: Maker,
+    channels: int = 24,
+    out_channels: int | None = None,
+    *,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    per_level: bool = True,
+    **options: Any,
+) -> Call:
+    """One layer of a head on maps of ``sizes``."""
+    out_channels = channels + 3 if out_channels is None else out_channels
+    norm = make.batch_norm(*([len(sizes)] if per_level else []), out_channels)
+    weights = (make.depthwise(channels), make.pointwise(out_channels, channels), *norm)
+    return Call("separable_conv", make.maps(channels, sizes), weights, options)
+
+
+def head(make: Maker, channels: int = 24, **options: Any) -> Call:
+    """Two layers and a prediction of another width."""
+    layers = [(channels, channels), (channels, channels), (channels, 9)]
+    norms = [make.batch_norm(len(SIZES), c_out) for _, c_out in layers]
+    weights = (
+        [make.depthwise(c) for c, _ in layers],
+        [make.pointwise(c_out, c) for c, c_out in layers],
+        [scale for scale, _ in norms],
+        [shift for _, shift in norms],
+    )
+    return Call("head", make.maps(channels, SIZES), weights, options)
+
+
+def lateral(
+    make: Maker,
+    channels: int = 24,
+    out_channels: Sequence[int] = (24, 17),
+    *,
+    size: tuple[int, int] = (9, 6),
+    **options: Any,
+) -> Call:
+    """Projections of one map, the last one pooled twice."""
+    norms = [make.batch_norm(c) for c in out_channels]
+    weights = (
+        [make.pointwise(c, channels) for c in out_channels],
+        [scale for scale, _ in norms],
+        [shift for _, shift in norms],
+    )
+    return Call("lateral", make.map(channels, *size), weights, {"pooled": 2, **options})
+
+
+def mbconv(
+    make: Maker,
+    channels: int = 24,
+    *,
+    expansion: int = 2,
+    kernel: int = 3,
+    out_channels: int | None = None,
+    squeeze: bool = True,
+    size: tuple[int, int] = (9, 6),
+    **options: Any,
+) -> Call:
+    """An inverted residual block; ``expansion=1`` leaves the expansion out."""
+    middle, reduced = channels * expansion, max(1, channels // 4)
+    out_channels = channels if out_channels is None else out_channels
+    expand = (make.pointwise(middle, channels), *make.batch_norm(middle))
+    weights = (
+        expand if expansion > 1 else None,
+        (make.depthwise(middle, kernel), *make.batch_norm(middle)),
+        (
+            make.pointwise(reduced, middle),
+            make.weight(reduced),
+            make.pointwise(middle, reduced),
+            make.weight(middle),
+        )
+        if squeeze
+        else None,
+        (make.pointwise(out_channels, middle), *make.batch_norm(out_channels)),
+    )
+    return Call("mbconv", make.map(channels, *size), weights, options)
+
+
+def stem(
+    make: Maker,
+    out_channels: int = 24,
+    *,
+    size: tuple[int, int] = (9, 6),
+    uint8: bool = False,
+    normalise: bool = True,
+    **options: Any,
+) -> Call:
+    """The first layer on a float image, or on a uint8 one with the result in the maker's dtype."""
+    image = make.map(3, *size)
+    if uint8:
+        image = torch.randint(256, (make.batch, 3, *size), dtype=torch.uint8)
+        options["dtype"] = make.dtype
+    if normalise:
+        mean, std = torch.tensor([124.0, 116.0, 104.0]), torch.tensor([58.5, 57.0, 57.5])
+        options["mean"], options["std"] = (mean, std) if uint8 else (mean / 256, std / 64)
+    weights = (make.weight(out_channels, 3, 3, 3, scale=0.3), *make.batch_norm(out_channels))
+    return Call("stem", image, weights, options)
+
+
+def nms(make: Maker, count: int = 40, **options: Any) -> Call:
+    """``count`` boxes on a coarse grid, so that many overlap, in three classes; always float32."""
+    corner = torch.randint(0, 12, (make.batch, count, 2)).float()
+    boxes = torch.cat([corner, corner + torch.randint(1, 9, (make.batch, count, 2))], -1)
+    scores = torch.rand(make.batch, count)
+    return Call("nms", boxes, (scores, torch.randint(3, (make.batch, count))), options)
+
+
+def detect(
+    make: Maker,
+    classes: int = 5,
+    *,
+    sizes: Sequence[tuple[int, int]] = ((7, 6), (4, 3), (2, 2)),
+    limits: bool = True,
+    **options: Any,
+) -> Call:
+    """Head outputs with 2 anchors a cell, the anchors anywhere, so that many boxes overlap."""
+    corner = torch.randint(0, 40, (2 * sum(h * w for h, w in sizes), 2)).float()
+    anchors = torch.cat([corner, corner + torch.randint(8, 40, corner.shape)], -1)
+    weights = ([0.25 * x for x in make.maps(8, sizes)], anchors)
+    if limits:
+        options["limits"] = torch.tensor([[40.0, 50.0]]).repeat(make.batch, 1)
+    options = {"max_candidates": 100, "max_detections": 20, **options}
+    return Call("detect", make.maps(2 * classes, sizes), weights, options)
+
+
+SAMPLES: dict[str, Callable[..., Call]] = {
+    function.__name__: function
+    for function in (
+        weighted_fusion,
+        fusion_node,
+        bifpn,
+        separable_conv,
+        head,
+        lateral,
+        mbconv,
+        stem,
+        nms,
+        detect,
+    )
+}
+
+#: Ops that return maps.
+MAP_OPS = tuple(op for op in SAMPLES if op not in ("nms", "detect"))
+
+
+def sample(op: str, dtype: torch.dtype = torch.float32, batch: int = 2, **options: Any) -> Call:
+    """A small call of ``op``."""
+    return SAMPLES[op](Maker(dtype, batch), **options)

@@ -1,0 +1,218 @@
+"""Which implementation runs: what is asked for, what is refused and why, and what is explained."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from op_utils import MAP_OPS, SAMPLES, assert_identical, cast, map_tree, sample, tensors
+
+import edet_kernels
+from edet_kernels import BackendError, backend, current_backend, explain, library
+from edet_kernels.backend import OPS
+
+all_ops = pytest.mark.parametrize("op", SAMPLES)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked_for(monkeypatch):
+    monkeypatch.delenv("EDET_BACKEND", raising=False)
+
+
+def test_samples_cover_every_op():
+    assert set(SAMPLES) == set(OPS)
+
+
+# Asking.
+
+
+def test_auto_is_the_default():
+    assert current_backend() == "auto"
+
+
+def test_the_environment_variable_is_read_at_each_call(monkeypatch):
+    for name in ("reference", "cpu", "auto"):
+        monkeypatch.setenv("EDET_BACKEND", name)
+        assert current_backend() == name
+
+
+def test_the_innermost_context_wins(monkeypatch):
+    monkeypatch.setenv("EDET_BACKEND", "cuda")
+    with backend("cpu"):
+        assert current_backend() == "cpu"
+        with backend("reference"):
+            assert current_backend() == "reference"
+        assert current_backend() == "cpu"
+        with backend("auto"):
+            assert current_backend() == "auto"
+    assert current_backend() == "cuda"
+
+
+def test_the_context_ends_with_an_exception():
+    with pytest.raises(KeyError), backend("reference"):
+        raise KeyError
+    assert current_backend() == "auto"
+
+
+def test_a_context_is_its_own_threads():
+    seen = []
+    with backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(current_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize("name", ["tpu", "", "CPU", None])
+def test_unknown_names(name, monkeypatch):
+    message = re.escape("must be one of auto, reference, cpu, cuda, got " + repr(name))
+    with pytest.raises(ValueError, match="^backend " + message), backend(name):
+        pass
+    if name is not None:
+        monkeypatch.setenv("EDET_BACKEND", name)
+        with pytest.raises(ValueError, match="^EDET_BACKEND " + message):
+            sample("weighted_fusion")()
+
+
+# Being refused.
+
+
+@all_ops
+def test_a_request_for_another_device_is_refused(op):
+    with backend("cuda"), pytest.raises(BackendError) as error:
+        sample(op)()
+    assert str(error.value) == f"{op} cannot run on backend 'cuda': the tensors are on cpu"
+
+
+@all_ops
+def test_a_request_in_double_precision_is_refused(op):
+    call = sample(op, **({"uint8": True} if op == "stem" else {}))
+    options = dict(call.options, **({"dtype": torch.float64} if op == "stem" else {}))
+    arguments = cast((call.maps, *call.weights), torch.float64)
+    with backend("cpu"), pytest.raises(BackendError, match="float16 or bfloat16, not float64"):
+        getattr(edet_kernels, op)(*arguments, **options)
+    out = getattr(edet_kernels, op)(*arguments, **options)
+    assert torch.float64 in {t.dtype for t in tensors(out)}
+
+
+@all_ops
+def test_a_request_with_a_gradient_is_refused(op):
+    call = sample(op)
+    map_tree(lambda t: t.requires_grad_() if t.is_floating_point() else t, call.maps)
+    message = f"{op} cannot run on backend 'cpu': it has no gradient"
+    with backend("cpu"):
+        with pytest.raises(BackendError, match=message):
+            call()
+        with torch.no_grad():
+            assert not any(t.requires_grad for t in tensors(call()))
+
+
+# Falling back.
+
+
+@pytest.mark.parametrize("op", MAP_OPS)
+def test_every_argument_that_needs_a_gradient_gets_one(op):
+    # softmax: a negative weight has no gradient in fast fusion
+    fusion = {"fusion": "softmax"} if op in ("weighted_fusion", "fusion_node", "bifpn") else {}
+    call = sample(op, **fusion)
+    arguments = (call.maps, call.weights, call.options)
+    for leaf in tensors(arguments):
+        leaf.requires_grad_()
+        sum(out.square().mean() for out in tensors(call())).backward()
+        assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+        leaf.requires_grad_(False)
+
+
+@all_ops
+def test_reference_and_kernel_are_one_op(op):
+    call = sample(op)
+    with backend("cpu"):
+        kernel = call()
+    with backend("reference"):
+        reference = call()
+    torch.testing.assert_close(kernel, reference, rtol=1e-4, atol=1e-4)
+
+
+@all_ops
+def test_auto_runs_the_kernel(op):
+    call = sample(op)
+    with backend("cpu"):
+        kernel = call()
+    assert_identical(call(), kernel)
+
+
+@pytest.mark.parametrize("op", MAP_OPS)
+def test_no_backend_returns_its_input(op):
+    # a sum of one map is that map: even the reference must return a copy
+    options = {"sizes": [(9, 6)], "fusion": "sum"} if op == "weighted_fusion" else {}
+    call = sample(op, **options)
+    addresses = {t.data_ptr() for t in tensors(call.maps)}
+    for name in ("cpu", "reference"):
+        with backend(name):
+            assert not addresses & {t.data_ptr() for t in tensors(call())}
+
+
+def test_falling_back_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(sys.modules["edet_kernels.backend"], "_told", set())
+    call = sample("weighted_fusion")
+    with caplog.at_level(logging.DEBUG, "edet_kernels"):
+        for _ in range(3):
+            call(cast(call.maps, torch.float64))
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+    assert caplog.messages[0].startswith("weighted_fusion runs its reference: its maps are float32")
+
+
+# Explaining.
+
+
+def test_explain_names_every_op():
+    choices = explain()
+    assert [c.op for c in choices] == list(OPS)
+    assert {(c.backend, c.reason) for c in choices} == {("cpu", "compiled CPU kernel")}
+
+
+def test_explain_gives_the_reason():
+    assert {c.backend for c in explain(dtype=torch.float64)} == {"reference"}
+    assert all("not float64" in c.reason for c in explain(dtype=torch.float64))
+    assert all("device type meta" in c.reason for c in explain("meta"))
+    with backend("reference"):
+        assert {(c.backend, c.reason) for c in explain()} == {("reference", "asked for")}
+    with backend("cpu"):
+        assert {(c.backend, c.reason) for c in explain()} == {("cpu", "asked for")}
+
+
+@pytest.mark.skipif(
+    bool(library.load() and library.build_info().cuda), reason="the library has CUDA kernels"
+)
+def test_explain_a_library_without_cuda():
+    assert {c.backend for c in explain("cuda")} == {"reference"}
+    assert all("without a CUDA kernel" in c.reason for c in explain("cuda"))
+
+
+@pytest.mark.slow
+def test_without_the_library():
+    code = """
+import torch, edet_kernels
+x = torch.ones(1, 8, 4, 4)
+print(edet_kernels.weighted_fusion([x, x], fusion="sum").sum().item())
+print({c.backend for c in edet_kernels.explain()}, edet_kernels.explain()[0].reason)
+with edet_kernels.backend("cpu"):
+    try:
+        edet_kernels.weighted_fusion([x], fusion="sum")
+    except edet_kernels.BackendError as error:
+        print(error)
+"""
+    environment = dict(os.environ, EDET_LIBRARY="0")
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    reason = "the op library is switched off by EDET_LIBRARY=0"
+    assert output == [
+        "256.0",
+        "{'reference'} " + reason,
+        "weighted_fusion cannot run on backend 'cpu': " + reason,
+    ]

@@ -1,0 +1,122 @@
+"""Head outputs to detections: against the reference, and against lists and loops."""
+
+import math
+
+import pytest
+import torch
+from op_utils import DTYPES, assert_identical, sample
+from test_nms import plain_nms
+
+import edet_kernels
+
+pytestmark = pytest.mark.usefixtures("kernels_only")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+methods = pytest.mark.parametrize("method", ["hard", "gaussian"])
+
+
+def plain_detect(call, image, max_candidates, limits):
+    """Boxes, scores and labels that enter suppression, with float64 lists."""
+    box_outputs, anchors = call.weights
+    candidates, start = [], 0
+    for logits, regressions in zip(call.maps, box_outputs, strict=True):
+        cell_anchors = regressions.shape[1] // 4
+        classes = logits.shape[1] // cell_anchors
+        for y in range(logits.shape[2]):
+            for x in range(logits.shape[3]):
+                for a in range(cell_anchors):
+                    t = regressions[image, 4 * a : 4 * a + 4, y, x].tolist()
+                    for c in range(classes):
+                        logit = float(logits[image, a * classes + c, y, x])
+                        candidates.append((logit, len(candidates), c, t, anchors[start].tolist()))
+                    start += 1
+    candidates.sort(key=lambda c: (-c[0], c[1]))
+    boxes = []
+    for _, _, _, (ty, tx, th, tw), (y1, x1, y2, x2) in candidates[:max_candidates]:
+        cy, cx = ty * (y2 - y1) + (y1 + y2) / 2, tx * (x2 - x1) + (x1 + x2) / 2
+        h, w = math.exp(th) * (y2 - y1) / 2, math.exp(tw) * (x2 - x1) / 2
+        box = [cx - w, cy - h, cx + w, cy + h]
+        if limits is not None:
+            box = [min(max(v, 0), limits[i % 2]) for i, v in enumerate(box)]
+        boxes.append(box)
+    best = candidates[:max_candidates]
+    return boxes, [1 / (1 + math.exp(-c[0])) for c in best], [c[2] for c in best]
+
+
+@pytest.mark.usefixtures("backend")
+@methods
+@pytest.mark.parametrize("limits", [False, True])
+@pytest.mark.parametrize("max_candidates", [1, 50, 5000])
+def test_agrees_with_plain_loops(max_candidates, limits, method):
+    call = sample("detect", limits=limits, method=method, max_candidates=max_candidates)
+    boxes, scores, labels, counts = call()
+    for b in range(2):
+        extents = call.options["limits"][b].tolist() if limits else None
+        rows = plain_detect(call, b, max_candidates, extents)
+        index, kept_scores = plain_nms(*rows, method=method, max_detections=20)
+        count = len(index)
+        assert int(counts[b]) == count
+        assert labels[b].tolist() == [rows[2][i] for i in index] + [-1] * (20 - count)
+        assert scores[b, :count].tolist() == pytest.approx(kept_scores, rel=1e-5)
+        expected = torch.tensor([rows[0][i] for i in index])
+        torch.testing.assert_close(boxes[b, :count], expected, rtol=1e-5, atol=1e-4)
+        assert not boxes[b, count:].any() and not scores[b, count:].any()
+
+
+@dtypes
+@methods
+@pytest.mark.parametrize("classes", [1, 3, 16, 90])
+def test_kernel_against_the_reference(classes, method, dtype):
+    sample("detect", dtype, classes=classes, method=method).check(torch.float32)
+
+
+@dtypes
+@pytest.mark.parametrize("max_candidates", [7, 100, 10**6])
+def test_the_first_of_equal_logits_wins(max_candidates, dtype):
+    # logits of five values: which of the equal ones are candidates decides the result
+    call = sample("detect", dtype, classes=7, max_candidates=max_candidates, max_detections=500)
+    for x in call.maps:
+        x.copy_(torch.randint(-2, 3, x.shape))
+    call.check(torch.float32)
+
+
+@methods
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5, 0.999])
+def test_score_threshold(threshold, method):
+    sample("detect", method=method, score_threshold=threshold).check(torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_non_finite_logits(value):
+    call = sample("detect")
+    call.maps[0][0, 3, 2:4] = value
+    call.maps[2][:] = value
+    call.check(torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 200.0], ids=str)
+def test_non_finite_boxes(value):
+    call = sample("detect", limits=False)
+    call.weights[0][0][:, 2, 2:4] = value
+    call.check(torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(3, 5), (1, 1)], [(40, 33)]], ids=str)
+def test_levels(sizes):
+    sample("detect", sizes=sizes).check(torch.float32)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batch(batch):
+    sample("detect", batch=batch).check(torch.float32)
+
+
+@dtypes
+def test_layouts_give_identical_results(dtype):
+    call = sample("detect", dtype)
+    planar = edet_kernels.detect(
+        [x.contiguous() for x in call.maps],
+        [x.contiguous() for x in call.weights[0]],
+        call.weights[1].t().contiguous().t(),
+        **call.options,
+    )
+    assert_identical(planar, call())

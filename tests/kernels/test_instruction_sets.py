@@ -1,0 +1,54 @@
+"""The op tests under every instruction set this CPU has; the variable is read once per process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+#: Instruction sets, and what PyTorch calls the CPUs that have them.
+SETS = {
+    "baseline": ("DEFAULT", "AVX2", "AVX512"),
+    "avx2": ("AVX2", "AVX512"),
+    "avx512": ("AVX512",),
+}
+
+
+def run(instruction_set, *arguments):
+    """Runs Python with ``instruction_set`` asked for."""
+    environment = dict(os.environ, EDET_CPU_ISA=instruction_set, EDET_POISON="1")
+    environment.pop("EDET_BACKEND", None)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_ops(instruction_set):
+    if torch.backends.cpu.get_cpu_capability() not in SETS[instruction_set]:
+        pytest.skip(f"this CPU has no {instruction_set}")
+    file = Path(__file__).with_name("test_ops.py")
+    result = run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file))
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr
+
+
+@pytest.mark.slow
+def test_an_unknown_instruction_set_is_refused():
+    code = """
+import torch, edet_kernels
+for _ in range(2):  # not only the first time
+    try:
+        edet_kernels.weighted_fusion([torch.ones(1, 8, 4, 4)], fusion="sum")
+    except ValueError as error:
+        print(error)
+"""
+    result = run("avx1024", "-c", code)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("EDET_CPU_ISA must be one of ")
+        assert line.endswith("baseline on this CPU, got 'avx1024'")

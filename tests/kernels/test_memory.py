@@ -1,0 +1,30 @@
+"""Repeated calls use no more memory than one."""
+
+import os
+from pathlib import Path
+
+import pytest
+from op_utils import bifpn_graph, map_tree, sample
+
+STATM = Path("/proc/self/statm")
+
+
+def resident_bytes():
+    """Memory of this process that is in RAM."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc")
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("thread_count", [1, 2])
+def test_repeated_bifpn_calls_leave_the_memory_as_it_was(thread_count, threads):
+    threads(thread_count)
+    call = sample("bifpn", batch=1, channels=64, graph=bifpn_graph((64, 64), levels=5, cells=3))
+    planar = map_tree(lambda x: x.contiguous(), call.maps)  # so that copies are made as well
+    for _ in range(20):
+        call(planar)
+    before = resident_bytes()
+    for _ in range(200):
+        call(planar)
+    # one output of the finest level is 1 MiB: the loss of any buffer would be 200 of them
+    assert resident_bytes() - before < 8 * 2**20

@@ -1,0 +1,150 @@
+"""What PyTorch asks of an operator: honest schemas, fake kernels, and no graph breaks."""
+
+import pytest
+import torch
+from op_utils import MAP_OPS, SAMPLES, Graph, assert_identical, map_tree, sample, tensors
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import edet_kernels
+
+pytestmark = pytest.mark.usefixtures("kernels_only")
+all_ops = pytest.mark.parametrize("op", SAMPLES)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of compiled ops that pass by."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "edet_kernels":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def compiled_call(call):
+    """The compiled op behind a public call, and its arguments."""
+    with Recorder() as recorder:
+        call()
+    [recorded] = recorder.calls
+    return recorded
+
+
+VARIANTS = {
+    "weighted_fusion": [{"fusion": "sum"}, {"per_channel": True}, {"size": (5, 3)}],
+    "fusion_node": [{"fusion": "sum"}, {"per_channel": True}, {"out_channels": 24}],
+    "bifpn": [
+        {"fusion": "sum"},
+        {"per_channel": True},
+        {"graph": Graph([(9, 6)], [(0,), (0, 1)], [(9, 6), (5, 3)], [2, 1])},
+    ],
+    "separable_conv": [{"per_level": False}, {"sizes": [(9, 6)]}],
+    "head": [{"activation": "relu6"}],
+    "lateral": [{"pooled": 0}, {"pooled": 3, "size": (1, 5)}],
+    "mbconv": [{"expansion": 1, "squeeze": False}, {"stride": 2}, {"residual": True}],
+    "stem": [{"uint8": True}, {"normalise": False}],
+    "nms": [{"method": "gaussian"}, {"count": 0}, {"max_detections": 3}],
+    "detect": [{"limits": False}, {"method": "gaussian"}],
+}
+EVERY = [{}, {"batch": 0}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}]
+CASES = [(op, options) for op in SAMPLES for options in EVERY + VARIANTS[op]]
+
+
+@pytest.mark.parametrize(("op", "options"), CASES, ids=str)
+def test_opcheck(op, options):
+    # all four tests: schema (nothing mutated, no aliases), autograd registration, fake tensors,
+    # and tracing with dynamic shapes
+    function, args, kwargs = compiled_call(sample(op, **options))
+    torch.library.opcheck(function, args, kwargs)
+
+
+def test_opcheck_of_an_output_that_is_asked_for_twice():
+    graph = Graph([(9, 6)], [(0,), (0, 1)], [(9, 6), (9, 6)], [1, 2, 1])
+    function, args, kwargs = compiled_call(sample("bifpn", graph=graph))
+    torch.library.opcheck(function, args, kwargs)
+
+
+@all_ops
+def test_opcheck_of_planar_maps(op):
+    # fake kernels must give the strides of the real ones, whatever those of the inputs
+    call = sample(op)
+    planar = map_tree(torch.Tensor.contiguous, call.maps)
+    function, args, kwargs = compiled_call(lambda: call(planar))
+    torch.library.opcheck(function, args, kwargs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@all_ops
+def test_compile_without_graph_breaks(op, dynamic):
+    call = sample(op)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda maps: call(map_tree(lambda x: x + 1, maps)),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=dynamic,
+    )
+    assert_identical(compiled(call.maps), call(map_tree(lambda x: x + 1, call.maps)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compile_with_inductor():
+    node, heads = sample("fusion_node", out_channels=24), sample("separable_conv")
+
+    def function(maps):
+        fused = node([x * 2 for x in maps])
+        return heads([fused.relu(), *maps[1:]])
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(node.maps), function(node.maps))
+
+
+@pytest.mark.parametrize("op", MAP_OPS)
+def test_export(op):
+    call = sample(op)
+
+    class Module(torch.nn.Module):
+        def forward(self, maps):
+            return call(maps)
+
+    with torch.no_grad():
+        program = torch.export.export(Module(), (call.maps,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert f"edet_kernels.{op}.default" in targets
+    assert_identical(program.module()(call.maps), call())
+
+
+@pytest.mark.parametrize("op", MAP_OPS)
+def test_fake_tensors_run_nothing(op):
+    call = sample(op)
+    expected = tensors(call())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = tensors(call(map_tree(mode.from_tensor, call.maps)))
+    for fake, real in zip(fakes, expected, strict=True):
+        assert fake.shape == real.shape
+        assert fake.dtype == real.dtype
+        assert fake.stride() == real.stride()
+
+
+def test_inference_mode():
+    call = sample("fusion_node")
+    with torch.inference_mode():
+        out = call()
+    assert out.is_inference()
+    assert_identical(out.clone(), call())
+
+
+def test_ops_without_autograd_say_so():
+    # the public functions never get here: they run the differentiable reference instead
+    call = sample("weighted_fusion")
+    function, args, kwargs = compiled_call(call)
+    args[0][0].requires_grad_()
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        function(*args, **kwargs).sum().backward()
+    assert edet_kernels.current_backend() == "cpu"

@@ -1,0 +1,262 @@
+"""Checkpoints: every form that is read, every misfit that is refused, and nothing by halves."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import edet
+from edet.checkpoints import CLASS_KEYS, CheckpointError, guess_models
+from edet.configs import get_config
+
+needs_safetensors = pytest.mark.skipif(
+    importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"
+)
+SUFFIXES = [".pth", ".pt", pytest.param(".safetensors", marks=needs_safetensors)]
+
+
+def new(**changes: object) -> edet.EfficientDet:
+    options = {"width": 16, "cells": 1, "head_repeats": 1, "num_classes": 3, **changes}
+    return edet.create_model("tf_efficientdet_d0", **options).eval()
+
+
+@pytest.fixture
+def model(randomise: Callable[[nn.Module], nn.Module]) -> edet.EfficientDet:
+    return randomise(new())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(a[key].equal(b[key]) for key in a)
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_round_trip(model: edet.EfficientDet, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    edet.save_checkpoint(model.to(memory_format=torch.channels_last), path)
+    other = new()
+    edet.load_checkpoint(other, path)
+    assert same(other.state_dict(), model.state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_create_model_with_a_checkpoint(model: edet.EfficientDet, tmp_path: Path) -> None:
+    edet.save_checkpoint(model, tmp_path / "model.pth")
+    loaded = new(checkpoint=tmp_path / "model.pth")
+    assert same(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "_orig_mod.module.", "module.model."])
+@pytest.mark.parametrize("key", [None, "state_dict", "state_dict_ema", "model"])
+def test_wrapped_state_dicts(
+    model: edet.EfficientDet, tmp_path: Path, key: str | None, wrapper: str
+) -> None:
+    state = {wrapper + k: v for k, v in model.state_dict().items()}
+    extra = {"epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}}
+    torch.save(state if key is None else {key: state, **extra}, tmp_path / "model.pth")
+    other = new()
+    edet.load_checkpoint(other, tmp_path / "model.pth")
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_averaged_weights_first(model: edet.EfficientDet, tmp_path: Path) -> None:
+    plain, path = new(), tmp_path / "model.pth"
+    torch.save({"state_dict": plain.state_dict(), "state_dict_ema": model.state_dict()}, path)
+    assert same(edet.read_checkpoint(path), model.state_dict())
+    assert same(edet.read_checkpoint(path, ema=False), plain.state_dict())
+
+
+def test_legacy_files_and_missing_counters(model: edet.EfficientDet, tmp_path: Path) -> None:
+    state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    other = new()
+    edet.load_checkpoint(other, tmp_path / "old.pth")
+    assert all(other.state_dict()[key].equal(state[key]) for key in state)
+
+
+def test_published_checkpoint_of_another_number_of_classes(
+    model: edet.EfficientDet, tmp_path: Path
+) -> None:
+    edet.save_checkpoint(model, tmp_path / "model.pth")
+    other = new(num_classes=7)
+    before = copied(other)
+    with pytest.raises(CheckpointError) as caught:
+        edet.load_checkpoint(other, tmp_path / "model.pth")
+    message = str(caught.value)
+    assert "has 3 classes, the model 7" in message
+    assert all(key in message for key in CLASS_KEYS)
+    assert "num_classes=3" in message
+    assert "reinit_head=True" in message
+    assert caught.value.misshaped == list(CLASS_KEYS)
+    assert same(copied(other), before)
+
+    edet.load_checkpoint(other, tmp_path / "model.pth", reinit_head=True)
+    for key, tensor in other.state_dict().items():
+        assert tensor.equal(before[key] if key in CLASS_KEYS else model.state_dict()[key])
+    created = new(num_classes=7, checkpoint=tmp_path / "model.pth", reinit_head=True)
+    assert created.class_net.predict.conv_pw.weight.shape[0] == 63
+
+
+def test_every_misfit_is_listed(model: edet.EfficientDet, tmp_path: Path) -> None:
+    state = copied(model)
+    del state["fpn.resample.3.conv.bn.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    state["backbone.bn1.weight"] = torch.zeros(7)
+    torch.save(state, tmp_path / "model.pth")
+    other = new()
+    before = copied(other)
+    with pytest.raises(CheckpointError) as caught:
+        edet.load_checkpoint(other, tmp_path / "model.pth", reinit_head=True)
+    message = str(caught.value)
+    assert "missing (1): fpn.resample.3.conv.bn.bias" in message
+    assert "unexpected (1): extra.weight" in message
+    assert "mis-shaped (1): backbone.bn1.weight (7,) not (32,)" in message
+    assert caught.value.missing == ["fpn.resample.3.conv.bn.bias"]
+    assert caught.value.unexpected == ["extra.weight"]
+    assert same(copied(other), before)
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    with torch.device("cpu"):
+        d1 = edet.create_model("tf_efficientdet_d1")
+    edet.save_checkpoint(d1, tmp_path / "d1.pth")
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this tf_efficientdet_d0") as e:
+        edet.create_model("tf_efficientdet_d0", checkpoint=tmp_path / "d1.pth")
+    assert "it looks like one of: tf_efficientdet_d1, tf_efficientdet_d1_ap" in str(e.value)
+    assert "more)" in str(e.value)
+    assert len(e.value.missing) + len(e.value.unexpected) + len(e.value.misshaped) > 100
+
+
+@pytest.mark.parametrize("name", edet.list_models())
+def test_guess(name: str) -> None:
+    with torch.device("meta"):
+        state = edet.create_model(name, num_classes=5).state_dict()
+    guesses = guess_models(state)
+    assert name in guesses
+    config = get_config(name)
+    for guess in guesses:  # the others differ in what a state dict does not show
+        other = get_config(guess)
+        assert (other.width, other.cells, other.backbone, other.max_level) == (
+            config.width,
+            config.cells,
+            config.backbone,
+            config.max_level,
+        )
+        assert (other.fusion, other.padding) == (config.fusion, config.padding)
+
+
+def test_checkpoint_of_another_kind_of_network(model: edet.EfficientDet, tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    with pytest.raises(CheckpointError, match="none of its keys is one of an EfficientDet"):
+        edet.load_checkpoint(model, tmp_path / "linear.pth")
+
+
+def test_numbers_that_are_not_finite(model: edet.EfficientDet, tmp_path: Path) -> None:
+    state = copied(model)
+    state["fpn.cell.0.fnode.0.combine.edge_weights"][0] = float("nan")
+    torch.save(state, tmp_path / "model.pth")
+    before = copied(model)
+    with pytest.raises(CheckpointError, match=r"got NaN or ∞ in fpn\.cell\.0\.fnode\.0\.combine"):
+        edet.load_checkpoint(model, tmp_path / "model.pth")
+    assert same(copied(model), before)
+
+
+class Attack:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(Attack.folder),)
+
+    folder: Path
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "nested"])
+def test_no_code_is_run(tmp_path: Path, how: str) -> None:
+    Attack.folder, path = tmp_path / "attacked", tmp_path / "model.pth"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Attack()))
+    else:
+        torch.save(Attack() if how == "torch" else {"state_dict": {}, "x": Attack()}, path)
+    with pytest.raises(CheckpointError, match="unpickling them can run code") as caught:
+        edet.read_checkpoint(path)
+    assert "weights_only=False" not in str(caught.value)
+    assert not Attack.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "must hold a state dict, got list"),
+        ({}, "must hold a state dict, got an empty dict"),
+        ({"state_dict": {}}, "must hold a state dict, got an empty dict"),
+        ({"epoch": 3, "weight": torch.zeros(1)}, "other values for epoch"),
+        (torch.zeros(3), "must hold a state dict, got Tensor"),
+    ],
+)
+def test_pickles_that_are_no_state_dict(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=message):
+        edet.read_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(
+    model: edet.EfficientDet, tmp_path: Path, suffix: str, keep: float
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    edet.save_checkpoint(model, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+    before = copied(model)
+    with pytest.raises(CheckpointError, match=str(path)):
+        edet.load_checkpoint(model, path)
+    assert same(copied(model), before)
+
+
+def test_files_that_are_not_there(model: edet.EfficientDet, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"path must be a checkpoint file, got .*no\.pth"):
+        edet.load_checkpoint(model, tmp_path / "no.pth")
+    with pytest.raises(FileNotFoundError, match="path must be a checkpoint file"):
+        edet.load_checkpoint(model, tmp_path)
+    with pytest.raises(FileNotFoundError, match="path must be in a folder that exists"):
+        edet.save_checkpoint(model, tmp_path / "no" / "model.pth")
+    with pytest.raises(ValueError, match=r"path must end in \.pth, \.pt or \.safetensors"):
+        edet.save_checkpoint(model, tmp_path / "model.onnx")
+
+
+def test_a_failed_save_leaves_the_old_file(
+    model: edet.EfficientDet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pth"
+    edet.save_checkpoint(model, path)
+    data = path.read_bytes()
+
+    def full(state: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        edet.save_checkpoint(model, path)
+    assert path.read_bytes() == data
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+@needs_safetensors
+def test_missing_safetensors_names_the_extra(
+    model: edet.EfficientDet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edet.save_checkpoint(model, tmp_path / "model.safetensors")
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r'pip install "edet-kernels\[safetensors\]"'):
+        edet.load_checkpoint(model, tmp_path / "model.safetensors")
