@@ -51,17 +51,16 @@ float element(DType dtype, const void* data, int64_t i) {
   return value;
 }
 
-// The part's candidates among the image's best; `threshold` is known to be reached by `most`
-// logits of the image and rises with what is found here.
-std::vector<Logit> scan_part(const DetectParams& p, const Part& part, int64_t image, size_t most,
-                             std::atomic<float>& threshold) {
+// Adds the part's candidates to what the thread has `found` in the image; `threshold` is known to
+// be reached by `most` logits of the image, and rises with what is found.
+void scan_part(const DetectParams& p, const Part& part, int64_t image, size_t most,
+               std::atomic<float>& threshold, std::vector<Logit>& found) {
   const Kernels& k = kernels();
   const int64_t level = p.pixels[part.level] * p.cell_anchors * p.num_classes;
   const auto* data = static_cast<const char*>(p.classes[part.level]) +
                      static_cast<size_t>(image * level) * bytes(p.dtype);
   int32_t index[kBlock];
   float value[kBlock];
-  std::vector<Logit> found;
   for (int64_t i = part.begin; i < part.end; i += kBlock) {
     const int64_t n = std::min(kBlock, part.end - i);
     const int64_t count = k.scan(p.dtype, data + static_cast<size_t>(i) * bytes(p.dtype), n,
@@ -75,7 +74,6 @@ std::vector<Logit> scan_part(const DetectParams& p, const Part& part, int64_t im
       }
     }
   }
-  return found;
 }
 
 // The box of an anchor in corners x1, y1, x2, y2 (facts: no variance scaling, centre form).
@@ -141,22 +139,23 @@ void run_detect(const DetectParams& p, const Runtime& runtime) {
   }
   const auto count = static_cast<int64_t>(parts.size());
   const auto most = static_cast<size_t>(p.candidates);
-  std::vector<std::vector<Logit>> found(static_cast<size_t>(p.n * count));
+  std::vector<std::vector<Logit>> found(static_cast<size_t>(p.n * runtime.threads));
   std::vector<std::atomic<float>> thresholds(static_cast<size_t>(p.n));
   for (auto& t : thresholds) t = -std::numeric_limits<float>::infinity();
 
   Schedule schedule({p.n * count, p.n});
-  schedule.run(runtime, [&](int64_t step, int64_t task, int) {
+  schedule.run(runtime, [&](int64_t step, int64_t task, int thread) {
     if (step == 0) {
       const int64_t image = task / count;
-      found[static_cast<size_t>(task)] = scan_part(p, parts[static_cast<size_t>(task % count)],
-                                                   image, most, thresholds[static_cast<size_t>(image)]);
+      scan_part(p, parts[static_cast<size_t>(task % count)], image, most,
+                thresholds[static_cast<size_t>(image)],
+                found[static_cast<size_t>(thread * p.n + image)]);
       return;
     }
     schedule.wait(0, task * count, (task + 1) * count);
     std::vector<Logit> all;
-    for (int64_t i = task * count; i < (task + 1) * count; i++) {
-      const std::vector<Logit>& part = found[static_cast<size_t>(i)];
+    for (int t = 0; t < runtime.threads; t++) {
+      const std::vector<Logit>& part = found[static_cast<size_t>(t * p.n + task)];
       all.insert(all.end(), part.begin(), part.end());
     }
     finish_image(p, task, all, most);

@@ -5,19 +5,18 @@
 
 namespace edet::cpu::EDET_ISA {
 
-// Whether any lane of v is ≥ threshold; NaN is not.
-EDET_INLINE bool any_reaches(vf v, vf threshold) {
+// Bit i is set when lane i of v is ≥ threshold; NaN is not.
+EDET_INLINE uint32_t lanes_reaching(vf v, vf threshold) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)threshold, _CMP_GE_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)threshold, _CMP_GE_OQ);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)(v >= threshold)) != 0;
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(v >= threshold)));
 #elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)(v >= threshold)) != 0;
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)(v >= threshold)));
 #else
-  const vi mask = v >= threshold;
-  int32_t any = 0;
-  for (int i = 0; i < kWidth; i++) any |= mask[i];
-  return any != 0;
+  uint32_t lanes = 0;
+  for (int i = 0; i < kWidth; i++) lanes |= static_cast<uint32_t>(v[i] >= threshold[i]) << i;
+  return lanes;
 #endif
 }
 
@@ -25,19 +24,22 @@ template <class T>
 int64_t scan_as(const T* data, int64_t n, float threshold, int32_t* index, float* value) {
   const vf t = set1(threshold);
   int64_t found = 0;
-  const auto collect = [&](vf v, int64_t at, int lanes) {
-    for (int i = 0; i < lanes; i++)
-      if (v[i] >= threshold) {
-        index[found] = static_cast<int32_t>(at + i);
-        value[found++] = v[i];
-      }
+  const auto collect = [&](vf v, int64_t at, uint32_t among) {
+    float lane[kWidth];
+    store(lane, v);
+    for (uint32_t left = lanes_reaching(v, t) & among; left; left &= left - 1) {
+      const int i = __builtin_ctz(left);
+      index[found] = static_cast<int32_t>(at + i);
+      value[found++] = lane[i];
+    }
   };
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     const vf v = load(data + i);
-    if (any_reaches(v, t)) collect(v, i, kWidth);
+    if (lanes_reaching(v, t)) collect(v, i, ~0u);
   }
-  if (i < n) collect(load_tail(data + i, static_cast<int>(n - i)), i, static_cast<int>(n - i));
+  const int rest = static_cast<int>(n - i);
+  if (rest) collect(load_tail(data + i, rest), i, (1u << rest) - 1);
   return found;
 }
 

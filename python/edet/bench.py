@@ -157,12 +157,15 @@ def relative_difference(found: Sequence[Tensor], reference: Sequence[Tensor]) ->
 
 
 def check(part: str, ours: float, eager: float, dtype: torch.dtype) -> None:
-    """The error rule: at most three times eager's own error, or four units in the last place.
+    """The error rule of whole networks: at most three times eager's own error, or the floor.
+
+    The floor is 2e-5 in float32, four units in the last place in 16 bits: deep networks amplify
+    rounding, and by chance eager's may cancel.
 
     Raises:
         CheckFailed: ``ours`` is larger, or not a number.
     """
-    limit = max(3 * eager, 4 * torch.finfo(dtype).eps)
+    limit = max(3 * eager, 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
     if not ours <= limit:
         raise CheckFailed(
             f"{part} differs from the float64 reference by {ours:.1e} of its largest value, "

@@ -76,19 +76,18 @@ def test_opcheck_of_planar_maps(op):
     torch.library.opcheck(function, args, kwargs)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("dynamic", [False, True])
 @all_ops
-def test_compile_without_graph_breaks(op, dynamic):
-    call = sample(op)
+def test_compile_without_graph_breaks(op):
     torch.compiler.reset()
+    function = getattr(edet_kernels, op)
     compiled = torch.compile(
-        lambda maps: call(map_tree(lambda x: x + 1, maps)),
+        lambda maps, weights, options: function(maps, *weights, **options),
         backend="aot_eager",
         fullgraph=True,
-        dynamic=dynamic,
     )
-    assert_identical(compiled(call.maps), call(map_tree(lambda x: x + 1, call.maps)))
+    for batch in (2, 3):  # the second batch size is traced with dynamic shapes
+        call = sample(op, batch=batch)
+        assert_identical(compiled(call.maps, call.weights, call.options), call())
 
 
 @pytest.mark.slow

@@ -36,6 +36,15 @@ def _randomise(module: nn.Module) -> nn.Module:
     return module
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small models on many threads spend their time waiting, minutes of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def randomise() -> Callable[[nn.Module], nn.Module]:
     """Gives a module random weights and batch-norm statistics, in place."""

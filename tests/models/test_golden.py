@@ -39,6 +39,7 @@ def test_ops_in_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fused_in_float32(name: str) -> None:
+    torch.set_num_threads(2)
     fixture = golden(name)
     with torch.no_grad():
         outputs = run(fixture.model(), fixture.images())
