@@ -1,4 +1,4 @@
-"""Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler, GPU or library."""
+"""Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler and no GPU."""
 
 from . import fake as _fake
 from .backend import BackendError, Choice, backend, current_backend, explain

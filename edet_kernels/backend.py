@@ -1,4 +1,4 @@
-"""Which implementation an op runs: chosen automatically, by ``EDET_BACKEND`` or by a context manager."""
+"""Which implementation an op runs: automatic, by ``EDET_BACKEND`` or by a context manager."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _check_name(name: str, source: str) -> str:
 
 
 def current_backend() -> str:
-    """The backend asked for: the innermost ``with backend(…)``, else ``EDET_BACKEND``, else auto."""
+    """What is asked for: the innermost ``with backend(…)``, else ``EDET_BACKEND``, else auto."""
     override = _override.get()
     if override is not None:
         return override
@@ -134,14 +134,15 @@ def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
     assert x is not None
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     device = x.device.type
-    if current_backend() == "auto" and device in ("cpu", "cuda"):
-        if not _refusal(op, device, device, x.dtype, grad):
-            return False  # the common case, without the cost of a Choice
+    if (
+        current_backend() == "auto"
+        and device in ("cpu", "cuda")
+        and not _refusal(op, device, device, x.dtype, grad)
+    ):
+        return False  # the common case, without the cost of a Choice
     return choose(op, x.device, x.dtype, grad).backend == "reference"
 
 
-def explain(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> list[Choice]:
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
     """For each op, the backend it would use without gradients on ``device``, and why."""
     return [choose(op, torch.device(device), dtype) for op in OPS]

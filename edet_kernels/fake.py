@@ -1,8 +1,9 @@
-"""Fake kernels: the shapes and dtypes of the compiled ops' results, for torch.compile and export."""
+"""Fake kernels: shapes and dtypes of the compiled ops' results, for torch.compile and export."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +18,49 @@ def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     )
 
 
-def _weighted_fusion(inputs, edge_weights, size, fusion, pool, activation):
+def _weighted_fusion(
+    inputs: Sequence[Tensor],
+    edge_weights: Tensor | None,
+    size: Sequence[int],
+    fusion: int,
+    pool: int,
+    activation: int,
+) -> Tensor:
     return _map(inputs[0], inputs[0].shape[1], *size)
 
 
 def _fusion_node(
-    inputs, edge_weights, dw_weight, pw_weight, scale, shift, size, fusion, pool, pre, post
-):
+    inputs: Sequence[Tensor],
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    size: Sequence[int],
+    fusion: int,
+    pool: int,
+    pre: int,
+    post: int,
+) -> Tensor:
     return _map(inputs[0], scale.shape[0], *size)
 
 
 def _bifpn(
     inputs: Sequence[Tensor],
-    edge_weights,
-    dw_weight,
-    pw_weight,
-    scale,
-    shift,
-    edges,
-    edge_counts,
-    sizes,
-    outputs,
-    fusion,
-    pool,
-    pre,
-    post,
-):
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    edges: Sequence[int],
+    edge_counts: Sequence[int],
+    sizes: Sequence[int],
+    outputs: Sequence[int],
+    fusion: int,
+    pool: int,
+    pre: int,
+    post: int,
+) -> list[Tensor]:
     first = len(inputs)
     return [
         _map(inputs[0], scale.shape[1], sizes[2 * (o - first)], sizes[2 * (o - first) + 1])
@@ -50,11 +68,25 @@ def _bifpn(
     ]
 
 
-def _separable_conv(inputs, dw_weight, pw_weight, scale, shift, activation):
+def _separable_conv(
+    inputs: Sequence[Tensor],
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: int,
+) -> list[Tensor]:
     return [_map(x, scale.shape[1], *x.shape[-2:]) for x in inputs]
 
 
-def _lateral(input, pw_weights, scales, shifts, pooled, pool):
+def _lateral(
+    input: Tensor,
+    pw_weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    pooled: int,
+    pool: int,
+) -> list[Tensor]:
     h, w = input.shape[-2:]
     maps = [_map(input, s.shape[0], h, w) for s in scales]
     if pooled:
@@ -65,24 +97,58 @@ def _lateral(input, pw_weights, scales, shifts, pooled, pool):
     return maps
 
 
-def _head(inputs, dw_weights, pw_weights, scales, shifts, activation):
+def _head(
+    inputs: Sequence[Tensor],
+    dw_weights: Sequence[Tensor],
+    pw_weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    activation: int,
+) -> list[Tensor]:
     return [_map(x, scales[-1].shape[-1], *x.shape[-2:]) for x in inputs]
 
 
 def _mbconv(
-    input, expand, depthwise, squeeze, project, stride, padding, size, activation, residual
-):
+    input: Tensor,
+    expand: Sequence[Tensor],
+    depthwise: Sequence[Tensor],
+    squeeze: Sequence[Tensor],
+    project: Sequence[Tensor],
+    stride: int,
+    padding: Sequence[int],
+    size: Sequence[int],
+    activation: int,
+    residual: bool,
+) -> Tensor:
     return _map(input, project[1].shape[0], *size)
 
 
-def _stem(image, weight, scale, shift, mean, std, padding, size, activation, dtype):
+def _stem(
+    image: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    padding: Sequence[int],
+    size: Sequence[int],
+    activation: int,
+    dtype: torch.dtype,
+) -> Tensor:
     shape = (image.shape[0], scale.shape[0], *size)
-    return torch.empty(
-        shape, dtype=dtype, device=image.device, memory_format=torch.channels_last
-    )
+    return torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
 
 
-def _nms(boxes, scores, labels, method, iou_threshold, sigma, score_threshold, max_detections):
+def _nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    method: int,
+    iou_threshold: float,
+    sigma: float,
+    score_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch = boxes.shape[0]
     return (
         boxes.new_empty((batch, max_detections), dtype=torch.int64),
@@ -92,17 +158,17 @@ def _nms(boxes, scores, labels, method, iou_threshold, sigma, score_threshold, m
 
 
 def _detect(
-    class_outputs,
-    box_outputs,
-    anchors,
-    limits,
-    method,
-    iou_threshold,
-    sigma,
-    score_threshold,
-    max_detections,
-    max_candidates,
-):
+    class_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    limits: Tensor | None,
+    method: int,
+    iou_threshold: float,
+    sigma: float,
+    score_threshold: float,
+    max_detections: int,
+    max_candidates: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (class_outputs[0].shape[0], max_detections)
     return (
         anchors.new_empty((*shape, 4)),
@@ -112,7 +178,7 @@ def _detect(
     )
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "weighted_fusion": _weighted_fusion,
     "fusion_node": _fusion_node,
     "bifpn": _bifpn,

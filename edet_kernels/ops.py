@@ -1,4 +1,4 @@
-"""The functional API: one function per kernel, with checked arguments and a backend chosen per call."""
+"""The functional API: one function per kernel; arguments are checked, the backend is chosen."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def _check_weight(name: str, w: Tensor, shapes: Sequence[tuple[int, ...]], x: Te
         raise ValueError(f"{name} must be on {x.device} like the maps, got {w.device}")
 
 
-def _check_edges(edge_weights: Tensor | None, shapes: list[tuple[int, ...]], fusion: str, x: Tensor):
+def _check_edges(
+    edge_weights: Tensor | None, shapes: list[tuple[int, ...]], fusion: str, x: Tensor
+) -> None:
     if fusion == "sum":
         if edge_weights is not None:
             raise ValueError(f"edge_weights must be None for fusion 'sum', got {edge_weights!r}")
@@ -138,7 +140,7 @@ def weighted_fusion(
     pool: str = "same",
     activation: str = "none",
 ) -> Tensor:
-    """Weighted fusion of resized maps: activation(Σ aᵢ·resize(xᵢ)) (EfficientDet paper, section 3.3).
+    """Weighted fusion of resized maps: activation(Σ aᵢ·resize(xᵢ)) (EfficientDet, section 3.3).
 
     Args:
         inputs: n maps (N, C, Hᵢ, Wᵢ) of one float dtype and device.
@@ -192,7 +194,7 @@ def fusion_node(
     pre_activation: str = "swish",
     post_activation: str = "none",
 ) -> Tensor:
-    """One BiFPN node in one pass: fuse, activate, depthwise 3×3, pointwise 1×1, batch norm, activate.
+    """One BiFPN node in one pass: fuse, activate, depthwise 3×3, pointwise 1×1, batch norm.
 
     post_activation(scale · pw(dw(pre_activation(:func:`weighted_fusion`))) + shift), as in the
     published models (swish before the convolution); pass ``pre_activation="none",
@@ -274,9 +276,7 @@ def _graph_lists(
         known.append(size)
     for o in outputs:
         if not first <= o < len(known):
-            raise ValueError(
-                f"outputs must be ids of nodes ({first} to {len(known) - 1}), got {o}"
-            )
+            raise ValueError(f"outputs must be ids of nodes ({first} to {len(known) - 1}), got {o}")
     return (
         [e for edges in nodes for e in edges],
         [len(edges) for edges in nodes],
@@ -515,9 +515,7 @@ def head(
         _check_out(wide_scales[-1][0], wide_shifts[-1][0], pw, c, x)
         c = scale.shape[-1]
     if runs_reference("head", [*inputs, *dw_weights, *pw_weights, *scales, *shifts]):
-        return reference.head(
-            inputs, dw_weights, pw_weights, scales, shifts, activation=activation
-        )
+        return reference.head(inputs, dw_weights, pw_weights, scales, shifts, activation=activation)
     return torch.ops.edet_kernels.head(
         list(inputs),
         [as_packed_depthwise(w).float() for w in dw_weights],

@@ -51,7 +51,7 @@ def unpack_pointwise(packed: Tensor, out_channels: int) -> Tensor:
 
 
 def pack_stem(weight: Tensor) -> Tensor:
-    """Packs a stem weight (C_out, 3, 3, 3) as (⌈C_out/16⌉, 27, 16), inputs in the order y, x, channel.
+    """Packs a stem weight (C_out, 3, 3, 3) as (⌈C_out/16⌉, 27, 16), inputs in the order y, x, c.
 
     Raises:
         ValueError: ``weight`` is not (C_out, 3, 3, 3).

@@ -63,7 +63,7 @@ def pool_geometry(in_size: int, size: int, pool: str) -> tuple[int, int, int]:
 
 
 def resize(x: Tensor, size: tuple[int, int], pool: str = "same") -> Tensor:
-    """Resizes (N, C, h, w) to ``size``: nearest when it grows, −inf padded max pool when it shrinks.
+    """Resizes (N, C, h, w) to ``size``: nearest to grow, −inf padded max pool to shrink.
 
     Raises:
         ValueError: one side would grow and the other shrink.
@@ -98,7 +98,7 @@ def weighted_fusion(
     pool: str = "same",
     activation: str = "none",
 ) -> Tensor:
-    """activation(Σ aᵢ·resize(xᵢ)) of paper section 3.3; see :func:`edet_kernels.weighted_fusion`."""
+    """activation(Σ aᵢ·resize(xᵢ)), paper section 3.3; see :func:`edet_kernels.weighted_fusion`."""
     size = tuple(inputs[0].shape[-2:]) if size is None else size  # type: ignore[assignment]
     coefficients = fusion_coefficients(edge_weights, len(inputs), fusion)
     total: Tensor | None = None
@@ -215,9 +215,7 @@ def lateral(
     pool: str = "same",
 ) -> list[Tensor]:
     """1×1 + BN projections of one backbone map; see :func:`edet_kernels.lateral`."""
-    maps = [
-        pointwise(input, w, s, b) for w, s, b in zip(pw_weights, scales, shifts, strict=True)
-    ]
+    maps = [pointwise(input, w, s, b) for w, s, b in zip(pw_weights, scales, shifts, strict=True)]
     if pooled:
         x = maps.pop()
         for _ in range(pooled):

@@ -89,8 +89,8 @@ struct MbconvParams {
   const float *dw, *dw_scale, *dw_shift;              // (k·k, c_mid), (c_mid)
   int kernel, stride;                                 // 3 or 5, 1 or 2
   int64_t pad_top, pad_left;
-  Activation activation;  // after the expansion and after the depthwise convolution
-  int64_t c_reduced;      // of squeeze-excite; 0: none
+  Activation activation;              // after the expansion and after the depthwise convolution
+  int64_t c_reduced;                  // of squeeze-excite; 0: none
   const float *reduce, *reduce_bias;  // packed (c_reduced, c_mid), swish after it (activation)
   const float *excite, *excite_bias;  // packed (c_mid, c_reduced), sigmoid after it
   const float *project, *project_scale, *project_shift;  // packed (c_out, c_mid)
@@ -109,11 +109,12 @@ struct MbconvParams {
 struct StemParams {
   DType dtype;  // of out
   const void* image;
-  bool is_uint8;           // image elements: uint8, else dtype
-  int64_t stride[4];       // of the image's N, C, H, W, in elements
+  bool is_uint8;                    // image elements: uint8, else dtype
+  int64_t stride[4];                // of the image's N, C, H, W, in elements
   const float *mean, *inverse_std;  // (3): pixels become (x − mean)·inverse_std; null: as they are
   int64_t n, h, w, out_h, out_w, pad_top, pad_left;
-  const float *weight, *scale, *shift;  // packed (c_out, 27), the input index is (row·3 + column)·3 + channel
+  const float *weight, *scale,
+      *shift;  // packed (c_out, 27), the input index is (row·3 + column)·3 + channel
   int64_t c_out;
   Activation activation;
   void* out;  // (n, out_h, out_w, c_out)

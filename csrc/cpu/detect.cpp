@@ -111,8 +111,8 @@ void finish_image(const DetectParams& p, int64_t image, std::vector<Logit>& logi
     const int64_t anchor = logits[i].index / p.num_classes;
     float* box = &boxes[4 * i];
     decode(p, image, anchor, box);
-    candidates.push_back(make_candidate(box, score, logits[i].index % p.num_classes,
-                                        static_cast<int64_t>(i)));
+    candidates.push_back(
+        make_candidate(box, score, logits[i].index % p.num_classes, static_cast<int64_t>(i)));
   }
   const std::vector<Candidate> kept = suppress(std::move(candidates), p.settings);
   p.out_counts[image] = static_cast<int64_t>(kept.size());

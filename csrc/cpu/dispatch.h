@@ -12,8 +12,8 @@ struct Kernels {
   int64_t (*node_scratch)(const NodeParams&);  // floats of scratch per thread
   void (*separable_node)(const NodeParams&, int64_t image, int64_t y_begin, int64_t y_end,
                          float* scratch);
-  void (*fusion_band)(const FusionParams&, void* out, int64_t image, int64_t y_begin,
-                      int64_t y_end, float* scratch);
+  void (*fusion_band)(const FusionParams&, void* out, int64_t image, int64_t y_begin, int64_t y_end,
+                      float* scratch);
   int64_t (*lateral_scratch)(const LateralParams&);
   void (*lateral_block)(const LateralParams&, int64_t begin, int64_t end, float* scratch);
   int64_t (*mbconv_scratch)(const MbconvParams&);

@@ -23,8 +23,8 @@ struct FusionRow {
     int64_t w;
   };
   struct Pooled {
-    const T* top;      // first row of the window that is inside the map
-    int64_t rows, w;   // rows inside the map
+    const T* top;     // first row of the window that is inside the map
+    int64_t rows, w;  // rows inside the map
     Window columns;
     const float* coefficient;
   };
@@ -126,10 +126,14 @@ inline void fuse_row(const FusionParams& p, int64_t image, int64_t y, int64_t x_
     constexpr Activation A = decltype(tag)::value;
     constexpr bool kCommon = A == Activation::swish || A == Activation::none;
     if constexpr (kCommon) {
-      if (row.pooled == 0 && row.direct == 1) return fuse_row_as<T, A, 1, 0>(p, row, x_begin, x_end, out);
-      if (row.pooled == 0 && row.direct == 2) return fuse_row_as<T, A, 2, 0>(p, row, x_begin, x_end, out);
-      if (row.pooled == 1 && row.direct == 1) return fuse_row_as<T, A, 1, 1>(p, row, x_begin, x_end, out);
-      if (row.pooled == 1 && row.direct == 2) return fuse_row_as<T, A, 2, 1>(p, row, x_begin, x_end, out);
+      if (row.pooled == 0 && row.direct == 1)
+        return fuse_row_as<T, A, 1, 0>(p, row, x_begin, x_end, out);
+      if (row.pooled == 0 && row.direct == 2)
+        return fuse_row_as<T, A, 2, 0>(p, row, x_begin, x_end, out);
+      if (row.pooled == 1 && row.direct == 1)
+        return fuse_row_as<T, A, 1, 1>(p, row, x_begin, x_end, out);
+      if (row.pooled == 1 && row.direct == 2)
+        return fuse_row_as<T, A, 2, 1>(p, row, x_begin, x_end, out);
     }
     fuse_row_as<T, A, -1, -1>(p, row, x_begin, x_end, out);
   });

@@ -14,9 +14,18 @@
 namespace edet::cpu::EDET_ISA {
 
 extern const Kernels table;
-const Kernels table = {EDET_STRING(EDET_ISA), node_scratch,   separable_node, fusion_band,
-                       lateral_scratch,       lateral_block,  mbconv_scratch, mbconv_expand,
-                       mbconv_squeeze,        mbconv_project, stem_scratch,   stem_rows,
+const Kernels table = {EDET_STRING(EDET_ISA),
+                       node_scratch,
+                       separable_node,
+                       fusion_band,
+                       lateral_scratch,
+                       lateral_block,
+                       mbconv_scratch,
+                       mbconv_expand,
+                       mbconv_squeeze,
+                       mbconv_project,
+                       stem_scratch,
+                       stem_rows,
                        scan};
 
 }  // namespace edet::cpu::EDET_ISA

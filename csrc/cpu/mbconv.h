@@ -13,9 +13,9 @@ namespace edet::cpu::EDET_ISA {
 inline int64_t mbconv_scratch(const MbconvParams& p) {
   const int64_t channels = p.chunk_panels * kPanel;
   const int64_t columns = (p.out_w - 1) * p.stride + p.kernel;
-  const int64_t expand = p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
-                         p.kernel * p.kernel * channels + 4 * channels +
-                         p.w * round_up(p.c_in, kPanel);
+  const int64_t expand =
+      p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
+      p.kernel * p.kernel * channels + 4 * channels + p.w * round_up(p.c_in, kPanel);
   const int64_t op = round_up(p.c_out, kPanel), mp = round_up(p.c_mid, kPanel);
   const int64_t project = kLateralPixels * (mp + op) + 2 * op;
   const int64_t squeeze = 2 * mp + 4 * round_up(p.c_reduced, kPanel) + 2 * mp;
@@ -137,8 +137,8 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
 
   const int64_t y_begin = band * p.band_rows;
   const int64_t y_end = y_begin + p.band_rows < p.out_h ? y_begin + p.band_rows : p.out_h;
-  const PointwiseWeights expand{p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift,
-                                p.c_in, c, p.activation};
+  const PointwiseWeights expand{
+      p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift, p.c_in, c, p.activation};
   const auto ring_row = [&](int64_t y) { return ring + (y + K) % K * row_floats; };
   int64_t next = y_begin * S - p.pad_top;  // first input row not yet in the ring
   for (int64_t y = y_begin; y < y_end; y++) {
@@ -177,11 +177,11 @@ inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch)
   }
   for (int64_t i = 0; i < pitch + rp; i += kWidth) store(ones + i, set1(1.0f));
   copy_padded(p.reduce_bias, p.c_reduced, rp, bias);
-  pointwise(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, p.c_reduced, p.activation},
-            reduced, rp);
+  pointwise(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, p.c_reduced, p.activation}, reduced,
+            rp);
   copy_padded(p.excite_bias, p.c_mid, pitch, bias);
-  pointwise(reduced, rp, 1, {p.excite, ones, bias, p.c_reduced, p.c_mid, Activation::none},
-            gate, pitch);
+  pointwise(reduced, rp, 1, {p.excite, ones, bias, p.c_reduced, p.c_mid, Activation::none}, gate,
+            pitch);
   for (int64_t i = 0; i < pitch; i += kWidth) store(gate + i, sigmoid(load(gate + i)));
 }
 
@@ -190,8 +190,8 @@ void mbconv_project_as(const MbconvParams& p, int64_t image, int64_t begin, int6
                        float* scratch) {
   const int64_t mp = round_up(p.c_mid, kPanel), op = round_up(p.c_out, kPanel);
   const int64_t area = p.out_h * p.out_w, rows = end - begin;
-  float* strip = scratch;                        // (kLateralPixels, mp)
-  float* tile = strip + kLateralPixels * mp;     // (kLateralPixels, op)
+  float* strip = scratch;                     // (kLateralPixels, mp)
+  float* tile = strip + kLateralPixels * mp;  // (kLateralPixels, op)
   float* scale = tile + kLateralPixels * op;
   float* shift = scale + op;
   copy_padded(p.project_scale, p.c_out, op, scale);

@@ -21,7 +21,8 @@ float iou(const Candidate& a, const Candidate& b) {
 }
 
 std::vector<Candidate> suppress_hard(std::vector<Candidate>& left, const NmsSettings& s) {
-  if (!std::is_sorted(left.begin(), left.end(), better)) std::sort(left.begin(), left.end(), better);
+  if (!std::is_sorted(left.begin(), left.end(), better))
+    std::sort(left.begin(), left.end(), better);
   std::vector<Candidate> kept;
   for (const Candidate& c : left) {
     if (static_cast<int64_t>(kept.size()) == s.most) break;

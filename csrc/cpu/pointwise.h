@@ -101,8 +101,8 @@ void pointwise_as(const float* a, int64_t lda, int64_t rows, const PointwiseWeig
   }
 }
 
-// out (rows, ⌈c_out/16⌉·16) = activation(a (rows, c_in) · W · scale + shift), all panels. Swish, the
-// activation of the published models, is applied in registers, the others in a second pass.
+// out (rows, ⌈c_out/16⌉·16) = activation(a (rows, c_in) · W · scale + shift), all panels. Swish,
+// the activation of the published models, is applied in registers, the others in a second pass.
 inline void pointwise(const float* a, int64_t lda, int64_t rows, const PointwiseWeights& w,
                       float* out, int64_t ldo) {
   if (w.activation == Activation::swish)

@@ -29,8 +29,8 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   float* dw = ring + 3 * pitch;
   float* scale = dw + 9 * cp;
   float* shift = scale + op;
-  float* strip = shift + op;                  // (kStripPixels, cp)
-  float* tile = strip + kStripPixels * cp;    // (kStripPixels, op)
+  float* strip = shift + op;                // (kStripPixels, cp)
+  float* tile = strip + kStripPixels * cp;  // (kStripPixels, op)
 
   std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
   for (int k = 0; k < 9; k++)

@@ -31,9 +31,9 @@ void stem_rows_as(const StemParams& p, int64_t image, int64_t y_begin, int64_t y
                   float* scratch) {
   const int64_t op = stem_round(p.c_out);
   const int64_t columns = 2 * p.out_w + 1;  // of the image, that one output row reads
-  float* lines = scratch;                                        // (3 rows, columns, 3 channels)
-  float* strip = lines + 3 * 3 * (2 * p.out_w + 2 + kPanel);     // (kLateralPixels, 27)
-  float* tile = strip + kLateralPixels * (kStemTaps + 5);        // (kLateralPixels, op)
+  float* lines = scratch;                   // (3 rows, columns, 3 channels)
+  float* strip = lines + 3 * 3 * (2 * p.out_w + 2 + kPanel);  // (kLateralPixels, 27)
+  float* tile = strip + kLateralPixels * (kStemTaps + 5);     // (kLateralPixels, op)
   float* scale = tile + kLateralPixels * op;
   float* shift = scale + op;
   std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));

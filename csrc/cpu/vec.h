@@ -209,7 +209,8 @@ EDET_INLINE vf activate(vf x) {
   if constexpr (A == Activation::swish) return x * sigmoid(x);
   if constexpr (A == Activation::relu) return select(x < 0.0f, vf{}, x);
   if constexpr (A == Activation::relu6) return clamp(x, 0.0f, 6.0f);
-  if constexpr (A == Activation::hard_swish) return x * (clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
+  if constexpr (A == Activation::hard_swish)
+    return x * (clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
   return x;
 }
 

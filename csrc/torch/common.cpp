@@ -120,9 +120,8 @@ cpu::Runtime runtime() {
   torch_get_num_threads(&threads);
   return {static_cast<int>(threads),
           [](int64_t n, void (*f)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-              f(context, begin, end);
-            });
+            torch::stable::parallel_for(
+                0, n, 1, [&](int64_t begin, int64_t end) { f(context, begin, end); });
           }};
 }
 
@@ -143,7 +142,8 @@ Tensor take(int64_t bytes) {
   const std::lock_guard<std::mutex> lock(p.mutex);
   size_t best = p.free.size();
   for (size_t i = 0; i < p.free.size(); i++)
-    if (p.free[i].numel() >= bytes && (best == p.free.size() || p.free[i].numel() < p.free[best].numel()))
+    if (p.free[i].numel() >= bytes &&
+        (best == p.free.size() || p.free[i].numel() < p.free[best].numel()))
       best = i;
   if (best < p.free.size()) {
     Tensor t = p.free[best];

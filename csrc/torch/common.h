@@ -1,4 +1,5 @@
-// What every op's glue shares: checks, memory, threads and the reading of tensors and schema integers.
+// What every op's glue shares: checks, memory, threads and the reading of tensors and schema
+// integers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

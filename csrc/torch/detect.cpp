@@ -69,7 +69,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> detect(
     STD_TORCH_CHECK(c.dim() == 4 && b.dim() == 4 && c.size(0) == p.n && b.size(0) == p.n &&
                         c.size(1) == p.cell_anchors * p.num_classes &&
                         b.size(1) == p.cell_anchors * 4 && c.size(2) == b.size(2) &&
-                        c.size(3) == b.size(3) && map_dtype(c) == p.dtype && map_dtype(b) == p.dtype,
+                        c.size(3) == b.size(3) && map_dtype(c) == p.dtype &&
+                        map_dtype(b) == p.dtype,
                     "class_outputs and box_outputs must agree in batch, size, channels and dtype");
     maps.push_back(channels_last(c));
     p.classes[l] = maps.back().const_data_ptr();

@@ -1,7 +1,8 @@
 // The schema of every op: one line an op; kernels for them are registered beside their glue.
 #include "common.h"
 
-// Enumerations are integers, numbered in core/params.h. Weights are packed (edet_kernels/packing.py).
+// Enumerations are integers, numbered in core/params.h. Weights are packed
+// (edet_kernels/packing.py).
 STABLE_TORCH_LIBRARY(edet_kernels, m) {
   m.def(
       "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, int[] size, int fusion, int pool, "
@@ -24,7 +25,8 @@ STABLE_TORCH_LIBRARY(edet_kernels, m) {
       "lateral(Tensor input, Tensor[] pw_weights, Tensor[] scales, Tensor[] shifts, int pooled, "
       "int pool) -> Tensor[]");
   m.def(
-      "mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, Tensor[] project, "
+      "mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, Tensor[] "
+      "project, "
       "int stride, int[] padding, int[] size, int activation, bool residual) -> Tensor");
   m.def(
       "stem(Tensor image, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, Tensor? std, "

@@ -8,8 +8,8 @@ namespace edet::torch_ops {
 // expand: [] or [packed, scale, shift]; depthwise: [packed, scale, shift];
 // squeeze: [] or [reduce, reduce_bias, excite, excite_bias]; project: [packed, scale, shift].
 static Tensor mbconv(const Tensor input, const Tensors expand, const Tensors depthwise,
-                     const Tensors squeeze, const Tensors project, int64_t stride, const Ints padding,
-                     const Ints size, int64_t activation, bool residual) {
+                     const Tensors squeeze, const Tensors project, int64_t stride,
+                     const Ints padding, const Ints size, int64_t activation, bool residual) {
   STD_TORCH_CHECK(expand.empty() || expand.size() == 3, "expand must be [] or three tensors");
   STD_TORCH_CHECK(depthwise.size() == 3 && project.size() == 3,
                   "depthwise and project must be three tensors each");
@@ -21,7 +21,8 @@ static Tensor mbconv(const Tensor input, const Tensors expand, const Tensors dep
   p.n = map.size(0), p.c_in = map.size(1), p.h = map.size(2), p.w = map.size(3);
   p.c_mid = depthwise[1].numel();
   p.c_out = project[1].numel();
-  STD_TORCH_CHECK(!expand.empty() || p.c_mid == p.c_in, "depthwise must have ", p.c_in, " channels");
+  STD_TORCH_CHECK(!expand.empty() || p.c_mid == p.c_in, "depthwise must have ", p.c_in,
+                  " channels");
   const int64_t taps = depthwise[0].numel() / p.c_mid;
   STD_TORCH_CHECK(taps == 9 || taps == 25, "the depthwise kernel must be 3×3 or 5×5, got ", taps,
                   " taps");
@@ -30,8 +31,9 @@ static Tensor mbconv(const Tensor input, const Tensors expand, const Tensors dep
   p.stride = static_cast<int>(stride);
   p.pad_top = padding[0], p.pad_left = padding[1];
   p.out_h = size[0], p.out_w = size[1];
-  STD_TORCH_CHECK(p.pad_top >= 0 && p.pad_top < p.kernel && p.pad_left >= 0 && p.pad_left < p.kernel,
-                  "padding must be 0 to ", p.kernel - 1);
+  STD_TORCH_CHECK(
+      p.pad_top >= 0 && p.pad_top < p.kernel && p.pad_left >= 0 && p.pad_left < p.kernel,
+      "padding must be 0 to ", p.kernel - 1);
   const auto reaches = [&](int64_t out, int64_t pad, int64_t in) {
     const int64_t last = (out - 1) * p.stride - pad;  // first input of the last output
     return out > 0 && last < in && last + p.kernel <= in + p.kernel;

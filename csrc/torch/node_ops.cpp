@@ -125,7 +125,8 @@ Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
       in_use.push_back(buffer);
     }
     for (size_t b = 0; b < in_use.size();) {
-      if (std::max<int64_t>(last_read[static_cast<size_t>(in_use[b].owner)], in_use[b].owner) <= i) {
+      if (std::max<int64_t>(last_read[static_cast<size_t>(in_use[b].owner)], in_use[b].owner) <=
+          i) {
         released.push_back(in_use[b]);
         in_use.erase(in_use.begin() + static_cast<std::ptrdiff_t>(b));
       } else {
@@ -191,17 +192,19 @@ Tensor fusion_node(const Tensors inputs, const std::optional<Tensor> edge_weight
   for (size_t i = 0; i < inputs.size(); i++) edges.push_back(static_cast<int64_t>(i));
   const auto count = static_cast<int64_t>(inputs.size());
   const bool per_channel = edge_weights && edge_weights->dim() == 2;
-  return bifpn(inputs, per_channel ? torch::stable::unsqueeze(*edge_weights, 0) : edge_weights, dw_weight, pw_weight, scale, shift, edges, {count}, size, {count},
-               fusion, pool, pre_activation, post_activation)[0];
+  return bifpn(inputs, per_channel ? torch::stable::unsqueeze(*edge_weights, 0) : edge_weights,
+               dw_weight, pw_weight, scale, shift, edges, {count}, size, {count}, fusion, pool,
+               pre_activation, post_activation)[0];
 }
 
 Tensors head(const Tensors inputs, const Tensors dw_weights, const Tensors pw_weights,
              const Tensors scales, const Tensors shifts, int64_t activation) {
   const Tensors maps = graph_inputs(inputs);
   const size_t levels = maps.size(), layers = dw_weights.size();
-  STD_TORCH_CHECK(layers >= 1 && pw_weights.size() == layers && scales.size() == layers &&
-                      shifts.size() == layers,
-                  "dw_weights, pw_weights, scales and shifts must be non-empty lists of one length");
+  STD_TORCH_CHECK(
+      layers >= 1 && pw_weights.size() == layers && scales.size() == layers &&
+          shifts.size() == layers,
+      "dw_weights, pw_weights, scales and shifts must be non-empty lists of one length");
   std::vector<NodeWeights> weights;
   int64_t c = maps[0].size(1), widest = c;
   for (size_t i = 0; i < layers; i++) {
@@ -230,8 +233,7 @@ Tensors head(const Tensors inputs, const Tensors dw_weights, const Tensors pw_we
       NodeParams p{};
       set_fusion(p, map, h, w, 1);
       p.fusion.c = weights[i].c;
-      p.fusion.edge[0] =
-          make_edge(map.const_data_ptr(), h, w, h, w, Pool::same, i ? node - 1 : -1);
+      p.fusion.edge[0] = make_edge(map.const_data_ptr(), h, w, h, w, Pool::same, i ? node - 1 : -1);
       p.fusion.coefficients = ones.data();
       p.fusion.activation = Activation::none;
       p.activation = i + 1 < layers ? activation_of(activation) : Activation::none;

@@ -29,12 +29,14 @@ static Tensor weighted_fusion(const Tensors inputs, const std::optional<Tensor> 
   for (int e = 0; e < edges; e++) {
     maps.push_back(channels_last(inputs[static_cast<size_t>(e)]));
     const Tensor& map = maps.back();
-    p.edge[e] = make_edge(map.const_data_ptr(), map.size(2), map.size(3), p.h, p.w, pool_of(pool), -1);
+    p.edge[e] =
+        make_edge(map.const_data_ptr(), map.size(2), map.size(3), p.h, p.w, pool_of(pool), -1);
   }
   float* factors = reinterpret_cast<float*>(workspace.data() + coefficients);
   Tensor weights = first;
   const bool per_channel = edge_weights && edge_weights->dim() == 2;
-  if (edge_weights) weights = float_weight(*edge_weights, per_channel ? edges * c : edges, "edge_weights");
+  if (edge_weights)
+    weights = float_weight(*edge_weights, per_channel ? edges * c : edges, "edge_weights");
   fill_coefficients(edge_weights ? weights.const_data_ptr<float>() : nullptr, per_channel, edges, c,
                     fusion_of(fusion), factors);
   p.coefficients = factors;
@@ -48,8 +50,7 @@ static Tensor weighted_fusion(const Tensors inputs, const std::optional<Tensor> 
   schedule.run(threads, [&](int64_t, int64_t task, int thread) {
     const int64_t begin = task % bands * rows;
     kernels.fusion_band(p, data, task / bands, begin, std::min(begin + rows, p.h),
-                        reinterpret_cast<float*>(workspace.data() + scratch) +
-                            thread * p.w * cp);
+                        reinterpret_cast<float*>(workspace.data() + scratch) + thread * p.w * cp);
   });
   return out;
 }
