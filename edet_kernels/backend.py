@@ -96,6 +96,10 @@ def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype, grad: boo
         return "it has no gradient yet and an input requires one"
     if not library.load():
         return library.status()
+    if name == "cuda" and (refusal := library.cuda_refusal(torch.cuda.get_device_capability())):
+        return refusal
+    if not library.has_op(op):
+        return "the library is older than this package and lacks it: run 'make build'"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"edet_kernels::{op}", name.upper()):
         return f"the library was built without a {name.upper()} kernel for it"
     return ""
@@ -128,12 +132,23 @@ def choose(
     return Choice(op, device.type, f"compiled {device.type.upper()} kernel")
 
 
+def _reference_when_traced(op: str, device: str, dtype: torch.dtype, grad: bool) -> bool:
+    """The choice while torch.compile traces, which cannot look into a ContextVar."""
+    return choose(op, torch.device(device), dtype, grad).backend == "reference"
+
+
+# torch.compiler.assume_constant_result does just this, after two seconds of importing the compiler
+_reference_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
     """Whether ``op`` on these tensors (the first one a map) runs its reference."""
     x = tensors[0]
     assert x is not None
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     device = x.device.type
+    if torch.compiler.is_compiling():
+        return _reference_when_traced(op, device, x.dtype, grad)
     if (
         current_backend() == "auto"
         and device in ("cpu", "cuda")

@@ -196,4 +196,5 @@ def register() -> None:
     """Registers the fake kernels when the compiled library, which holds the schemas, is there."""
     if library.load():
         for op, function in _FAKES.items():
-            torch.library.register_fake(f"edet_kernels::{op}", function)
+            if library.has_op(op):
+                torch.library.register_fake(f"edet_kernels::{op}", function)

@@ -129,6 +129,11 @@ def load() -> bool:
     return isinstance(_attempt(), BuildInfo)
 
 
+def has_op(name: str) -> bool:
+    """Whether the loaded library holds the op; an old build may lack one that Python has."""
+    return load() and hasattr(torch.ops.edet_kernels, name)
+
+
 def build_info() -> BuildInfo | None:
     """What the loaded library holds; None when there is none."""
     attempt = _attempt()

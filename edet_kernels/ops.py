@@ -331,9 +331,9 @@ def bifpn(
     )
     c, count = x.shape[1], len(nodes)
     extents = tuple((y.shape[-2], y.shape[-1]) for y in inputs)
-    graph = _graph_lists(
-        extents, tuple(map(tuple, nodes)), tuple(map(tuple, sizes)), tuple(outputs)
-    )
+    # Dynamo warns of caches, which it does not need
+    lists = _graph_lists.__wrapped__ if torch.compiler.is_compiling() else _graph_lists
+    graph = lists(extents, tuple(map(tuple, nodes)), tuple(map(tuple, sizes)), tuple(outputs))
     most = max(graph[1])
     _check_edges(edge_weights, [(count, most), (count, most, c)], fusion, x)
     panels = -(-c // PANEL)

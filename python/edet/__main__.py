@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from . import cli
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        sys.exit(f'Error: {error.name} is needed here: pip install "edet-kernels[cli]"')
+        sys.exit(f'Error: {package} is needed here: pip install "edet-kernels[cli]"')
     cli.main()
 
 

@@ -437,6 +437,8 @@ def bench(
             if path is not None:
                 check_writable(path.parent, option)
         if plot_file is not None:
+            if plot_file.suffix not in (".png", ".svg", ".pdf"):
+                raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot_file}")
             require("matplotlib.figure", "plot")
         if threads is not None:
             torch.set_num_threads(threads)

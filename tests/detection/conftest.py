@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Small maps gain nothing from threads, and test runs side by side lose much by them."""
     before = torch.get_num_threads()

@@ -153,6 +153,7 @@ def test_set_batch_norms_scales_every_layer():
         assert float(x.square().mean()) == pytest.approx(1, rel=0.1)
 
 
+@pytest.mark.slow
 def test_demo_without_a_checkpoint(tmp_path, capsys):
     assert demo.main(["--output", str(tmp_path / "demo"), "--rounds", "1"]) == 0
     text = capsys.readouterr().out
@@ -163,6 +164,7 @@ def test_demo_without_a_checkpoint(tmp_path, capsys):
     assert all(str(tmp_path / "demo" / name) in text for name in names)
 
 
+@pytest.mark.slow
 def test_demo_with_a_checkpoint(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     model = edet.create_model(demo.MODEL)

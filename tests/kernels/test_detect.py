@@ -93,6 +93,18 @@ def test_non_finite_logits(value):
     call.check(torch.float32)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("threshold", [-1.0, 0.0])
+def test_nan_logits_are_never_kept(threshold):
+    # below zero even a score of 0 passes, but a NaN has no score at all
+    call = sample("detect", max_detections=2000, max_candidates=2000, score_threshold=threshold)
+    for x in call.maps:
+        x[:, 1:] = torch.nan
+    _, _, labels, counts = call()
+    assert (counts > 0).all()
+    assert labels.unique().tolist() == [-1, 0]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 200.0], ids=str)
 def test_non_finite_boxes(value):
     call = sample("detect", limits=False)

@@ -1,0 +1,148 @@
+"""Installing: the wheel's tag and contents, CMake on its own, and the project's files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str, cwd: Path = ROOT, **env: str) -> str:
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def clean_tree(tmp_path_factory) -> Path:
+    """A copy of what the source distribution holds, without anything built."""
+    tree = tmp_path_factory.mktemp("tree") / "edet-kernels"
+    built = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=built)
+    return tree
+
+
+@pytest.mark.slow
+def test_wheel_from_a_clean_tree(clean_tree, tmp_path):
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
+    run(*pip, "--wheel-dir", str(tmp_path), ".", cwd=clean_tree, EDET_CUDA="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"edet_kernels-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert packages == {"edet", "edet_kernels"}
+    assert "edet_kernels/libedet_kernels.so" in names
+    assert {"edet/py.typed", "edet_kernels/py.typed"} <= set(names)
+    for name in ("edet", "edet_kernels"):
+        source = ROOT / ("python/edet" if name == "edet" else name)
+        modules = {f"{name}/{path.relative_to(source)}" for path in source.rglob("*.py")}
+        assert modules <= set(names)
+
+    code = "import edet, edet_kernels.library as l; print(l.load(), l.status())"
+    output = run(
+        sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), EDET_LIBRARY=""
+    )
+    assert output.startswith(f"True loaded {tmp_path / 'site'}")
+    assert "no CUDA kernels" in output
+
+
+@pytest.mark.slow
+def test_wheel_without_the_library(clean_tree, tmp_path):
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
+    shutil.rmtree(clean_tree / "build", ignore_errors=True)
+    run(*pip, "--wheel-dir", str(tmp_path), ".", cwd=clean_tree, EDET_BUILD="0", PATH="")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake on PATH")
+def test_cmake_alone_compiles_the_same_sources(tmp_path):
+    """Configures without setup.py and looks into the compilation database."""
+    run("cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DEDET_CUDA=OFF",
+        f"-DPython3_EXECUTABLE={sys.executable}")  # fmt: skip
+    database = (tmp_path / "compile_commands.json").read_text()
+    compiled = {str(Path(f).relative_to(ROOT)) for f in re.findall(r'"file": "([^"]+)"', database)}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
+    assert compiled == {name for name in sources if "/cuda_" not in name}
+
+
+def test_readme_table_is_what_the_result_files_say():
+    run(sys.executable, "benchmarks/update_readme.py", "--check")
+
+
+def test_readme_table():
+    spec = importlib.util.spec_from_file_location("update", ROOT / "benchmarks/update_readme.py")
+    assert spec and spec.loader
+    update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update)
+    bench = {
+        "model": "m",
+        "image_size": [512, 640],
+        "batch_size": 1,
+        "dtype": "float32",
+        "threads": 2,
+        "machine": "a machine",
+        "torch": "2.13.0",
+        "rounds": 20,
+        "variants": ["eager softmax", "eager fast", "ours"],
+        "rows": [
+            {
+                "part": "BiFPN",
+                "median_ms": {"eager softmax": 10.0, "eager fast": 8.0, "ours": 2.0},
+                "difference": 1e-6,
+            },
+            {
+                "part": "heads",
+                "median_ms": {"eager softmax": None, "eager fast": 3.0, "ours": 1.5},
+                "difference": 2e-7,
+            },
+        ],
+    }
+    lines = update.table(bench).splitlines()
+    assert "512×640, batch 1, float32, 2 threads, a machine, torch 2.13.0; median of 20" in lines[0]
+    assert lines[2] == "| | eager softmax | eager fast | edet-kernels | largest difference |"
+    assert lines[4] == "| BiFPN | 10.0 (5.0×) | 8.0 (4.0×) | **2.0** | 1e-06 |"
+    assert lines[5] == "| heads |  | 3.0 (2.0×) | **1.5** | 2e-07 |"
+    readme = f"before\n{update.BEGIN}\nold\n{update.END}\nafter\n"
+    assert update.updated(readme, ["new"]) == readme.replace("\nold\n", "\n\nnew\n\n")
+    with pytest.raises(ValueError, match="once each"):
+        update.updated("no marks", [])
+
+
+def test_versions_agree():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    module = re.search(
+        r'^__version__ = "(.+)"$', (ROOT / "edet_kernels/__init__.py").read_text(), re.MULTILINE
+    )
+    assert version and module and version[1] == module[1]
+    assert f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md",
+                                  "docs/build.md", "docs/design.md"])  # fmt: skip
+def test_links_between_the_projects_files_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text)
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert missing == []

@@ -1,0 +1,171 @@
+"""setup.py: what it accepts in the environment, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC_13 = {"75", "80", "86", "89", "90", "90a", "100", "100a", "103", "120", "120f"}
+
+
+def fake_program(folder: Path, name: str, output: str = "") -> Path:
+    """An executable in ``folder`` that prints ``output``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\necho '{output}'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("90", "90-real"),
+        ("90a", "90a-real"),
+        ("75;80;90+PTX", "75-real;80-real;90"),
+        (" 75, 80 ", "75-real;80-real"),
+        (None, "75-real;80-real;86-real;89-real;90-real;100-real;120"),
+    ],
+)
+def test_cuda_archs(script, setting, expected):
+    assert script.cuda_archs(setting, {*NVCC_13, "120"}) == expected
+
+
+def test_default_cuda_archs_are_those_that_an_older_nvcc_knows(script):
+    assert script.cuda_archs(None, {"75", "80", "90"}) == "75-real;80-real;90-real"
+
+
+@pytest.mark.parametrize("setting", ["9.0", "sm_90", "hopper", "90;", "90+ptx", "all"])
+def test_cuda_archs_that_are_no_numbers(script, setting):
+    with pytest.raises(script.SetupError, match=r"EDET_CUDA_ARCHS: .* not a compute capability"):
+        script.cuda_archs(setting, NVCC_13)
+
+
+def test_cuda_archs_that_nvcc_does_not_know(script):
+    with pytest.raises(script.SetupError, match=r"cannot compile for 60\. It knows 75, 80, 86, 89"):
+        script.cuda_archs("60;90", NVCC_13)
+
+
+def test_no_arch_at_all(script):
+    with pytest.raises(script.SetupError, match="knows none of"):
+        script.cuda_archs(None, {"50"})
+
+
+def test_cuda_wanted_without_nvcc(script, monkeypatch):
+    monkeypatch.setattr(script, "find_nvcc", lambda env: None)
+    with pytest.raises(script.SetupError, match=r"nvcc was not found.*CUDA_HOME.*EDET_CUDA=0"):
+        script.cuda_options({"EDET_CUDA": "1"})
+    assert script.cuda_options({}) == ["-DEDET_CUDA=OFF"]
+    assert script.cuda_options({"EDET_CUDA": "auto"}) == ["-DEDET_CUDA=OFF"]
+
+
+def test_cuda_switched_off(script, tmp_path):
+    fake_program(tmp_path, "nvcc", "sm_90")
+    assert script.cuda_options({"EDET_CUDA": "0", "PATH": str(tmp_path)}) == ["-DEDET_CUDA=OFF"]
+
+
+def test_cuda_setting_that_means_nothing(script):
+    with pytest.raises(script.SetupError, match="EDET_CUDA must be 0, 1 or auto, got 'yes'"):
+        script.cuda_options({"EDET_CUDA": "yes"})
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("1", "ON"), ("auto", "AUTO"), ("", "AUTO")])
+def test_cuda_options(script, tmp_path, setting, expected):
+    nvcc = fake_program(tmp_path / "bin", "nvcc", "sm_80 sm_90")
+    env = {"EDET_CUDA": setting, "CUDA_HOME": str(tmp_path), "EDET_CUDA_ARCHS": "90"}
+    assert script.cuda_options(env) == [
+        f"-DEDET_CUDA={expected}",
+        f"-DEDET_NVCC={nvcc}",
+        "-DCMAKE_CUDA_ARCHITECTURES=90-real",
+    ]
+
+
+def test_cuda_home_comes_before_path(script, tmp_path):
+    wanted = fake_program(tmp_path / "home/bin", "nvcc")
+    fake_program(tmp_path / "path", "nvcc")
+    env = {"CUDA_HOME": str(tmp_path / "home"), "PATH": str(tmp_path / "path")}
+    assert script.find_nvcc(env) == str(wanted)
+
+
+def test_sanitizers(script):
+    assert script.sanitizers({}) == []
+    assert script.sanitizers({"EDET_SANITIZE": "address,undefined"}) == ["address", "undefined"]
+    with pytest.raises(script.SetupError, match="unknown adress; the sanitizers are address, leak"):
+        script.sanitizers({"EDET_SANITIZE": "adress"})
+
+
+def test_jobs(script):
+    assert script.jobs({"MAX_JOBS": "3"}) == 3
+    assert 1 <= script.jobs({}) <= (os.cpu_count() or 1)
+    for setting in ("0", "-1", "many", "1.5"):
+        with pytest.raises(script.SetupError, match="MAX_JOBS must be a positive whole number"):
+            script.jobs({"MAX_JOBS": setting})
+
+
+def test_torch_missing(script, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(script.SetupError, match=r"torch is missing in .*install torch >= 2.10"):
+        script.find_torch()
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0", "2.9.0+cpu"])
+def test_torch_too_old(script, monkeypatch, version):
+    monkeypatch.setattr(script.importlib.metadata, "version", lambda name: version)
+    with pytest.raises(script.SetupError, match=r"is too old: install torch >= 2.10"):
+        script.find_torch()
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "3.0.0a0"])
+def test_torch_new_enough(script, monkeypatch, version):
+    monkeypatch.setattr(script.importlib.metadata, "version", lambda name: version)
+    assert (script.find_torch() / "include").is_dir()
+
+
+def test_cxx_that_is_no_program(script, tmp_path):
+    fake_program(tmp_path, "g++")
+    script.check_compiler({"PATH": str(tmp_path)})
+    with pytest.raises(script.SetupError, match=r"no C\+\+ compiler: no-such-compiler not found"):
+        script.check_compiler({"PATH": str(tmp_path), "CXX": "no-such-compiler -m64"})
+
+
+def test_tool_missing(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(script.SetupError, match=r"ninja is missing. Run: .* -m pip install ninja"):
+        script.find_tool("ninja", {"PATH": str(tmp_path)})
+
+
+def test_other_systems(script, monkeypatch):
+    monkeypatch.setattr(script.sys, "platform", "win32")
+    with pytest.raises(script.SetupError, match=r"Linux only, not on win32\. Set EDET_BUILD=0"):
+        script.build_library({})
+
+
+def run_setup(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py in this environment's Python as a user's shell would."""
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_user_sees_one_line_when_there_is_no_compiler(tmp_path):
+    result = run_setup("build_ext", "--build-lib", str(tmp_path), PATH=str(tmp_path), CXX="")
+    assert result.returncode != 0
+    assert "error: no C++ compiler: c++, g++, clang++ not found on PATH" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_user_sees_one_line_for_a_wrong_switch():
+    result = run_setup("--version", EDET_BUILD="yes")
+    assert result.returncode != 0
+    assert result.stderr.strip() == "error: EDET_BUILD must be 0 or 1, got 'yes'."
