@@ -522,7 +522,7 @@ def run(
     *,
     threads: int = 2,
     stages: Sequence[str] = tuple(STAGES),
-    names: Sequence[str] = (*rivals.RIVALS, OURS),
+    names: Sequence[str] = (*rivals.DEFAULT_RIVALS, OURS),
     size: int | None = None,
     rounds: int = 20,
     seconds: float = 1.0,
@@ -606,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     add("--threads", type=int, default=min(2, os.cpu_count() or 1))
     add("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    add("--rivals", nargs="+", default=list(rivals.RIVALS), choices=list(rivals.RIVALS))
+    add("--rivals", nargs="+", default=list(rivals.DEFAULT_RIVALS), choices=list(rivals.RIVALS))
     add("--rounds", type=int, default=20, help="at least this many for every row")
     add("--seconds", type=float, default=1.0, help="at least so long for every cell")
     add("--limit", type=float, default=300.0, help="seconds after which a row ends early")

@@ -88,12 +88,10 @@ def onnx_runtime(
         for info, array in zip(described, arrays, strict=True):
             bind(info.name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 
-    def call() -> Arrays:
+    def call(_alive: Arrays = inputs) -> Arrays:  # the binding knows the address of inputs only
         session.run_with_iobinding(binding)
         return outputs
 
-    # the binding knows addresses only: the call must keep the inputs alive
-    call.inputs = inputs  # type: ignore[attr-defined]
     return call
 
 
@@ -143,7 +141,7 @@ def openvino(
     for i, array in enumerate(outputs):
         request.set_output_tensor(i, ov.Tensor(array, shared_memory=True))
 
-    def call() -> Arrays:
+    def call(_alive: Arrays = inputs) -> Arrays:  # the request knows the address of inputs only
         request.infer(share_inputs=True, share_outputs=True)
         return outputs
 
@@ -155,6 +153,9 @@ ONNX_RIVALS = {"ONNX Runtime": onnx_runtime, "OpenVINO": openvino}
 
 #: Every rival, in the order of the tables.
 RIVALS = ("eager", *COMPILE_OPTIONS, *ONNX_RIVALS)
+
+#: Those that run unless others are asked for.
+DEFAULT_RIVALS = ("eager", "torch.compile", *ONNX_RIVALS)
 
 
 def _resize_for_export(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
