@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import edet_kernels
 
+from .configs import get_config
 from .efficientdet import EfficientDet, create_model
 from .extras import require
 from .files import replacing
@@ -88,6 +89,19 @@ class Bench:
 
     def __str__(self) -> str:
         return format_table(self)
+
+
+def random_model(name: str, images: Tensor) -> EfficientDet:
+    """The model ``name`` in eval mode with random weights, the same ones every time.
+
+    How much a random network amplifies rounding is a matter of luck; what is checked and timed
+    must not be.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model(name).eval()
+    set_batch_norms(model, images)
+    return model
 
 
 def set_batch_norms(model: nn.Module, images: Tensor) -> None:
@@ -221,17 +235,13 @@ def run_bench(
     if rounds < 1 or batch_size < 1:
         raise ValueError(f"rounds and batch_size must be at least 1, got {rounds} and {batch_size}")
     device = torch.device(device)
-    random_weights = isinstance(model, str)
-    source = create_model(model) if isinstance(model, str) else copy.deepcopy(model)
-    source = source.eval().to(device, torch.float32)
     if images is None:
+        config = get_config(model) if isinstance(model, str) else model.config
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, 3, *source.config.image_size, generator=generator)
-    images = images.to(device, torch.float32)
-    if random_weights:
-        set_batch_norms(source, images)
-    ours = prepare(source, device, dtype)
-    images = images.to(dtype, memory_format=torch.channels_last)
+        images = torch.randn(batch_size, 3, *config.image_size, generator=generator)
+    source = random_model(model, images) if isinstance(model, str) else copy.deepcopy(model)
+    ours = prepare(source.eval(), device, dtype)
+    images = images.to(device, dtype, memory_format=torch.channels_last)
     eager = eager_copy(ours)
     features = eager.backbone(images)
     pyramid = eager.fpn(features)

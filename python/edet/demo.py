@@ -15,7 +15,8 @@ import torch
 import edet_kernels
 
 from .anchors import generate_anchors
-from .bench import CheckFailed, plot, run_bench, set_batch_norms, write_json
+from .bench import CheckFailed, plot, random_model, run_bench, write_json
+from .configs import get_config
 from .detector import Detector
 from .draw import draw_detections, to_pil
 from .efficientdet import EfficientDet, create_model
@@ -130,13 +131,14 @@ def run(output: Path, checkpoint: Path | None, rounds: int) -> None:
         CheckFailed: a part of the model disagrees with the reference.
     """
     path = photograph()
-    model = create_model(MODEL, checkpoint=checkpoint).eval()
-    output.mkdir(parents=True, exist_ok=True)
-    config = model.config
+    config = get_config(MODEL)
     images = preprocess(path, config.image_size, mean=config.mean, std=config.std).images
     if checkpoint is None:
         print("No checkpoint: the weights are random. Times are real, detections mean nothing.\n")
-        set_batch_norms(model, images)
+        model = random_model(MODEL, images)
+    else:
+        model = create_model(MODEL, checkpoint=checkpoint).eval()
+    output.mkdir(parents=True, exist_ok=True)
     reference = [c for c in edet_kernels.explain() if c.backend == "reference"]
     for choice in reference:
         print(f"Note: {choice.op} runs its PyTorch reference: {choice.reason}")

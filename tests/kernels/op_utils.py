@@ -84,7 +84,8 @@ class Call:
 def ulp(largest: float, dtype: torch.dtype) -> float:
     """The distance between neighbours of ``largest`` in ``dtype``."""
     info = torch.finfo(dtype)
-    return max(math.ldexp(info.eps, math.frexp(largest)[1] - 1), info.smallest_normal * info.eps)
+    _, exponent = math.frexp(max(largest, info.smallest_normal))
+    return math.ldexp(info.eps, exponent - 1)
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:
