@@ -25,6 +25,10 @@ test: $(VENV)/.extra-test build ## run the whole test suite
 build: $(VENV)/.torch ## compile the op library (only what has changed)
 	@$(PY) setup.py --quiet build_ext --inplace
 
+.PHONY: bench-cpu
+bench-cpu: $(VENV)/.extra-bench build ## time the models against other CPU runtimes; an hour or more
+	$(PY) benchmarks/cpu.py $(BENCH)
+
 lint: $(VENV)/.extra-dev ## check style, types and formatting; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

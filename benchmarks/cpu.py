@@ -75,21 +75,25 @@ def log(message: str) -> None:
 # Correctness -------------------------------------------------------------------------------------
 
 
-def gate(name: str, error: float, eager: float, dtype: torch.dtype) -> None:
+def gate(what: str, errors: dict[str, float], eager: float, dtype: torch.dtype) -> None:
     """The error rule: at most twice eager's error in the same precision, plus one unit.
 
     Args:
-        error, eager: largest difference from the float64 reference, as a fraction of each map's
-            largest value.
+        what: the model and stage, for the message.
+        errors: of each variant, the largest difference from the float64 reference as a fraction of
+            each map's largest value.
+        eager: the same of PyTorch's eager layers.
 
     Raises:
-        GateError: ``error`` is larger or not a number.
+        GateError: an error is larger or not a number; the message gives those of all variants.
     """
     limit = 2 * eager + torch.finfo(dtype).eps
-    if not error <= limit:
+    wrong = [name for name, error in errors.items() if not error <= limit]
+    if wrong:
+        found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         raise GateError(
-            f"{name} differs from the float64 reference by {error:.1e} of its largest value, "
-            f"allowed is {limit:.1e} (PyTorch's eager layers differ by {eager:.1e}): "
+            f"{what}: {', '.join(wrong)} must differ from the float64 reference by at most "
+            f"{limit:.1e} of its largest value (eager: {eager:.1e}), got {found}: "
             "no times are reported"
         )
 
@@ -320,27 +324,26 @@ class Case:
                 calls.pop(name, None)
                 unavailable[name] = str(error) or type(error).__name__
                 log(f"  {name} is not available: {unavailable[name].splitlines()[0]}")
-        errors: dict[str, float] = {}
         if stage in ("post", "network+post"):
             for name, found in outputs.items():
                 raw = self.head_outputs
                 if stage == "network+post":
                     raw = [x.clone() for x in self.call(name, "network")()]
                 gate_detections(f"{name}, {stage}", found, self.reference_detections(raw))
-            return calls, errors, unavailable
+            return calls, {}, unavailable
         exact = self.part(stage, copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part(stage, self.eager)(), exact)
-        for name, found in outputs.items():
-            errors[name] = relative_difference(found, exact)
-            gate(f"{self.ours.config.name}, {self.dtype_name}, {stage}: {name}",
-                 errors[name], eager, self.dtype)  # fmt: skip
+        errors = {name: relative_difference(found, exact) for name, found in outputs.items()}
+        gate(f"{self.ours.config.name}, {self.dtype_name}, {stage}", errors, eager, self.dtype)
         return calls, errors, unavailable
 
 
 # What is measured --------------------------------------------------------------------------------
 
 
-def stage_row(case: Case, stage: str, names: Sequence[str], timing: dict[str, Any]) -> dict[str, Any]:
+def stage_row(
+    case: Case, stage: str, names: Sequence[str], timing: dict[str, Any]
+) -> dict[str, Any]:
     """One row of the table."""
     calls, errors, unavailable = case.checked_calls(stage, names)
     times = measure(calls, **timing)
@@ -467,9 +470,9 @@ def fusion_rows(case: Case, timing: dict[str, Any]) -> list[dict[str, Any]]:
             "eager, weights normalised first": eager,
             OURS: case.part("bifpn", model),
         }
-        for name, call in variants.items():
-            gate(f"{fusion} fusion: {name}", relative_difference(call(), exact), error, case.dtype)
-            calls[f"{name}/{fusion}"] = call
+        errors = {name: relative_difference(call(), exact) for name, call in variants.items()}
+        gate(f"{case.ours.config.name}, {fusion} fusion", errors, error, case.dtype)
+        calls |= {f"{name}/{fusion}": call for name, call in variants.items()}
     times = measure(calls, **timing)
     names = [name.removesuffix("/fast") for name in calls if name.endswith("/fast")]
     return [
@@ -510,9 +513,36 @@ def revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@torch.inference_mode()
+def check_only(
+    models: Sequence[str], dtypes: Sequence[str], stages: Sequence[str], names: Sequence[str],
+    size: int | None, threads: int,
+) -> list[str]:  # fmt: skip
+    """Checks everything and times nothing; the messages of what :func:`run` would refuse."""
+    torch.set_num_threads(threads)
+    refused = []
+    for dtype in dtypes:
+        for model in models:
+            with tempfile.TemporaryDirectory() as folder:
+                torch._dynamo.reset()
+                case = Case.create(model, size, getattr(torch, dtype), threads, Path(folder))
+                for stage in stages:
+                    log(f"{model}, {dtype}: checking {stage}")
+                    try:
+                        _, errors, _ = case.checked_calls(stage, names)
+                    except GateError as error:
+                        refused.append(str(error))
+                        log(f"  refused: {error}")
+                    else:
+                        log("  " + (", ".join(f"{n} {e:.1e}" for n, e in errors.items()) or "ok"))
+    return refused
 
 
 @torch.inference_mode()
@@ -610,6 +640,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=int, default=20, help="at least this many for every row")
     add("--seconds", type=float, default=1.0, help="at least so long for every cell")
     add("--limit", type=float, default=300.0, help="seconds after which a row ends early")
+    add("--check", action="store_true", help="check every result and time nothing")
     add("--no-scaling", action="store_true", help="leave out the network on one thread")
     add("--no-memory", action="store_true", help="leave out the peak memory")
     add("--no-fusion", action="store_true", help="leave out softmax against fast fusion")
@@ -620,6 +651,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"the folder of --output does not exist: {args.output.parent}")
     if not library.load():
         log(f"warning: {library.status()}")
+    if args.check:
+        names = (*args.rivals, OURS)
+        refused = check_only(args.models, args.dtype, args.stages, names, args.size, args.threads)
+        sys.exit("\n".join(refused) or 0)
     try:
         result = run(
             args.models,

@@ -159,8 +159,13 @@ def _extras(result: dict[str, Any]) -> list[str]:
     blocks = []
     if result["scaling"]:
         body = [
-            [s["model"], s["dtype"], s["name"], *(f"{s[k]:.2f}" for k in ("one_ms", "all_ms"))]
-            + [f"{s['one_ms'] / s['all_ms']:.2f}×"]
+            [
+                s["model"],
+                s["dtype"],
+                s["name"],
+                *(f"{s[k]:.2f}" for k in ("one_ms", "all_ms")),
+                f"{s['one_ms'] / s['all_ms']:.2f}×",
+            ]
             for s in result["scaling"]
         ]
         header = ["network", "", "", "1 thread, ms", f"{result['threads']} threads, ms", "speedup"]
@@ -175,9 +180,14 @@ def _extras(result: dict[str, Any]) -> list[str]:
         blocks.append("\n".join(_table(header, body, words=3)))
     if result["fusion"]:
         body = [
-            [f["model"], f["name"], f"{f['fast']['median_ms']:.2f}"]
-            + [f"{f['softmax']['median_ms']:.2f}", f"{f['ratio']['of_medians']:.3f}×"]
-            + [f"{f['ratio']['paired']:.3f}×"]
+            [
+                f["model"],
+                f["name"],
+                f"{f['fast']['median_ms']:.2f}",
+                f"{f['softmax']['median_ms']:.2f}",
+                f"{f['ratio']['of_medians']:.3f}×",
+                f"{f['ratio']['paired']:.3f}×",
+            ]
             for f in result["fusion"]
         ]
         header = ["BiFPN", "", "fast, ms", "softmax, ms", "softmax / fast", "paired"]
@@ -207,7 +217,9 @@ def plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     ):
         thickness = 0.8 / len(names)
         for k, name in enumerate(names):
-            ys = [i - 0.4 + thickness * (k + 0.5) for i, r in enumerate(rows) if name in r["ratios"]]
+            ys = [
+                i - 0.4 + thickness * (k + 0.5) for i, r in enumerate(rows) if name in r["ratios"]
+            ]
             values = [r["ratios"][name]["of_medians"] for r in rows if name in r["ratios"]]
             axes.barh(ys, values, thickness * 0.9, color=f"C{k}", label=name)
             for y, value in zip(ys, values, strict=True):

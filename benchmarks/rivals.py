@@ -18,7 +18,6 @@ from unittest import mock
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor, nn
 
     Arrays = list[np.ndarray[Any, Any]]
@@ -222,7 +221,7 @@ def export_onnx(eager: nn.Module, images: Tensor, folder: Path) -> dict[str, Pat
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = eager
+            self.model: Any = eager
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             features = self.model.backbone(images)
@@ -309,7 +308,7 @@ def _network_call(spec: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
 
 
 def main() -> None:
-    """Prints the memory of one rival as JSON: after its imports, and its peak after 1 and 10 runs."""
+    """Prints one rival's memory as JSON: after its imports, and its peak after 1 and 10 runs."""
     build = _network_call(json.loads(sys.argv[1]))
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     found = {"imports_mib": _memory_mib("VmRSS")}

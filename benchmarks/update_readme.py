@@ -1,7 +1,7 @@
 """Fills the marked block of README.md with one table for each file in benchmarks/results.
 
-The files are what `edet bench --json FILE` writes. Run this after adding one; with --check it
-changes nothing and fails when the README is not what the files say.
+The files are what `edet bench --json FILE` and benchmarks/cpu.py write. Run this after adding one;
+with --check it changes nothing and fails when the README is not what the files say.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
+sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
+from benchmarks import report  # noqa: E402
+
 
 def table(bench: dict[str, Any]) -> str:
     """One result file as Markdown: its conditions, then a row per part of the model.
 
     The last variant is ours; each other one is shown with how many times longer it took.
     """
+    if "schema" in bench:  # of benchmarks/cpu.py
+        return report.markdown(report.check(bench))
     *baselines, ours = bench["variants"]
     height, width = bench["image_size"]
     lines = [

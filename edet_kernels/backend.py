@@ -96,8 +96,12 @@ def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype, grad: boo
         return "it has no gradient yet and an input requires one"
     if not library.load():
         return library.status()
-    if name == "cuda" and (refusal := library.cuda_refusal(torch.cuda.get_device_capability())):
-        return refusal
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA GPU"
+        refusal = library.cuda_refusal(torch.cuda.get_device_capability())
+        if refusal:
+            return refusal
     if not library.has_op(op):
         return "the library is older than this package and lacks it: run 'make build'"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"edet_kernels::{op}", name.upper()):

@@ -18,6 +18,9 @@ POOLS = ("same", "symmetric")
 ACTIVATIONS = ("none", "swish", "relu", "relu6", "hard_swish")
 NMS_METHODS = ("hard", "gaussian")
 
+#: Inputs of one fusion node, and projections of one lateral, at most (csrc/core/params.h).
+MAX_EDGES = 16
+
 Size = tuple[int, int]
 
 
@@ -32,11 +35,20 @@ def _shape(x: Tensor) -> str:
     return f"{tuple(x.shape)}"
 
 
+def _check_list(argument: str, value: object, content: str, most: int | None = None) -> None:
+    """Checks that ``value`` is a list or tuple of 1 to ``most`` entries."""
+    if not isinstance(value, (list, tuple)):
+        got = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{argument} must be a non-empty list of {content}, got {got}")
+    if not value:
+        raise ValueError(f"{argument} must be a non-empty list of {content}, got none")
+    if most is not None and len(value) > most:
+        raise ValueError(f"{argument} must be at most {most} {content}, got {len(value)}")
+
+
 def _check_maps(argument: str, inputs: Sequence[Tensor], *, same_channels: bool = True) -> None:
     """Checks that ``inputs`` are float NCHW maps of one dtype, device and batch size."""
-    if isinstance(inputs, Tensor) or len(inputs) == 0:
-        got = f"a tensor of shape {_shape(inputs)}" if isinstance(inputs, Tensor) else "none"
-        raise ValueError(f"{argument} must be a non-empty list of maps, got {got}")
+    _check_list(argument, inputs, "maps")
     for i, x in enumerate(inputs):
         name = f"{argument}[{i}]"
         if not isinstance(x, Tensor):
@@ -88,8 +100,13 @@ def _check_edges(
 
 
 def _check_size(name: str, size: Sequence[int]) -> Size:
-    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"{name} must be two positive integers (H, W), got {tuple(size)}")
+    pair = tuple(size) if isinstance(size, (list, tuple)) else size  # torch.Size is a tuple
+    if (
+        not isinstance(pair, tuple)
+        or len(pair) != 2
+        or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in pair)
+    ):
+        raise ValueError(f"{name} must be two positive integers (H, W), got {pair}")
     return size[0], size[1]
 
 
@@ -118,10 +135,17 @@ def _check_out(scale: Tensor, shift: Tensor, pw_weight: Tensor, channels: int, x
     _check_weight("pw_weight", pw_weight, shapes, x)
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+def _check_nms(iou_threshold: float, sigma: float, score_threshold: float, **counts: int) -> None:
+    """Checks the numbers of a non-maximum suppression; ``counts`` must be positive integers."""
+    numbers = {"iou_threshold": iou_threshold, "sigma": sigma, "score_threshold": score_threshold}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or (value != value and name != "sigma"):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    if not sigma > 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _check_levels(name: str, t: Tensor, levels: int) -> None:
@@ -155,12 +179,13 @@ def weighted_fusion(
         activation: ``none``, ``swish``, ``relu``, ``relu6`` or ``hard_swish``.
 
     Returns:
-        (N, C, H, W) in the inputs' dtype, channels_last.
+        (N, C, H, W) in the inputs' dtype, channels_last from a kernel.
 
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
     _check_maps("inputs", inputs)
+    _check_list("inputs", inputs, "maps", MAX_EDGES)
     x = inputs[0]
     numbers = (
         _number("fusion", fusion, FUSIONS),
@@ -214,6 +239,7 @@ def fusion_node(
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
     _check_maps("inputs", inputs)
+    _check_list("inputs", inputs, "maps", MAX_EDGES)
     x = inputs[0]
     numbers = (
         _number("fusion", fusion, FUSIONS),
@@ -260,20 +286,22 @@ def _graph_lists(
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """Checks a node graph over inputs of ``extents`` (H, W); its edges, counts, sizes, outputs."""
     first = len(extents)
-    if not nodes or len(sizes) != len(nodes):
+    if len(sizes) != len(nodes):
         raise ValueError(
             f"sizes must hold one (H, W) per node, got {len(sizes)} for {len(nodes)} nodes"
         )
     known = list(extents)
     for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
-        size = _check_size(f"sizes[{i}]", size)
-        if not edges or not all(0 <= e < len(known) for e in edges):
+        _check_list(f"nodes[{i}]", edges, "ids", MAX_EDGES)
+        if not all(0 <= e < len(known) for e in edges):
             raise ValueError(
                 f"nodes[{i}] must name inputs or earlier nodes (0 to {len(known) - 1}), got {edges}"
             )
         for e in edges:
             _check_resize(f"nodes[{i}], edge {e},", known[e], size)
         known.append(size)
+    if len(set(outputs)) != len(outputs):
+        raise ValueError(f"outputs must be different nodes, got {outputs}")
     for o in outputs:
         if not first <= o < len(known):
             raise ValueError(f"outputs must be ids of nodes ({first} to {len(known) - 1}), got {o}")
@@ -329,6 +357,13 @@ def bifpn(
         _number("pre_activation", pre_activation, ACTIVATIONS),
         _number("post_activation", post_activation, ACTIVATIONS),
     )
+    for name, value in (("nodes", nodes), ("sizes", sizes), ("outputs", outputs)):
+        _check_list(name, value, "nodes" if name == "outputs" else "tuples")
+    for i, edges in enumerate(nodes):
+        if not isinstance(edges, (list, tuple)):
+            raise ValueError(f"nodes[{i}] must be a tuple of ids, got {edges!r}")
+    for i, size in enumerate(sizes):
+        _check_size(f"sizes[{i}]", size)
     c, count = x.shape[1], len(nodes)
     extents = tuple((y.shape[-2], y.shape[-1]) for y in inputs)
     # Dynamo warns of caches, which it does not need
@@ -447,9 +482,11 @@ def lateral(
     """
     _check_maps("input", [input])
     number = _number("pool", pool, POOLS)
-    if not pw_weights or not len(pw_weights) == len(scales) == len(shifts):
+    for name, value in (("pw_weights", pw_weights), ("scales", scales), ("shifts", shifts)):
+        _check_list(name, value, "tensors", MAX_EDGES)
+    if not len(pw_weights) == len(scales) == len(shifts):
         raise ValueError(
-            "pw_weights, scales and shifts must be non-empty lists of one length, "
+            "pw_weights, scales and shifts must be lists of one length, "
             f"got {len(pw_weights)}, {len(scales)} and {len(shifts)}"
         )
     if not isinstance(pooled, int) or pooled < 0:
@@ -498,8 +535,15 @@ def head(
     _check_maps("inputs", inputs)
     x = inputs[0]
     number = _number("activation", activation, ACTIVATIONS)
+    for name, value in (
+        ("dw_weights", dw_weights),
+        ("pw_weights", pw_weights),
+        ("scales", scales),
+        ("shifts", shifts),
+    ):
+        _check_list(name, value, "tensors")
     layers = len(dw_weights)
-    if not layers or not layers == len(pw_weights) == len(scales) == len(shifts):
+    if not layers == len(pw_weights) == len(scales) == len(shifts):
         raise ValueError(
             "dw_weights, pw_weights, scales and shifts must be non-empty lists of one length, got "
             f"{layers}, {len(pw_weights)}, {len(scales)} and {len(shifts)}"
@@ -678,6 +722,9 @@ def stem(
         raise TypeError(f"dtype must be the image's ({image.dtype}), got {dtype}")
     number = _number("activation", activation, ACTIVATIONS)
     _number("padding", padding, POOLS)
+    if not isinstance(scale, Tensor) or scale.dim() != 1:
+        got = _shape(scale) if isinstance(scale, Tensor) else type(scale).__name__
+        raise ValueError(f"scale must be (C_out,), got {got}")
     c_out = scale.shape[0]
     _check_weight("scale", scale, [(c_out,)], image)
     _check_weight("shift", shift, [(c_out,)], image)
@@ -689,7 +736,7 @@ def stem(
             _check_weight(name, t, [(3,)], image)
     pads, size = _conv_geometry(image, 3, 2, padding)
     like = image if image.is_floating_point() else scale.to(dtype)
-    if runs_reference("stem", [like, image, weight, scale, shift]):
+    if runs_reference("stem", [like, image, weight, scale, shift, mean, std]):
         return reference.stem(
             image,
             weight,
@@ -748,6 +795,9 @@ def nms(
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
     number = _number("method", method, NMS_METHODS)
+    for name, t in (("boxes", boxes), ("scores", scores), ("labels", labels)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if boxes.dim() != 3 or boxes.shape[-1] != 4:
         raise ValueError(f"boxes must be (B, N, 4), got {_shape(boxes)}")
     if boxes.dtype not in (torch.float32, torch.float64):
@@ -759,7 +809,7 @@ def nms(
             raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
         if t.device != boxes.device:
             raise ValueError(f"{name} must be on {boxes.device} like boxes, got {t.device}")
-    _check_positive(max_detections=max_detections, sigma=sigma)
+    _check_nms(iou_threshold, sigma, score_threshold, max_detections=max_detections)
     if runs_reference("nms", [boxes, scores]):
         return reference.nms(
             boxes,
@@ -834,8 +884,14 @@ def detect(
     _check_weight("anchors", anchors, [(count, 4)], x)
     if limits is not None:
         _check_weight("limits", limits, [(x.shape[0], 2)], x)
-    _check_positive(max_detections=max_detections, max_candidates=max_candidates, sigma=sigma)
-    if runs_reference("detect", [*class_outputs, *box_outputs]):
+    _check_nms(
+        iou_threshold,
+        sigma,
+        score_threshold,
+        max_detections=max_detections,
+        max_candidates=max_candidates,
+    )
+    if runs_reference("detect", [*class_outputs, *box_outputs, anchors, limits]):
         return reference.detect(
             class_outputs,
             box_outputs,

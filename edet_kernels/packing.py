@@ -26,8 +26,10 @@ def pack_depthwise(weight: Tensor) -> Tensor:
 
 def unpack_depthwise(packed: Tensor) -> Tensor:
     """Inverse of :func:`pack_depthwise`: (k·k, C) to (C, 1, k, k)."""
-    taps, channels = packed.shape
-    k = round(taps**0.5)
+    k = round(packed.shape[0] ** 0.5) if packed.dim() == 2 else 0
+    if packed.dim() != 2 or k * k != packed.shape[0]:
+        raise ValueError(f"packed must be (k·k, C), got {tuple(packed.shape)}")
+    channels = packed.shape[1]
     return packed.t().reshape(channels, 1, k, k)
 
 
@@ -46,6 +48,14 @@ def pack_pointwise(weight: Tensor) -> Tensor:
 
 def unpack_pointwise(packed: Tensor, out_channels: int) -> Tensor:
     """Inverse of :func:`pack_pointwise`: (⌈C_out/16⌉, C_in, 16) to (C_out, C_in, 1, 1)."""
+    if packed.dim() != 3 or packed.shape[2] != PANEL:
+        raise ValueError(f"packed must be (⌈C_out/16⌉, C_in, 16), got {tuple(packed.shape)}")
+    if -(-out_channels // PANEL) != packed.shape[0]:
+        most = packed.shape[0] * PANEL
+        raise ValueError(
+            f"out_channels must be {most - PANEL + 1} to {most} for {packed.shape[0]} panels, "
+            f"got {out_channels}"
+        )
     c_in = packed.shape[1]
     return packed.transpose(1, 2).reshape(-1, c_in)[:out_channels, :, None, None]
 
@@ -63,6 +73,8 @@ def pack_stem(weight: Tensor) -> Tensor:
 
 def unpack_stem(packed: Tensor, out_channels: int) -> Tensor:
     """Inverse of :func:`pack_stem`: (⌈C_out/16⌉, 27, 16) to (C_out, 3, 3, 3)."""
+    if packed.dim() != 3 or packed.shape[1] != 27:
+        raise ValueError(f"packed must be (⌈C_out/16⌉, 27, 16), got {tuple(packed.shape)}")
     return unpack_pointwise(packed, out_channels).reshape(-1, 3, 3, 3).permute(0, 3, 1, 2)
 
 

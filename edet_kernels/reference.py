@@ -71,6 +71,8 @@ def resize(x: Tensor, size: tuple[int, int], pool: str = "same") -> Tensor:
     h, w = x.shape[-2:]
     if (h, w) == tuple(size):
         return x
+    if (2 * h, 2 * w) == tuple(size):  # the same pixels, without a gather
+        return F.interpolate(x, tuple(size), mode="nearest")
     if h <= size[0] and w <= size[1]:
         rows = nearest_indices(size[0], h, x.device)
         columns = nearest_indices(size[1], w, x.device)
@@ -108,7 +110,8 @@ def weighted_fusion(
             term = term * coefficients[i].to(x.dtype).view(1, -1, 1, 1)
         total = term if total is None else total + term
     assert total is not None
-    return activate(total, activation)
+    fused = activate(total, activation)
+    return fused.clone() if fused is inputs[0] else fused
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -389,10 +392,13 @@ def detect(
     logits, regressions = flat(class_outputs, classes), flat(box_outputs, 4)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = torch.where(logits.isnan(), float("-inf"), logits).flatten(1)
+    numbers = (~torch.cat([x.isnan().flatten(1) for x in class_outputs], 1)).sum(1, keepdim=True)
     # a stable sort puts the first of equal logits first, topk any of them
     order = logits.sort(descending=True, stable=True).indices[:, :max_candidates]
     anchor, labels = order // classes, order % classes
     scores = logits.gather(1, order).to(dtype).sigmoid()
+    rank = torch.arange(order.shape[1], device=order.device)
+    scores = torch.where(rank < numbers, scores, float("nan"))  # what was NaN was sorted last
 
     t = regressions.gather(1, anchor[..., None].expand(-1, -1, 4)).to(dtype)
     low, high = anchors.to(dtype)[anchor].split(2, -1)

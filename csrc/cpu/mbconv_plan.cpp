@@ -32,8 +32,9 @@ int64_t plan_mbconv(MbconvParams& p, int threads) {
   // panels run fastest.
   p.chunk_panels = panels % 4 == 0 ? 4 : panels % 3 == 0 ? 3 : std::min<int64_t>(panels, 4);
   p.chunks = divide_up(panels, p.chunk_panels);
-  // Bands: enough tasks for every thread, at least 8 rows so that the halo is cheap.
-  const int64_t wanted = divide_up(4 * threads, p.n > 0 ? p.n * p.chunks : 1);
+  // Bands: enough tasks for many threads, at least 8 rows so that the halo is cheap. The pooled
+  // sums are added band by band, so the cut must not depend on the number of threads or of images.
+  const int64_t wanted = divide_up(32, p.chunks);
   p.band_rows = std::min(p.out_h, std::max<int64_t>(8, divide_up(p.out_h, wanted)));
   // A band's input is read once per chunk: keep it in L2.
   const int64_t row_bytes = 4 * p.w * p.c_in * p.stride;

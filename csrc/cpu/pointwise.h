@@ -25,18 +25,19 @@ struct PointwiseWeights {
   Activation activation;
 };
 
-// out[m, :] = activation((a[m, :] · W) · scale + shift) for MR rows and NP panels.
-template <int MR, int NP, Activation A>
-void pointwise_tile(const float* a, int64_t lda, int64_t k, const float* w, const float* scale,
-                    const float* shift, float* out, int64_t ldo) {
-  constexpr int V = NP * kPanelVectors;
-  vf acc[MR][V];
+// Products summed one after the other; longer sums are sums of such blocks, whose rounding error
+// grows with the square root of the length instead of with the length.
+constexpr int64_t kSumBlock = 64;
+
+// acc[m][v] = a[m, begin…end) · W of MR rows and V registers of output channels.
+template <int MR, int V>
+EDET_INLINE void pointwise_block(const float* a, int64_t lda, int64_t begin, int64_t end,
+                                 const float* w, int64_t panel, vf (&acc)[MR][V]) {
 #pragma GCC unroll 16
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) acc[m][v] = vf{};
-  const int64_t panel = k * kPanel;
-  for (int64_t i = 0; i < k; i++) {
+  for (int64_t i = begin; i < end; i++) {
     vf b[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++)
@@ -47,6 +48,31 @@ void pointwise_tile(const float* a, int64_t lda, int64_t k, const float* w, cons
 #pragma GCC unroll 16
       for (int v = 0; v < V; v++) acc[m][v] += x * b[v];
     }
+  }
+}
+
+// out[m, :] = activation((a[m, :] · W) · scale + shift) for MR rows and NP panels.
+template <int MR, int NP, Activation A>
+void pointwise_tile(const float* a, int64_t lda, int64_t k, const float* w, const float* scale,
+                    const float* shift, float* out, int64_t ldo) {
+  constexpr int V = NP * kPanelVectors;
+  const int64_t panel = k * kPanel;
+  const int64_t tail = k > kSumBlock ? (k - 1) / kSumBlock * kSumBlock : 0;
+  float earlier[MR * V * kWidth];  // sums of the blocks before the last
+  for (int64_t begin = 0; begin < tail; begin += kSumBlock) {
+    vf acc[MR][V];
+    pointwise_block<MR, V>(a, lda, begin, begin + kSumBlock, w, panel, acc);
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * V; i++) {
+      float* sum = earlier + i * kWidth;
+      store(sum, begin ? load(sum) + acc[i / V][i % V] : acc[i / V][i % V]);
+    }
+  }
+  vf acc[MR][V];
+  pointwise_block<MR, V>(a, lda, tail, k, w, panel, acc);
+  if (tail) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * V; i++) acc[i / V][i % V] += load(earlier + i * kWidth);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < V; v++) {

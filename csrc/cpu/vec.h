@@ -164,7 +164,8 @@ EDET_INLINE vf clamp(vf x, float low, float high) {
   return select(x > high, set1(high), x);
 }
 
-// 1/(1 + e^−x) to within a few units in the last place. 2^t of t = −x·log2(e) is a polynomial of
+// 1/(1 + e^−x), to a few units in the last place of x·σ(x) near its largest error (relatively 3e-6
+// for x < −10, where the rounding of t shows). 2^t of t = −x·log2(e) is a polynomial of
 // its fraction (minimax, 2e-9) times a power of two. It overflows to +inf for x < −88.7, so that
 // x·σ(x) is −0 there and NaN for −inf, as in x/(1 + e^−x).
 EDET_INLINE vf sigmoid(vf x) {

@@ -99,6 +99,7 @@ Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
   std::vector<bool> is_output(static_cast<size_t>(count), false);
   for (int64_t o : outputs) {
     STD_TORCH_CHECK(o >= first && o < first + count, "outputs must be ids of nodes, got ", o);
+    STD_TORCH_CHECK(!is_output[static_cast<size_t>(o - first)], "outputs must be different nodes");
     is_output[static_cast<size_t>(o - first)] = true;
   }
   std::vector<Buffer> in_use, released;

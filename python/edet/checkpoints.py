@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ def _read(path: Path) -> Any:
             # timm and effdet store the training script's arguments beside the weights
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, struct.error) as error:
             # torch's own message advises to load it unsafely
             raise CheckpointError(
                 f"{path} is damaged, or holds Python objects other than tensors and is not loaded, "

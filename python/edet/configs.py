@@ -152,7 +152,6 @@ def _table() -> dict[str, ModelConfig]:
             redundant_bias=False,
             backbone_bn_eps=1e-5,
             backbone_bn_momentum=0.1,
-            aspect_ratios=(1.0, 2.0, 0.5),
         )
         for scale in regular
     ]

@@ -75,10 +75,10 @@ TABLE = {
         ("shift", MAP[:, 0, 0], "ValueError: shift must be (C_out,) or (3, C_out), got (2, 6)"),
     ],
     "bifpn": [
-        ("nodes", [], "ValueError: sizes must hold one (H, W) per node, got 1 for 0 nodes"),
+        ("nodes", [], "ValueError: nodes must be a non-empty list of tuples, got none"),
         ("nodes", [(0, 1, 3)], "ValueError: nodes[0] must name .*(0 to 2), got (0, 1, 3)"),
         ("nodes", [(0, 1, -1)], "ValueError: nodes[0] must name .*(0 to 2), got (0, 1, -1)"),
-        ("nodes", [()], "ValueError: nodes[0] must name .*, got ()"),
+        ("nodes", [()], "ValueError: nodes[0] must be a non-empty list of ids, got none"),
         ("nodes", [0], ".*: nodes[0] must .*, got 0"),
         ("nodes", None, ".*: nodes must .*, got None"),
         ("sizes", [(9, 6)] * 2, "ValueError: sizes must hold one.*, got 2 for 1 nodes"),
@@ -94,7 +94,7 @@ TABLE = {
         ("shift", FLOATS, "ValueError: shift must be (1, 24), got (24,)"),
     ],
     "lateral": [
-        ("pw_weights", [], "ValueError: pw_weights, scales and.*one length, got 0, 2 and 2"),
+        ("pw_weights", [], "ValueError: pw_weights must be a non-empty list of tensors, got none"),
         ("scales", [FLOATS], "ValueError: pw_weights, scales and.*one length, got 2, 1 and 2"),
         ("pw_weights", MAP[:, :, :1, :1], ".*: pw_weights.* must be .*list.*"),
         ("pw_weights", None, ".*: pw_weights.* must be .*list.*"),
@@ -104,7 +104,7 @@ TABLE = {
         ("pool", "valid", "ValueError: pool must be one of same, symmetric, got 'valid'"),
     ],
     "head": [
-        ("dw_weights", [], "ValueError: dw_weights, .* lists of one length, got 0, 3, 3 and 3"),
+        ("dw_weights", [], "ValueError: dw_weights must be a non-empty list of tensors, got none"),
         ("dw_weights", None, ".*: dw_weights.* must be .*list.*"),
         ("dw_weights", [FLOATS] * 3, "ValueError: dw_weights.* must be .*(9, 24), got (24,)"),
         ("scales", [torch.ones(2, 24)] * 3, "ValueError: scales.* (3, C_out), got (2, 24)"),

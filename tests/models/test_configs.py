@@ -52,7 +52,7 @@ def test_table(name: str) -> None:
     assert config.mean == ((0.5,) * 3 if lite or name.endswith("ap") else (0.485, 0.456, 0.406))
     assert config.std == ((0.5,) * 3 if lite or name.endswith("ap") else (0.229, 0.224, 0.225))
     tf_ratios = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
-    assert config.aspect_ratios == ((1.0, 2.0, 0.5) if native else tf_ratios)
+    assert config.aspect_ratios == tf_ratios
     assert config.num_anchors == 9
 
 

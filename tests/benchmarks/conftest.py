@@ -1,0 +1,8 @@
+"""Makes the folder of the benchmarks importable, which is not part of the distribution."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -1,0 +1,213 @@
+"""benchmarks/: statistics, the result file, its table, the correctness gate and one tiny run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cpu, report, rivals, update_readme
+
+
+def _row(stage: str = "BiFPN") -> dict[str, Any]:
+    times = {"eager": report.summary([4.0, 6.0, 5.0]), "ours": report.summary([2.0, 2.0, 2.5])}
+    best, ratios = report.compare(times)
+    return {
+        "model": "tf_efficientdet_d0",
+        "image_size": [512, 512],
+        "dtype": "float32",
+        "stage": stage,
+        "macs": 136_000_000,
+        "rounds": 3,
+        "times": times,
+        "unavailable": {"OpenVINO": "not\n today"},
+        "best_rival": best,
+        "ratios": ratios,
+        "peak_fraction": {"eager": 0.1, "ours": 0.25},
+    }
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """A result such as a run gives, with round numbers."""
+    times = _row()["times"]
+    return {
+        "schema": report.SCHEMA,
+        "date": "2026-01-02T03:04:05+00:00",
+        "revision": None,
+        "machine": {"cpu": "A CPU", "cores": 2, "isa": "avx512"},
+        "versions": {"torch": "2.13.0", "onnxruntime": "1", "openvino": "not installed"},
+        "threads": 2,
+        "settings": {},
+        "peak_gflops": {"float32": 500.0},
+        "rows": [_row()],
+        "scaling": [
+            {"model": "m", "dtype": "float32", "name": "ours", "one_ms": 3.0, "all_ms": 2.0}
+        ],
+        "memory": [
+            {
+                "model": "m",
+                "dtype": "float32",
+                "name": "ours",
+                "imports_mib": 100.0,
+                "once_mib": 150.0,
+                "ten_times_mib": 151.0,
+            }
+        ],
+        "fusion": [
+            {
+                "model": "m",
+                "name": "ours",
+                "fast": times["ours"],
+                "softmax": times["ours"],
+                "ratio": {"of_medians": 1.0, "paired": 1.0},
+            }
+        ],
+    }
+
+
+def test_summary_gives_median_and_quartiles():
+    found = report.summary([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (found["q1_ms"], found["median_ms"], found["q3_ms"]) == (2.0, 3.0, 4.0)
+    assert report.summary([7.0])["q1_ms"] == report.summary([7.0])["q3_ms"] == 7.0
+    with pytest.raises(ValueError, match="samples"):
+        report.summary([])
+
+
+def test_ratio_of_medians_and_median_of_ratios_are_different_things():
+    found = report.ratios([2.0, 8.0, 9.0], [1.0, 2.0, 9.0])
+    assert found == {"of_medians": 4.0, "paired": 2.0}
+    with pytest.raises(ValueError, match="rounds"):
+        report.ratios([1.0], [1.0, 2.0])
+
+
+def test_best_rival_is_the_fastest_other_one():
+    times = {name: report.summary([t]) for name, t in (("a", 6.0), ("b", 3.0), ("ours", 1.0))}
+    best, ratios = report.compare(times)
+    assert best == "b"
+    assert {name: r["of_medians"] for name, r in ratios.items()} == {"a": 6.0, "b": 3.0}
+    assert report.compare({"ours": times["ours"]}) == (None, {})
+
+
+def test_result_file_is_read_as_written(result, tmp_path):
+    report.write(result, tmp_path / "cpu.json")
+    assert report.read(tmp_path / "cpu.json") == result
+    assert [file.name for file in tmp_path.iterdir()] == ["cpu.json"]
+
+
+@pytest.mark.parametrize("key", ["schema", "rows", "peak_gflops"])
+def test_incomplete_result_is_refused(result, tmp_path, key):
+    del result[key]
+    with pytest.raises(ValueError, match=key):
+        report.write(result, tmp_path / "cpu.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_incomplete_row_is_refused(result):
+    del result["rows"][0]["macs"]
+    with pytest.raises(ValueError, match=r"rows\[0\]\.macs"):
+        report.check(result)
+
+
+def test_markdown_holds_every_figure(result):
+    text = report.markdown(json.loads(json.dumps(result)))
+    assert "| D0 512×512 | BiFPN | 5.0 (2.5×) | **2.00** | **2.50×** | 25% |" in text
+    assert "Not in this table, OpenVINO: not today" in text
+    assert "| m | float32 | ours | 3.00 | 2.00 | 1.50× |" in text
+    assert "| m | float32 | ours | 100 | 150 | 151 |" in text
+    for table in (block for block in text.split("\n\n") if block.startswith("|")):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_readme_takes_both_kinds_of_result(result):
+    readme = f"a\n{update_readme.BEGIN}\nold\n{update_readme.END}\nb"
+    text = update_readme.updated(readme, [update_readme.table(result)])
+    assert "old" not in text and "| D0 512×512 | BiFPN |" in text
+    assert text.startswith("a\n") and text.endswith("\nb")
+
+
+def test_plot_is_written_whole(result, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    report.plot(result, tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_gate_is_twice_eager_and_one_unit():
+    eps = torch.finfo(torch.float32).eps
+    cpu.gate("m", {"ours": 2e-5 + eps}, 1e-5, torch.float32)
+    for error in (2e-5 + 2 * eps, math.nan, math.inf):
+        with pytest.raises(cpu.GateError, match="m: ours must differ"):
+            cpu.gate("m", {"eager": 1e-5, "ours": error}, 1e-5, torch.float32)
+
+
+def test_gate_names_the_errors_of_all_variants():
+    with pytest.raises(cpu.GateError, match=r"got a 1\.0e-06, b 1\.0e\+00"):
+        cpu.gate("m", {"a": 1e-6, "b": 1.0}, 1e-6, torch.float32)
+
+
+@pytest.mark.parametrize("stage", ["network", "network+post"])
+def test_wrong_rival_is_refused(monkeypatch, stage):
+    compiled = "torch.compile"
+    monkeypatch.setattr(
+        rivals, "compiled", lambda name, call: lambda: [x + 0.01 * x.abs().max() for x in call()]
+    )
+    if stage == "network+post":  # whose network is right, and whose boxes are not
+        monkeypatch.setattr(rivals, "compiled", lambda name, call: call)
+        right = cpu.Case.detections
+        monkeypatch.setattr(
+            cpu.Case, "detections", lambda self, outputs: [right(self, outputs)[0] + 1,
+                                                           *right(self, outputs)[1:]]
+        )  # fmt: skip
+        monkeypatch.setattr(
+            cpu.Case, "reference_detections", lambda self, outputs: right(self, outputs)
+        )
+    with pytest.raises(cpu.GateError, match="no times are reported"):
+        cpu.run(
+            ["tf_efficientdet_lite0"],
+            stages=[stage],
+            names=["eager", compiled, "ours"],
+            size=128,
+            threads=1,
+            rounds=1,
+            seconds=0.0,
+        )
+
+
+def test_a_rival_that_cannot_run_is_listed(monkeypatch):
+    def missing(name: str, call: Any) -> Any:
+        raise rivals.Unavailable("there is no compiler")
+
+    monkeypatch.setattr(rivals, "compiled", missing)
+    found = cpu.run(
+        ["tf_efficientdet_lite0"], stages=["bifpn"], names=["eager", "torch.compile", "ours"],
+        size=128, threads=1, rounds=1, seconds=0.0, memory=False, fusion=False,
+    )  # fmt: skip
+    assert found["rows"][0]["unavailable"] == {"torch.compile": "there is no compiler"}
+    assert set(found["rows"][0]["times"]) == {"eager", "ours"}
+
+
+@pytest.mark.parametrize("argument", ["stages", "names"])
+def test_unknown_names_are_refused(argument):
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        cpu.run(["tf_efficientdet_lite0"], **{argument: ["nonsense"]})
+
+
+def test_tiny_run_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    output = tmp_path / "cpu.json"
+    arguments = "--models tf_efficientdet_lite0 --size 128 --dtype float32 --threads 1 --rounds 1"
+    arguments += " --seconds 0 --rivals eager --no-memory --no-fusion --output"
+    cpu.main([*arguments.split(), str(output)])
+    result = report.read(output)
+    assert [row["stage"] for row in result["rows"]] == list(cpu.STAGES.values())
+    for row in result["rows"]:
+        assert set(row["times"]) == {"eager", "ours"} and row["best_rival"] == "eager"
+        assert len(row["times"]["ours"]["samples_ms"]) == row["rounds"] >= 1
+    assert result["peak_gflops"]["float32"] > 0
+    assert report.markdown(copy.deepcopy(result)) in capsys.readouterr().out
+    assert output.with_suffix(".png").is_file()
