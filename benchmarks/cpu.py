@@ -144,6 +144,7 @@ def turn(call: Call) -> float:
     return 1e3 * statistics.median(times)
 
 
+@torch.inference_mode()
 def measure(
     calls: dict[str, Call], *, rounds: int, seconds: float, limit: float
 ) -> dict[str, dict[str, Any]]:
@@ -199,6 +200,7 @@ class Case:
     """One model in one dtype, its inputs, and the calls of every variant on them."""
 
     ours: EfficientDet
+    eager: EfficientDet
     images: Tensor
     threads: int
     folder: Path
@@ -206,14 +208,20 @@ class Case:
     @classmethod
     def create(cls, model: str, size: int | None, dtype: torch.dtype, threads: int,
                folder: Path) -> Case:  # fmt: skip
-        """A model with random weights and an image of noise."""
+        """A model with random weights and an image of noise.
+
+        Not for inference mode: its tensors have no version, so that a model made of them cannot
+        know that its packed weights are still right and packs them in every call.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a case must be created outside inference mode")
         torch.manual_seed(0)
         ours = create_model(model, image_size=size).eval()
         images = torch.randn(1, 3, *ours.config.image_size)
         set_batch_norms(ours, images)
         ours = prepare(ours, torch.device("cpu"), dtype)
         images = images.to(dtype, memory_format=torch.channels_last)
-        return cls(ours, images, threads, folder)
+        return cls(ours, eager_copy(ours), images, threads, folder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,18 +232,17 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
     @cached_property
-    def eager(self) -> EfficientDet:
-        return eager_copy(self.ours)
-
-    @cached_property
+    @torch.inference_mode()
     def features(self) -> list[Tensor]:
         return self.eager.backbone(self.images)
 
     @cached_property
+    @torch.inference_mode()
     def pyramid(self) -> list[Tensor]:
         return self.eager.fpn(self.features)
 
     @cached_property
+    @torch.inference_mode()
     def head_outputs(self) -> list[Tensor]:
         return self.part("network", self.eager)()
 
@@ -303,6 +310,7 @@ class Case:
         run = rivals.ONNX_RIVALS[name](file, arrays, self.threads, self.dtype_name)
         return lambda: [torch.from_numpy(array) for array in run()]
 
+    @torch.inference_mode()
     def checked_calls(
         self, stage: str, names: Sequence[str]
     ) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
@@ -459,20 +467,23 @@ def fusion_rows(case: Case, timing: dict[str, Any]) -> list[dict[str, Any]]:
     softmax.load_state_dict(case.ours.state_dict())
     calls: dict[str, Call] = {}
     for fusion, model in (("softmax", softmax.eval()), ("fast", case.ours)):
-        eager = case.part("bifpn", eager_copy(model))
+        eager, exact_call = (
+            case.part("bifpn", copied) for copied in (eager_copy(model), eager_copy(model).double())
+        )
 
         def published(call: Call = eager) -> list[Tensor]:
             with mock.patch.object(reference, "weighted_fusion", published_fusion):
                 return call()
 
-        exact = case.part("bifpn", eager_copy(model).double())()
-        error = relative_difference(eager(), exact)
         variants = {
             "eager, as published": published,
             "eager, weights normalised first": eager,
             OURS: case.part("bifpn", model),
         }
-        errors = {name: relative_difference(call(), exact) for name, call in variants.items()}
+        with torch.inference_mode():
+            exact = exact_call()
+            error = relative_difference(eager(), exact)
+            errors = {name: relative_difference(call(), exact) for name, call in variants.items()}
         gate(f"{case.ours.config.name}, {fusion} fusion", errors, error, case.dtype)
         calls |= {f"{name}/{fusion}": call for name, call in variants.items()}
     times = measure(calls, **timing)
@@ -522,7 +533,6 @@ def revision() -> str | None:
         return None
 
 
-@torch.inference_mode()
 def check_only(
     models: Sequence[str], dtypes: Sequence[str], stages: Sequence[str], names: Sequence[str],
     size: int | None, threads: int,
@@ -547,7 +557,6 @@ def check_only(
     return refused
 
 
-@torch.inference_mode()
 def run(
     models: Sequence[str],
     dtypes: Sequence[str] = ("float32",),

@@ -290,7 +290,6 @@ def _network_call(spec: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
     from edet.bench import eager_copy, prepare
 
     torch.set_num_threads(spec["threads"])
-    torch.inference_mode().__enter__()  # for the rest of the process
 
     def build() -> Callable[[], Any]:
         dtype = getattr(torch, spec["dtype"])
@@ -300,9 +299,12 @@ def _network_call(spec: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
             model = eager_copy(model)
         pixels = torch.zeros(1, 3, *spec["image_size"], dtype=dtype)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if spec["rival"] in COMPILE_OPTIONS:
-            return compiled(spec["rival"], lambda: model(pixels))
-        return lambda: model(pixels)
+        call = (
+            compiled(spec["rival"], lambda: model(pixels))
+            if spec["rival"] in COMPILE_OPTIONS
+            else lambda: model(pixels)
+        )
+        return torch.inference_mode()(call)
 
     return build
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import edet
 from benchmarks import cpu, report, rivals, update_readme
+from edet.bifpn import BiFPN
 
 
 def _row(stage: str = "BiFPN") -> dict[str, Any]:
@@ -189,6 +191,26 @@ def test_a_rival_that_cannot_run_is_listed(monkeypatch):
     )  # fmt: skip
     assert found["rows"][0]["unavailable"] == {"torch.compile": "there is no compiler"}
     assert set(found["rows"][0]["times"]) == {"eager", "ours"}
+
+
+def test_weights_are_packed_once_and_macs_are_those_of_the_model(monkeypatch):
+    packed = []
+    pack = BiFPN.pack
+    monkeypatch.setattr(BiFPN, "pack", lambda self, dtype: packed.append(0) or pack(self, dtype))
+    found = cpu.run(
+        ["tf_efficientdet_lite0"], stages=["bifpn", "heads", "network"], names=["eager", "ours"],
+        size=128, threads=1, rounds=2, seconds=0.0, memory=False, fusion=False,
+    )  # fmt: skip
+    assert len(packed) == 1
+    macs = edet.count_macs(edet.create_model("tf_efficientdet_lite0", image_size=128))
+    expected = [macs.fpn, macs.class_net + macs.box_net, macs.total]
+    assert [row["macs"] for row in found["rows"]] == expected and min(expected) > 0
+    assert all(row["peak_fraction"]["ours"] > 0 for row in found["rows"])
+
+
+def test_a_case_is_not_made_in_inference_mode(tmp_path):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
+        cpu.Case.create("tf_efficientdet_lite0", 64, torch.float32, 1, tmp_path)
 
 
 @pytest.mark.parametrize("argument", ["stages", "names"])

@@ -131,10 +131,9 @@ def test_bad_arguments(options):
 def test_operation_counts():
     model = edet.create_model("tf_efficientdet_d0").eval()
     eager = bench.count_operations(bench.eager_copy(model))
-    # effdet's D0 dispatches 238 + 415 + 70 + 70
-    assert eager["backbone"] == 238
-    assert eager["class_net"] == eager["box_net"] == 70
-    assert eager["fpn"] == pytest.approx(415, rel=0.02)
+    # effdet's D0 dispatches 238 + 415 + 70 + 70; our reference normalises a node's edge weights at
+    # once instead of every edge's, which leaves 334 of the 415
+    assert eager == {"backbone": 238, "fpn": 334, "class_net": 70, "box_net": 70}
     if any(c.backend == "reference" for c in edet_kernels.explain()):
         pytest.skip("an op runs its reference")
     ours = bench.count_operations(model)
