@@ -295,8 +295,7 @@ def _network_call(spec: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
         dtype = getattr(torch, spec["dtype"])
         model: Any = edet.create_model(spec["model"], image_size=tuple(spec["image_size"])).eval()
         model = prepare(model, torch.device("cpu"), dtype)
-        if spec["rival"] != "ours":
-            model = eager_copy(model)
+        model = model.freeze() if spec["rival"] == "ours" else eager_copy(model)
         pixels = torch.zeros(1, 3, *spec["image_size"], dtype=dtype)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         call = (

@@ -101,8 +101,9 @@ struct MbconvParams {
   int64_t band_rows, bands, chunk_panels, chunks;
   // Memory for one call; c_mid rounded up to kPanel is the pitch.
   float* mid;   // (n, out_h·out_w, pitch): after the depthwise convolution
-  float* sums;  // (n, bands, pitch): of mid over a band's pixels
+  float* sums;  // (n, out_h, pitch): of mid over a row's pixels, so that no cut changes a sum
   float* gate;  // (n, pitch)
+  float* gated;  // (n, ⌈c_out/16⌉, c_mid, 16): project times gate; null: mid is gated instead
 };
 
 // The first layer: normalise, 3×3 stride-2 convolution, batch norm, activation.

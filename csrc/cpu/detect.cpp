@@ -144,7 +144,10 @@ void run_detect(const DetectParams& p, const Runtime& runtime) {
   for (auto& t : thresholds) t = -std::numeric_limits<float>::infinity();
 
   Schedule schedule({p.n * count, p.n});
-  schedule.run(runtime, [&](int64_t step, int64_t task, int thread) {
+  const auto ready = [&](int64_t step, int64_t task) {
+    return step == 0 || schedule.done(0, task * count, (task + 1) * count);
+  };
+  schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
     if (step == 0) {
       const int64_t image = task / count;
       scan_part(p, parts[static_cast<size_t>(task % count)], image, most,
@@ -152,7 +155,6 @@ void run_detect(const DetectParams& p, const Runtime& runtime) {
                 found[static_cast<size_t>(thread * p.n + image)]);
       return;
     }
-    schedule.wait(0, task * count, (task + 1) * count);
     std::vector<Logit> all;
     for (int t = 0; t < runtime.threads; t++) {
       const std::vector<Logit>& part = found[static_cast<size_t>(t * p.n + task)];

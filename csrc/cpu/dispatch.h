@@ -20,6 +20,7 @@ struct Kernels {
   void (*mbconv_expand)(const MbconvParams&, int64_t image, int64_t band, int64_t chunk,
                         float* scratch);
   void (*mbconv_squeeze)(const MbconvParams&, int64_t image, float* scratch);
+  void (*mbconv_gate)(const MbconvParams&, int64_t image, int64_t panel);
   void (*mbconv_project)(const MbconvParams&, int64_t image, int64_t begin, int64_t end,
                          float* scratch);
   int64_t (*stem_scratch)(const StemParams&);

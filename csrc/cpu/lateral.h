@@ -13,7 +13,7 @@ inline int64_t lateral_scratch(const LateralParams& p) {
   for (int i = 0; i < p.projections; i++)
     if (p.projection[i].c_out > widest) widest = p.projection[i].c_out;
   const int64_t op = round_up(widest, kPanel);
-  return kLateralPixels * (round_up(p.c_in, kPanel) + op) + 2 * op;
+  return kLateralPixels * round_up(p.c_in, kPanel) + 2 * op;
 }
 
 template <class T>
@@ -39,13 +39,12 @@ void lateral_block_as(const LateralParams& p, int64_t begin, int64_t end, float*
     const int64_t op = round_up(q.c_out, kPanel);
     float* scale = scratch + kLateralPixels * round_up(p.c_in, kPanel);
     float* shift = scale + op;
-    float* tile = shift + op;
     std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
     std::memcpy(scale, q.scale, sizeof(float) * static_cast<size_t>(q.c_out));
     std::memcpy(shift, q.shift, sizeof(float) * static_cast<size_t>(q.c_out));
     const PointwiseWeights weights{q.pw, scale, shift, p.c_in, q.c_out, Activation::none};
-    T* out = static_cast<T*>(q.out) + begin * q.c_out;
-    pointwise_to(a, lda, rows, weights, tile, out);
+    pointwise<T>(a, lda, rows, weights,
+                 {static_cast<T*>(q.out) + begin * q.c_out, q.c_out, nullptr});
   }
 }
 

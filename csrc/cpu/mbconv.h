@@ -15,9 +15,9 @@ inline int64_t mbconv_scratch(const MbconvParams& p) {
   const int64_t columns = (p.out_w - 1) * p.stride + p.kernel;
   const int64_t expand =
       p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
-      p.kernel * p.kernel * channels + 4 * channels + p.w * round_up(p.c_in, kPanel);
+      p.kernel * p.kernel * channels + 3 * channels + p.w * round_up(p.c_in, kPanel);
   const int64_t op = round_up(p.c_out, kPanel), mp = round_up(p.c_mid, kPanel);
-  const int64_t project = kLateralPixels * (mp + op) + 2 * op;
+  const int64_t project = kLateralPixels * mp + 2 * op;
   const int64_t squeeze = 2 * mp + 4 * round_up(p.c_reduced, kPanel) + 2 * mp;
   const int64_t most = expand > project ? expand : project;
   return most > squeeze ? most : squeeze;
@@ -51,7 +51,10 @@ template <class T>
 void mbconv_row_as(const MbconvParams& p, const PointwiseWeights& expand, int64_t image, int64_t y,
                    int64_t first, int64_t cp, float* pixels, float* row) {
   const T* from = static_cast<const T*>(p.input) + (image * p.h + y) * p.w * p.c_in;
-  if (!p.expand) return load_pixels(from + first, p.w, p.c_in, expand.c_out, cp, row);
+  if (!p.expand) {
+    const int64_t c = p.c_mid - first < cp ? p.c_mid - first : cp;
+    return load_pixels(from + first, p.w, p.c_in, c, cp, row);
+  }
   const float* a = pixels;
   int64_t lda = p.c_in;
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -60,7 +63,7 @@ void mbconv_row_as(const MbconvParams& p, const PointwiseWeights& expand, int64_
     lda = round_up(p.c_in, kPanel);
     load_pixels(from, p.w, p.c_in, p.c_in, lda, pixels);
   }
-  pointwise(a, lda, p.w, expand, row, cp);
+  pointwise<float>(a, lda, p.w, expand, {row, cp, nullptr});
 }
 
 inline void mbconv_row(const MbconvParams& p, const PointwiseWeights& expand, int64_t image,
@@ -121,8 +124,7 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
   float* shift = dw + K * K * cp;
   float* e_scale = shift + cp;
   float* e_shift = e_scale + cp;
-  float* sums = e_shift + cp;
-  float* pixels = sums + cp;  // one input row as floats, when it is not
+  float* pixels = e_shift + cp;  // one input row as floats, when it is not
   for (int t = 0; t < K * K; t++) {
     copy_padded(p.dw + t * p.c_mid + first, c, cp, dw + t * cp);
     for (int64_t i = 0; i < c; i++) dw[t * cp + i] *= p.dw_scale[first + i];
@@ -132,13 +134,13 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
     copy_padded(p.expand_scale + first, c, cp, e_scale);
     copy_padded(p.expand_shift + first, c, cp, e_shift);
   }
-  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(cp));
   std::memset(ring, 0, sizeof(float) * static_cast<size_t>(K * row_floats));
 
   const int64_t y_begin = band * p.band_rows;
   const int64_t y_end = y_begin + p.band_rows < p.out_h ? y_begin + p.band_rows : p.out_h;
+  // whole panels are stored: the channels past c_mid are zero
   const PointwiseWeights expand{
-      p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift, p.c_in, c, p.activation};
+      p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift, p.c_in, cp, p.activation};
   const auto ring_row = [&](int64_t y) { return ring + (y + K) % K * row_floats; };
   int64_t next = y_begin * S - p.pad_top;  // first input row not yet in the ring
   for (int64_t y = y_begin; y < y_end; y++) {
@@ -155,10 +157,10 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
     float* out = p.mid + ((image * p.out_h + y) * p.out_w) * pitch + first;
     const auto convolve = K == 3 ? (S == 1 ? &mbconv_depthwise<3, 1> : &mbconv_depthwise<3, 2>)
                                  : (S == 1 ? &mbconv_depthwise<5, 1> : &mbconv_depthwise<5, 2>);
+    float* sums = p.sums + (image * p.out_h + y) * pitch + first;
+    std::memset(sums, 0, sizeof(float) * static_cast<size_t>(cp));
     convolve(rows, dw, shift, cp, p.out_w, p.activation, out, pitch, sums);
   }
-  std::memcpy(p.sums + (image * p.bands + band) * pitch + first, sums,
-              sizeof(float) * static_cast<size_t>(cp));
 }
 
 // gate = σ(excite · activation(reduce · mean + reduce_bias) + excite_bias) of one image.
@@ -172,17 +174,28 @@ inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch)
   const float inverse = 1.0f / static_cast<float>(p.out_h * p.out_w);
   for (int64_t i = 0; i < pitch; i += kWidth) {
     vf sum = vf{};
-    for (int64_t b = 0; b < p.bands; b++) sum += load(p.sums + (image * p.bands + b) * pitch + i);
+    for (int64_t y = 0; y < p.out_h; y++) sum += load(p.sums + (image * p.out_h + y) * pitch + i);
     store(mean + i, sum * inverse);
   }
   for (int64_t i = 0; i < pitch + rp; i += kWidth) store(ones + i, set1(1.0f));
   copy_padded(p.reduce_bias, p.c_reduced, rp, bias);
-  pointwise(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, p.c_reduced, p.activation}, reduced,
-            rp);
+  // rp and pitch channels: the padding that the next product reads is zero
+  pointwise<float>(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, rp, p.activation},
+                   {reduced, rp, nullptr});
   copy_padded(p.excite_bias, p.c_mid, pitch, bias);
-  pointwise(reduced, rp, 1, {p.excite, ones, bias, p.c_reduced, p.c_mid, Activation::none}, gate,
-            pitch);
+  pointwise<float>(reduced, rp, 1, {p.excite, ones, bias, p.c_reduced, pitch, Activation::none},
+                   {gate, pitch, nullptr});
   for (int64_t i = 0; i < pitch; i += kWidth) store(gate + i, sigmoid(load(gate + i)));
+}
+
+// One panel of the projection times the gate of an image.
+inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
+  const float* gate = p.gate + image * round_up(p.c_mid, kPanel);
+  const float* from = p.project + panel * p.c_mid * kPanel;
+  float* to = p.gated + (image * (round_up(p.c_out, kPanel) / kPanel) + panel) * p.c_mid * kPanel;
+  for (int64_t k = 0; k < p.c_mid; k++)
+    for (int64_t i = 0; i < kPanel; i += kWidth)
+      store(to + k * kPanel + i, load(from + k * kPanel + i) * gate[k]);
 }
 
 template <class T>
@@ -190,34 +203,26 @@ void mbconv_project_as(const MbconvParams& p, int64_t image, int64_t begin, int6
                        float* scratch) {
   const int64_t mp = round_up(p.c_mid, kPanel), op = round_up(p.c_out, kPanel);
   const int64_t area = p.out_h * p.out_w, rows = end - begin;
-  float* strip = scratch;                     // (kLateralPixels, mp)
-  float* tile = strip + kLateralPixels * mp;  // (kLateralPixels, op)
-  float* scale = tile + kLateralPixels * op;
+  float* strip = scratch;  // (kLateralPixels, mp)
+  float* scale = strip + kLateralPixels * mp;
   float* shift = scale + op;
   copy_padded(p.project_scale, p.c_out, op, scale);
   copy_padded(p.project_shift, p.c_out, op, shift);
   const float* a = p.mid + (image * area + begin) * mp;
-  if (p.c_reduced) {
+  const float* weight = p.project;
+  if (p.gated) {
+    weight = p.gated + image * op * p.c_mid;
+  } else if (p.c_reduced) {
     const float* gate = p.gate + image * mp;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < mp; i += kWidth)
         store(strip + r * mp + i, load(a + r * mp + i) * load(gate + i));
     a = strip;
   }
-  const PointwiseWeights weights{p.project, scale, shift, p.c_mid, p.c_out, Activation::none};
-  T* out = static_cast<T*>(p.out) + (image * area + begin) * p.c_out;
-  if (!p.residual) return pointwise_to(a, mp, rows, weights, tile, out);
-  pointwise(a, mp, rows, weights, tile, op);
-  const T* input = static_cast<const T*>(p.input) + (image * area + begin) * p.c_in;
-  const int64_t whole = p.c_out / kWidth * kWidth;
-  const int rest = static_cast<int>(p.c_out - whole);
-  for (int64_t r = 0; r < rows; r++) {
-    float* row = tile + r * op;
-    const T* x = input + r * p.c_in;
-    for (int64_t i = 0; i < whole; i += kWidth) store(row + i, load(row + i) + load(x + i));
-    if (rest) store(row + whole, load(row + whole) + load_tail(x + whole, rest));
-  }
-  convert(tile, op, rows, p.c_out, out);
+  const int64_t at = (image * area + begin) * p.c_out;
+  const T* input = p.residual ? static_cast<const T*>(p.input) + at : nullptr;
+  pointwise<T>(a, mp, rows, {weight, scale, shift, p.c_mid, p.c_out, Activation::none},
+               {static_cast<T*>(p.out) + at, p.c_out, input});
 }
 
 inline void mbconv_project(const MbconvParams& p, int64_t image, int64_t begin, int64_t end,

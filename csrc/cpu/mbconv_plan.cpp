@@ -1,5 +1,5 @@
 // Tasks of an inverted residual block: (band, chunk) of the expansion, squeeze-excite of an image,
-// blocks of pixels of the projection.
+// panels of its gated weights, blocks of pixels of the projection.
 #include "mbconv_plan.h"
 
 #include <algorithm>
@@ -13,14 +13,22 @@ namespace {
 int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 int64_t round_up(int64_t n, int64_t m) { return divide_up(n, m) * m; }
 
+int64_t padded_out(const MbconvParams& p) { return round_up(p.c_out, kPanel); }
+
+// Whether an image has more pixels than output channels, so that gating the weights is less work.
+bool gates_weights(const MbconvParams& p) {
+  return p.c_reduced && padded_out(p) < p.out_h * p.out_w;
+}
+
 struct Sizes {
-  int64_t mid, sums, gate, scratch;  // bytes; scratch of one thread
+  int64_t mid, sums, gate, gated, scratch;  // bytes; scratch of one thread
 };
 
 Sizes sizes(const MbconvParams& p) {
   const int64_t pitch = round_up(p.c_mid, kPanel);
   const auto bytes = [](int64_t floats) { return round_up(4 * floats, 64); };
-  return {bytes(p.n * p.out_h * p.out_w * pitch), bytes(p.n * p.bands * pitch), bytes(p.n * pitch),
+  return {bytes(p.n * p.out_h * p.out_w * pitch), bytes(p.n * p.out_h * pitch), bytes(p.n * pitch),
+          gates_weights(p) ? bytes(p.n * padded_out(p) * p.c_mid) : 0,
           bytes(kernels().mbconv_scratch(p))};
 }
 
@@ -32,16 +40,19 @@ int64_t plan_mbconv(MbconvParams& p, int threads) {
   // panels run fastest.
   p.chunk_panels = panels % 4 == 0 ? 4 : panels % 3 == 0 ? 3 : std::min<int64_t>(panels, 4);
   p.chunks = divide_up(panels, p.chunk_panels);
-  // Bands: enough tasks for many threads, at least 8 rows so that the halo is cheap. The pooled
-  // sums are added band by band, so the cut must not depend on the number of threads or of images.
-  const int64_t wanted = divide_up(32, p.chunks);
-  p.band_rows = std::min(p.out_h, std::max<int64_t>(8, divide_up(p.out_h, wanted)));
+  // Bands: at least four tasks for each thread and the same number for all; the expansion of the
+  // halo, kernel − stride rows of each band, is computed twice.
+  int64_t bands = divide_up(4 * threads, p.chunks);
+  while (bands * p.chunks % threads) bands++;
+  p.band_rows = std::max<int64_t>(8, divide_up(p.out_h, bands));
   // A band's input is read once per chunk: keep it in L2.
   const int64_t row_bytes = 4 * p.w * p.c_in * p.stride;
-  p.band_rows = std::min(p.band_rows, std::max<int64_t>(8, (512 << 10) / row_bytes));
+  if (p.chunks > 1)
+    p.band_rows = std::min(p.band_rows, std::max<int64_t>(8, (512 << 10) / row_bytes));
+  p.band_rows = std::min(p.band_rows, p.out_h);
   p.bands = divide_up(p.out_h, p.band_rows);
   const Sizes s = sizes(p);
-  return s.mid + s.sums + s.gate + s.scratch * threads;
+  return s.mid + s.sums + s.gate + s.gated + s.scratch * threads;
 }
 
 void run_mbconv(MbconvParams& p, const Runtime& runtime, char* workspace) {
@@ -50,26 +61,41 @@ void run_mbconv(MbconvParams& p, const Runtime& runtime, char* workspace) {
   p.sums = reinterpret_cast<float*>(workspace + s.mid);
   p.gate = reinterpret_cast<float*>(workspace + s.mid + s.sums);
   char* scratch = workspace + s.mid + s.sums + s.gate;
+  p.gated = gates_weights(p) ? reinterpret_cast<float*>(scratch) : nullptr;
+  scratch += s.gated;
 
   const Kernels& k = kernels();
   const int64_t area = p.out_h * p.out_w;
   const int64_t expand_tasks = p.bands * p.chunks;
+  const int64_t panels = p.gated ? padded_out(p) / kPanel : 0;
   const int64_t blocks = divide_up(area, kLateralPixels);
-  Schedule schedule({p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * blocks});
-  schedule.run(runtime, [&](int64_t step, int64_t task, int thread) {
+  enum Step { expand, squeeze, gate, project };
+  Schedule schedule({p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * panels, p.n * blocks});
+  const auto ready = [&](int64_t step, int64_t task) {
+    const auto done = [&](Step before, int64_t image, int64_t tasks) {
+      return schedule.done(before, image * tasks, (image + 1) * tasks);
+    };
+    switch (step) {
+      case expand: return true;
+      case squeeze: return done(expand, task, expand_tasks);
+      case gate: return done(squeeze, task / panels, 1);
+    }
+    const int64_t image = task / blocks;
+    return p.gated       ? done(gate, image, panels)
+           : p.c_reduced ? done(squeeze, image, 1)
+                         : done(expand, image, expand_tasks);
+  };
+  schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
     auto* mine = reinterpret_cast<float*>(scratch + thread * s.scratch);
-    if (step == 0) {
+    if (step == expand) {
       const int64_t part = task % expand_tasks;
       k.mbconv_expand(p, task / expand_tasks, part / p.chunks, part % p.chunks, mine);
-    } else if (step == 1) {
-      schedule.wait(0, task * expand_tasks, (task + 1) * expand_tasks);
+    } else if (step == squeeze) {
       k.mbconv_squeeze(p, task, mine);
+    } else if (step == gate) {
+      k.mbconv_gate(p, task / panels, task % panels);
     } else {
       const int64_t image = task / blocks, begin = task % blocks * kLateralPixels;
-      if (p.c_reduced)
-        schedule.wait(1, image, image + 1);
-      else
-        schedule.wait(0, image * expand_tasks, (image + 1) * expand_tasks);
       k.mbconv_project(p, image, begin, std::min(begin + kLateralPixels, area), mine);
     }
   });

@@ -55,23 +55,36 @@ void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scrat
   }
   const int64_t scratch_floats = thread_scratch(graph);
   Schedule schedule(tasks);
-  schedule.run(runtime, [&](int64_t step, int64_t task, int thread) {
+  struct Band {
+    int64_t image, begin, end;
+  };
+  const auto band = [&](size_t node, int64_t task) {
+    const int64_t begin = task % bands[node] * rows[node];
+    return Band{task / bands[node], begin,
+                std::min(begin + rows[node], graph.nodes[node].fusion.h)};
+  };
+  const auto ready = [&](int64_t step, int64_t task) {
     const auto i = static_cast<size_t>(step);
-    const NodeParams& node = graph.nodes[i];
-    const int64_t image = task / bands[i];
-    const int64_t begin = task % bands[i] * rows[i];
-    const int64_t end = std::min(begin + rows[i], node.fusion.h);
-    for (int other : graph.after[i]) schedule.wait(other);
-    for (int e = 0; e < node.fusion.edges; e++) {
-      const Edge& edge = node.fusion.edge[e];
+    const FusionParams& fusion = graph.nodes[i].fusion;
+    for (int other : graph.after[i])
+      if (!schedule.done(other)) return false;
+    const Band b = band(i, task);
+    for (int e = 0; e < fusion.edges; e++) {
+      const Edge& edge = fusion.edge[e];
       if (edge.source < 0) continue;
       const auto s = static_cast<size_t>(edge.source);
-      int64_t first = begin, last = end;
-      rows_read(edge, node.fusion.h, first, last);
-      schedule.wait(edge.source, image * bands[s] + first / rows[s],
-                    image * bands[s] + divide_up(last, rows[s]));
+      int64_t first = b.begin, last = b.end;
+      rows_read(edge, fusion.h, first, last);
+      if (!schedule.done(edge.source, b.image * bands[s] + first / rows[s],
+                         b.image * bands[s] + divide_up(last, rows[s])))
+        return false;
     }
-    k.separable_node(node, image, begin, end, scratch + thread * scratch_floats);
+    return true;
+  };
+  schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
+    const auto i = static_cast<size_t>(step);
+    const Band b = band(i, task);
+    k.separable_node(graph.nodes[i], b.image, b.begin, b.end, scratch + thread * scratch_floats);
   });
 }
 

@@ -51,10 +51,19 @@ EDET_INLINE void pointwise_block(const float* a, int64_t lda, int64_t begin, int
   }
 }
 
-// out[m, :] = activation((a[m, :] · W) · scale + shift) for MR rows and NP panels.
-template <int MR, int NP, Activation A>
+// Where a product goes: rows of T, `pitch` apart; `add`, when given, is added and lies like data.
+template <class T>
+struct PointwiseOut {
+  T* data;
+  int64_t pitch;
+  const T* add;
+};
+
+// out[m, :] = activation((a[m, :] · W) · scale + shift) (+ add) for MR rows and NP panels, of which
+// `columns` channels are stored.
+template <int MR, int NP, Activation A, class T>
 void pointwise_tile(const float* a, int64_t lda, int64_t k, const float* w, const float* scale,
-                    const float* shift, float* out, int64_t ldo) {
+                    const float* shift, int64_t columns, const PointwiseOut<T>& out) {
   constexpr int V = NP * kPanelVectors;
   const int64_t panel = k * kPanel;
   const int64_t tail = k > kSumBlock ? (k - 1) / kSumBlock * kSumBlock : 0;
@@ -77,21 +86,41 @@ void pointwise_tile(const float* a, int64_t lda, int64_t k, const float* w, cons
 #pragma GCC unroll 16
   for (int v = 0; v < V; v++) {
     const vf s = load(scale + v * kWidth), t = load(shift + v * kWidth);
+    const int64_t left = columns - v * kWidth;
+    T* to = out.data + v * kWidth;
+    if (left >= kWidth) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) store(out + m * ldo + v * kWidth, activate<A>(acc[m][v] * s + t));
+      for (int m = 0; m < MR; m++) acc[m][v] = activate<A>(acc[m][v] * s + t);
+      if (out.add)
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) acc[m][v] += load(out.add + m * out.pitch + v * kWidth);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) store(to + m * out.pitch, acc[m][v]);
+    } else if (left > 0) {
+      const int n = static_cast<int>(left);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) {
+        vf r = activate<A>(acc[m][v] * s + t);
+        if (out.add) r += load_tail(out.add + m * out.pitch + v * kWidth, n);
+        store_tail(to + m * out.pitch, r, n);
+      }
+    }
   }
 }
 
 // Full tiles of MR rows, then tiles of 4, 2 and 1 for what is left.
-template <int NP, Activation A>
+template <int NP, Activation A, class T>
 EDET_INLINE void pointwise_panels(const float* a, int64_t lda, int64_t rows, int64_t k,
                                   const float* w, const float* scale, const float* shift,
-                                  float* out, int64_t ldo) {
+                                  int64_t columns, const PointwiseOut<T>& out) {
   int64_t i = 0;
   const auto run = [&](auto height) {
     constexpr int MR = decltype(height)::value;
-    for (; rows - i >= MR; i += MR)
-      pointwise_tile<MR, NP, A>(a + i * lda, lda, k, w, scale, shift, out + i * ldo, ldo);
+    for (; rows - i >= MR; i += MR) {
+      const int64_t at = i * out.pitch;
+      pointwise_tile<MR, NP, A, T>(a + i * lda, lda, k, w, scale, shift, columns,
+                                   {out.data + at, out.pitch, out.add ? out.add + at : nullptr});
+    }
   };
   run(Constant<tile_rows(NP)>{});
   if constexpr (tile_rows(NP) > 4) run(Constant<4>{});
@@ -99,48 +128,66 @@ EDET_INLINE void pointwise_panels(const float* a, int64_t lda, int64_t rows, int
   run(Constant<1>{});
 }
 
-template <Activation A>
-void pointwise_as(const float* a, int64_t lda, int64_t rows, const PointwiseWeights& w, float* out,
-                  int64_t ldo) {
+// From this many panels on, the rows are the outer loop: a row of the output is then written from
+// left to right, which the cache needs when rows are long, and the weights come from L2.
+constexpr int64_t kWidePanels = 16;
+
+template <Activation A, class T>
+void pointwise_as(const float* a, int64_t lda, int64_t rows, const PointwiseWeights& w,
+                  const PointwiseOut<T>& out) {
   const int64_t panels = (w.c_out + kPanel - 1) / kPanel;
-  for (int64_t p = 0; p < panels;) {
-    const int64_t left = panels - p;
-    const float* wp = w.panels + p * w.c_in * kPanel;
-    const float *s = w.scale + p * kPanel, *t = w.shift + p * kPanel;
-    float* o = out + p * kPanel;
-    if constexpr (kMaxTilePanels == 1) {
-      pointwise_panels<1, A>(a, lda, rows, w.c_in, wp, s, t, o, ldo);
-      p += 1;
-    } else if (left == 4 || left >= 7) {
-      pointwise_panels<4, A>(a, lda, rows, w.c_in, wp, s, t, o, ldo);
-      p += 4;
-    } else if (left >= 5 || left == 3) {  // 5 = 3 + 2, 6 = 3 + 3
-      pointwise_panels<3, A>(a, lda, rows, w.c_in, wp, s, t, o, ldo);
-      p += 3;
-    } else if (left == 2) {
-      pointwise_panels<2, A>(a, lda, rows, w.c_in, wp, s, t, o, ldo);
-      p += 2;
-    } else {
-      pointwise_panels<1, A>(a, lda, rows, w.c_in, wp, s, t, o, ldo);
-      p += 1;
+  const auto run = [&](auto count, int64_t p, int64_t row, int64_t height) {
+    constexpr int NP = decltype(count)::value;
+    const int64_t from = p * kPanel, at = row * out.pitch + from;
+    pointwise_panels<NP, A, T>(
+        a + row * lda, lda, height, w.c_in, w.panels + from * w.c_in, w.scale + from,
+        w.shift + from, w.c_out - from,
+        {out.data + at, out.pitch, out.add ? out.add + at : nullptr});
+    return NP;
+  };
+  if constexpr (kMaxTilePanels == 4) {
+    constexpr int64_t kRows = tile_rows(2);
+    for (int64_t row = 0; panels >= kWidePanels && row < rows; row += kRows) {
+      const int64_t height = rows - row < kRows ? rows - row : kRows;
+      int64_t p = 0;
+      while (p + 2 <= panels) p += run(Constant<2>{}, p, row, height);
+      if (p < panels) run(Constant<1>{}, p, row, height);
     }
+    if (panels >= kWidePanels) return;
+    for (int64_t p = 0; p < panels;) {
+      const int64_t left = panels - p;
+      if (left == 4 || left >= 7)
+        p += run(Constant<4>{}, p, 0, rows);
+      else if (left >= 5 || left == 3)  // 5 = 3 + 2, 6 = 3 + 3
+        p += run(Constant<3>{}, p, 0, rows);
+      else if (left == 2)
+        p += run(Constant<2>{}, p, 0, rows);
+      else
+        p += run(Constant<1>{}, p, 0, rows);
+    }
+  } else {
+    for (int64_t p = 0; p < panels;) p += run(Constant<1>{}, p, 0, rows);
   }
 }
 
-// out (rows, ⌈c_out/16⌉·16) = activation(a (rows, c_in) · W · scale + shift), all panels. Swish,
-// the activation of the published models, is applied in registers, the others in a second pass.
+// out (rows, c_out) = activation(a (rows, c_in) · W · scale + shift) (+ add). Swish, the activation
+// of the published models, is applied in registers, the others in a second pass.
+template <class T>
 inline void pointwise(const float* a, int64_t lda, int64_t rows, const PointwiseWeights& w,
-                      float* out, int64_t ldo) {
+                      const PointwiseOut<T>& out) {
   if (w.activation == Activation::swish)
-    return pointwise_as<Activation::swish>(a, lda, rows, w, out, ldo);
-  pointwise_as<Activation::none>(a, lda, rows, w, out, ldo);
+    return pointwise_as<Activation::swish, T>(a, lda, rows, w, out);
+  pointwise_as<Activation::none, T>(a, lda, rows, w, out);
   if (w.activation == Activation::none) return;
+  const int64_t whole = w.c_out / kWidth * kWidth;
+  const int rest = static_cast<int>(w.c_out - whole);
   with_activation(w.activation, [&](auto tag) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < w.c_out; i += kWidth) {
-        float* at = out + r * ldo + i;
-        store(at, activate<decltype(tag)::value>(load(at)));
-      }
+    constexpr Activation A = decltype(tag)::value;
+    for (int64_t r = 0; r < rows; r++) {
+      T* row = out.data + r * out.pitch;
+      for (int64_t i = 0; i < whole; i += kWidth) store(row + i, activate<A>(load(row + i)));
+      if (rest) store_tail(row + whole, activate<A>(load_tail(row + whole, rest)), rest);
+    }
   });
 }
 
@@ -155,17 +202,6 @@ inline void convert(const float* tile, int64_t ldt, int64_t pixels, int64_t c, T
     for (int64_t i = 0; i < whole; i += kWidth) store(to + i, load(from + i));
     if (rest) store_tail(to + whole, load(from + whole), rest);
   }
-}
-
-// The same with the result as a map (rows, c_out) of T; tile holds rows · ⌈c_out/16⌉·16 floats.
-template <class T>
-inline void pointwise_to(const float* a, int64_t lda, int64_t rows, const PointwiseWeights& w,
-                         float* tile, T* out) {
-  const int64_t op = (w.c_out + kPanel - 1) / kPanel * kPanel;
-  if (sizeof(T) == sizeof(float) && op == w.c_out)
-    return pointwise(a, lda, rows, w, reinterpret_cast<float*>(out), op);
-  pointwise(a, lda, rows, w, tile, op);
-  convert(tile, op, rows, w.c_out, out);
 }
 
 }  // namespace edet::cpu::EDET_ISA

@@ -1,56 +1,99 @@
-// Claiming and waiting of schedule.h.
+// Queues and claiming of schedule.h.
 #include "schedule.h"
 
 #include <thread>
 
 namespace edet::cpu {
 
+namespace {
+
+// Looks at its own queue before a thread looks at another's, and at all of them before it gives up
+// its core: a task takes microseconds, a thread that lost its core would take milliseconds.
+constexpr int kPatience = 64, kSpins = 2000;
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
 Schedule::Schedule(const std::vector<int64_t>& tasks_per_step) : first_{0} {
   for (int64_t n : tasks_per_step) first_.push_back(first_.back() + n);
   done_ = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(first_.back()));
 }
 
-void Schedule::run(const Runtime& runtime, const Body& body) {
+void Schedule::run(const Runtime& runtime, const Ready& ready, const Body& body) {
+  const int64_t total = first_.back();
+  const int threads = runtime.threads > 1 && total > 1 ? runtime.threads : 1;
+  queues_ = std::make_unique<Queue[]>(static_cast<size_t>(threads));
+  for (size_t step = 0; step + 1 < first_.size(); step++) {
+    const int64_t count = first_[step + 1] - first_[step];
+    for (int64_t task = 0; task < count; task++)
+      queues_[static_cast<size_t>(task * threads / count)].tasks.push_back(
+          {static_cast<int64_t>(step), task});
+  }
   struct Context {
     Schedule* schedule;
+    const Ready* ready;
     const Body* body;
-    std::atomic<int> threads{0};
-  } context{this, &body};
-  const auto enter = [](void* opaque, int64_t, int64_t) {
+    int threads;
+    std::atomic<int> entered{0};
+  } context{this, &ready, &body, threads};
+  const auto enter = [](void* opaque, int64_t begin, int64_t end) {
     auto* c = static_cast<Context*>(opaque);
-    c->schedule->work(*c->body, c->threads.fetch_add(1));
+    // one call may stand for several threads; each queue is emptied by whoever finds it
+    for (int64_t i = begin; i < end; i++)
+      c->schedule->work(*c->ready, *c->body, c->entered.fetch_add(1), c->threads);
   };
-  if (runtime.threads > 1 && first_.back() > 1)
-    runtime.parallel(runtime.threads, enter, &context);
+  if (threads > 1)
+    runtime.parallel(threads, enter, &context);
   else
     enter(&context, 0, 1);
 }
 
-void Schedule::work(const Body& body, int thread) {
-  const int64_t total = first_.back();
-  size_t step = 0;
-  for (int64_t n; (n = next_.fetch_add(1, std::memory_order_relaxed)) < total;) {
-    while (n >= first_[step + 1]) step++;
-    body(static_cast<int64_t>(step), n - first_[step], thread);
-    done_[static_cast<size_t>(n)].store(true, std::memory_order_release);
+bool Schedule::try_next(Queue& queue, const Ready& ready, const Body& body, int thread) {
+  size_t n = queue.next.load(std::memory_order_relaxed);
+  if (n >= queue.tasks.size()) return false;
+  const Task t = queue.tasks[n];
+  if (!ready(t.step, t.task) ||
+      !queue.next.compare_exchange_strong(n, n + 1, std::memory_order_relaxed))
+    return false;
+  body(t.step, t.task, thread);
+  done_[static_cast<size_t>(first_[static_cast<size_t>(t.step)] + t.task)].store(
+      true, std::memory_order_release);
+  return true;
+}
+
+void Schedule::work(const Ready& ready, const Body& body, int thread, int threads) {
+  const auto queue = [&](int i) -> Queue& { return queues_[static_cast<size_t>(i % threads)]; };
+  const auto empty = [&] {
+    for (int i = 0; i < threads; i++)
+      if (queue(i).next.load(std::memory_order_relaxed) < queue(i).tasks.size()) return false;
+    return true;
+  };
+  for (int spins = 0; !empty();) {
+    bool ran = try_next(queue(thread), ready, body, thread);
+    const bool own_left =
+        queue(thread).next.load(std::memory_order_relaxed) < queue(thread).tasks.size();
+    if (!ran && (!own_left || spins % kPatience == kPatience - 1))
+      for (int i = 1; i < threads && !ran; i++)
+        ran = try_next(queue(thread + i), ready, body, thread);
+    if (ran) {
+      spins = 0;
+      continue;
+    }
+    if (++spins % kSpins == 0) std::this_thread::yield();
+    pause();
   }
 }
 
-void Schedule::wait(int64_t step, int64_t begin, int64_t end) const {
+bool Schedule::done(int64_t step, int64_t begin, int64_t end) const {
   const int64_t base = first_[static_cast<size_t>(step)];
-  for (int64_t n = base + begin; n < base + end; n++) {
-    int spins = 0;
-    while (!done_[static_cast<size_t>(n)].load(std::memory_order_acquire)) {
-      // A task takes microseconds; a thread that lost its core would take milliseconds.
-      if (++spins > 2000) {
-        std::this_thread::yield();
-        spins = 0;
-      }
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
+  for (int64_t n = base + begin; n < base + end; n++)
+    if (!done_[static_cast<size_t>(n)].load(std::memory_order_acquire)) return false;
+  return true;
 }
 
 }  // namespace edet::cpu

@@ -16,7 +16,7 @@ constexpr int64_t kStripPixels = 48;
 // Floats of scratch that one thread needs for a node.
 inline int64_t node_scratch(const NodeParams& p) {
   const int64_t cp = round_up(p.fusion.c, kPanel), op = round_up(p.c_out, kPanel);
-  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op);
+  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * cp;
 }
 
 template <class T>
@@ -29,8 +29,7 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   float* dw = ring + 3 * pitch;
   float* scale = dw + 9 * cp;
   float* shift = scale + op;
-  float* strip = shift + op;                // (kStripPixels, cp)
-  float* tile = strip + kStripPixels * cp;  // (kStripPixels, op)
+  float* strip = shift + op;  // (kStripPixels, cp)
 
   std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
   for (int k = 0; k < 9; k++)
@@ -56,7 +55,7 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   T* out = static_cast<T*>(p.out) + (image * f.h + y_begin) * f.w * p.c_out;
   int64_t filled = 0;
   const auto flush = [&] {
-    pointwise_to(strip, cp, filled, weights, tile, out);
+    pointwise<T>(strip, cp, filled, weights, {out, p.c_out, nullptr});
     out += filled * p.c_out;
     filled = 0;
   };

@@ -13,7 +13,7 @@ EDET_INLINE int64_t stem_round(int64_t n) { return (n + kPanel - 1) / kPanel * k
 
 inline int64_t stem_scratch(const StemParams& p) {
   const int64_t op = stem_round(p.c_out);
-  return 3 * 3 * (2 * p.out_w + 2 + kPanel) + kLateralPixels * (kStemTaps + 5 + op) + 2 * op;
+  return 3 * 3 * (2 * p.out_w + 2 + kPanel) + kLateralPixels * (kStemTaps + 5) + 2 * op;
 }
 
 EDET_INLINE float to_float(uint8_t x) { return static_cast<float>(x); }
@@ -33,8 +33,7 @@ void stem_rows_as(const StemParams& p, int64_t image, int64_t y_begin, int64_t y
   const int64_t columns = 2 * p.out_w + 1;  // of the image, that one output row reads
   float* lines = scratch;                   // (3 rows, columns, 3 channels)
   float* strip = lines + 3 * 3 * (2 * p.out_w + 2 + kPanel);  // (kLateralPixels, 27)
-  float* tile = strip + kLateralPixels * (kStemTaps + 5);     // (kLateralPixels, op)
-  float* scale = tile + kLateralPixels * op;
+  float* scale = strip + kLateralPixels * (kStemTaps + 5);
   float* shift = scale + op;
   std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
   std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
@@ -67,7 +66,7 @@ void stem_rows_as(const StemParams& p, int64_t image, int64_t y_begin, int64_t y
         for (int r = 0; r < 3; r++)
           std::memcpy(strip + i * kStemTaps + r * 9, lines + (r * columns + 2 * (x + i)) * 3,
                       9 * sizeof(float));
-      pointwise_to(strip, kStemTaps, count, weights, tile, out + x * p.c_out);
+      pointwise<T>(strip, kStemTaps, count, weights, {out + x * p.c_out, p.c_out, nullptr});
     }
   }
 }

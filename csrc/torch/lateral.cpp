@@ -67,14 +67,14 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
   const int64_t scratch = std::max(kernels.lateral_scratch(p), w * cp);
   const Workspace workspace(4 * scratch * threads.threads);
   cpu::Schedule schedule(tasks);
-  schedule.run(threads, [&](int64_t step, int64_t task, int thread) {
+  const auto ready = [&](int64_t step, int64_t) { return step == 0 || schedule.done(step - 1); };
+  schedule.run(threads, ready, [&](int64_t step, int64_t task, int thread) {
     float* mine = reinterpret_cast<float*>(workspace.data()) + thread * scratch;
     if (step == 0) {
       const int64_t begin = task * cpu::kLateralPixels;
       kernels.lateral_block(p, begin, std::min(begin + cpu::kLateralPixels, p.pixels), mine);
       return;
     }
-    schedule.wait(step - 1);
     const PoolStep& s = pools[static_cast<size_t>(step) - 1];
     const int64_t begin = task % s.bands * s.rows;
     kernels.fusion_band(s.params, s.out, task / s.bands, begin,

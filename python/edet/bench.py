@@ -259,7 +259,7 @@ def run_bench(
         calls = part_calls(eager_copy(softmax), images, features, pyramid)
         # the other parts are the same
         variants = {"eager softmax": {p: calls[p] for p in ("BiFPN", "whole")}, **variants}
-    variants["ours"] = part_calls(ours, images, features, pyramid)
+    variants["ours"] = part_calls(ours.freeze(), images, features, pyramid)
 
     exact = part_calls(
         eager_copy(ours).double(),

@@ -13,7 +13,7 @@ import edet_kernels
 from edet_kernels import reference
 
 from .configs import FUSIONS
-from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype
+from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
 
 
 class Node(NamedTuple):
@@ -318,6 +318,7 @@ class BiFPN(PackedModule):
         """The cells in the order they run."""
         return cast("list[BiFPNCell]", list(self.cell))
 
+    @planned
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Backbone maps (N, in_channels[i], Hᵢ, Wᵢ) to one map (N, width, H, W) per level.
 

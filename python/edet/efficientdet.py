@@ -15,6 +15,7 @@ from .checkpoints import load_checkpoint
 from .configs import ModelConfig, get_config
 from .efficientnet import EfficientNet
 from .heads import CLASS_PRIOR_BIAS, Head
+from .packing import PackedModule
 
 
 class EfficientDet(nn.Module):
@@ -111,6 +112,23 @@ class EfficientDet(nn.Module):
         """
         pyramid = self.fpn(self.backbone(images))
         return self.class_net(pyramid), self.box_net(pyramid)
+
+    def freeze(self) -> EfficientDet:
+        """Makes the weights constants for the fastest repeated calls; returns the model.
+
+        See :meth:`edet.packing.PackedModule.freeze`, which this calls for every part.
+        """
+        for module in self.modules():
+            if isinstance(module, PackedModule):
+                module.freeze()
+        return self
+
+    def unfreeze(self) -> EfficientDet:
+        """Undoes :meth:`freeze`, except for the eval mode; returns the model."""
+        for module in self.modules():
+            if isinstance(module, PackedModule):
+                module.unfreeze()
+        return self
 
 
 def create_model(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import edet_kernels
 from edet_kernels.reference import activate
 
-from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype
+from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -341,6 +341,7 @@ class EfficientNet(PackedModule):
         if images.dtype != weight.dtype and autocast_dtype(images) is None:
             raise TypeError(f"images must be {weight.dtype} like the model, got {images.dtype}")
 
+    @planned
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W), normalised, of any size and the model's dtype, to one map per level.
 

@@ -13,7 +13,7 @@ import edet_kernels
 from edet_kernels.reference import activate
 
 from .bifpn import SeparableConv, batch_norm, check_maps
-from .packing import PackedModule, fold_batch_norm, kernel_dtype
+from .packing import PackedModule, fold_batch_norm, kernel_dtype, planned
 
 #: Bias of the class logits: every class starts at probability 0.01 (Lin et al. 2017, section 4.1).
 CLASS_PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
@@ -91,6 +91,7 @@ class Head(PackedModule):
         outer, inner = (level, layer) if self.bn_level_first else (layer, level)
         return cast(LevelNorm, cast(nn.ModuleList, self.bn_rep[outer])[inner])
 
+    @planned
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (N, width, H, W), one per level, to predictions (N, out_channels, H, W).
 

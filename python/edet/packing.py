@@ -1,15 +1,28 @@
-"""Weights folded and packed once for the fused ops, and again when a source tensor changes."""
+"""Weights folded and packed once for the fused ops, and again when a source tensor changes.
+
+A module that is frozen does not look any more and replays its op calls.
+"""
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import edet_kernels
+
+from .plan import Plan, record
+
+#: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
+MAX_PLANS = 16
 
 _version = attrgetter("_version")
 _training = attrgetter("training")
@@ -114,6 +127,62 @@ class _Cache:
         return _Cache, ()
 
 
+_Module = TypeVar("_Module", bound="PackedModule")
+
+
+class _Frozen:
+    """The plans of a frozen module, and the parameters that had a gradient before."""
+
+    def __init__(self, trained: list[nn.Parameter]) -> None:
+        self.trained = trained
+        self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
+
+    def run(self, forward: Callable[[], Sequence[Tensor]], inputs: list[Tensor]) -> list[Tensor]:
+        """``forward()``, which computes from ``inputs``: replayed when it was seen before."""
+        grad = torch.is_grad_enabled()
+        if grad and any(x.requires_grad for x in inputs):
+            return list(forward())
+        key = (
+            edet_kernels.current_backend(),
+            grad,
+            torch.is_inference_mode_enabled(),
+            autocast_dtype(inputs[0]),
+            *((x.shape, x.dtype, x.device) for x in inputs),
+        )
+        if key in self.plans:
+            plan = self.plans[key]
+            return list(forward()) if plan is None else plan(inputs)
+        forward()  # packs the weights, which are constants of the plan
+        outputs, plan = record(forward, inputs)
+        self.plans[key] = None if plan.refusal else plan
+        if len(self.plans) > MAX_PLANS:
+            self.plans.popitem(last=False)
+        return outputs
+
+
+def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
+    """Decorates the ``forward`` of a :class:`PackedModule`: once frozen, its op calls are replayed.
+
+    ``forward`` takes one map or a list of maps and returns a list of maps.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self: _Module, maps: Any) -> list[Tensor]:
+        frozen = self._frozen
+        inputs = [maps] if isinstance(maps, Tensor) else maps
+        if (
+            frozen is None
+            or torch.compiler.is_compiling()
+            or not isinstance(inputs, (list, tuple))
+            or not inputs
+            or not all(isinstance(x, Tensor) for x in inputs)
+        ):
+            return forward(self, maps)
+        return frozen.run(lambda: forward(self, maps), list(inputs))
+
+    return wrapper
+
+
 class PackedModule(nn.Module):
     """A module with two ways to compute the same: differentiable layers, and fused ops.
 
@@ -127,6 +196,7 @@ class PackedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._cache = _Cache()
+        self._frozen: _Frozen | None = None
 
     def pack(self, dtype: torch.dtype) -> Any:
         """The weights for maps of ``dtype``, by tensor operations that can be compiled."""
@@ -135,6 +205,42 @@ class PackedModule(nn.Module):
     def repack(self) -> None:
         """Packs the weights anew at the next use."""
         self._cache.entry = None
+
+    def freeze(self) -> None:
+        """Makes the weights constants: they are packed once and not looked at any more.
+
+        Switches to eval mode and to parameters without gradients; the op calls for each shape of
+        the inputs are recorded and replayed. Undone by :meth:`unfreeze`, ``train()``, ``.to()`` and
+        ``load_state_dict()``; any other write to a weight is not seen.
+        """
+        self.unfreeze()
+        self.eval()
+        self._frozen = _Frozen([p for p in self.parameters() if p.requires_grad])
+        self.requires_grad_(False)
+        self.repack()
+
+    def unfreeze(self) -> None:
+        """Undoes :meth:`freeze`, except for the eval mode."""
+        if self._frozen is not None:
+            for p in self._frozen.trained:
+                p.requires_grad_(True)
+            self._frozen = None
+
+    def train(self: _Module, mode: bool = True) -> _Module:
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    def _apply(self: _Module, *args: Any, **kwargs: Any) -> _Module:
+        self.unfreeze()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**nn.Module.__getstate__(self), "_frozen": None}  # a copy is not frozen
 
     def packed(self, x: Tensor) -> tuple[Any, torch.dtype] | None:
         """The packed weights and the dtype to compute in for the input ``x``.
@@ -154,7 +260,8 @@ class PackedModule(nn.Module):
             training = any(m.training for m in self.modules() if isinstance(m, _BatchNorm))
             return None if training else (self.pack(dtype), dtype)
         entry = self._cache.entry
-        if entry is None or not entry[0].unchanged(self):
+        frozen = entry is not None and self._frozen is not None
+        if entry is None or not (frozen or entry[0].unchanged(self)):
             entry = _Sources(self), dtype, None
         sources, packed_dtype, weights = entry
         if any(map(_training, sources.norms)):

@@ -1,0 +1,137 @@
+"""Op calls recorded once and replayed: what a frozen module runs instead of its Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Slot(int):
+    """Where a tensor of a call is kept during a replay."""
+
+
+class _Maps(list[Any]):
+    """A list argument that holds a slot."""
+
+
+class _Step(NamedTuple):
+    """One operator call: its arguments with slots in the place of tensors."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    used: set[int]
+    results: range  # its slots
+
+
+class Plan:
+    """The operator calls of a function of tensors, to be repeated on tensors like those it saw.
+
+    Tensors that are neither inputs nor results of an earlier call (weights) are constants. A plan
+    is right for inputs of the same shapes, dtypes and device, as long as the function takes the
+    same path; it holds its constants alive.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._slots = {id(x): _Slot(i) for i, x in enumerate(inputs)}
+        self._alive: list[Any] = list(inputs)  # an id means nothing once its tensor is gone
+        self._steps: list[_Step] = []
+        self._count = len(inputs)
+        self._outputs: list[_Slot] = []
+        #: Why the calls cannot be repeated; None when they can.
+        self.refusal: str | None = None
+
+    def _template(self, value: Any, used: set[int]) -> Any:
+        if isinstance(value, Tensor):
+            slot = self._slots.get(id(value))
+            if slot is not None:
+                used.add(slot)
+            return value if slot is None else slot
+        if isinstance(value, (list, tuple)):
+            values = [self._template(v, used) for v in value]
+            if any(type(v) is _Maps for v in values):
+                self.refusal = self.refusal or "a list of lists holds a tensor"
+            return _Maps(values) if any(type(v) is _Slot for v in values) else values
+        return value
+
+    def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        results = list(result) if isinstance(result, (list, tuple)) else [result]
+        pure = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags
+        if not pure or not all(isinstance(r, Tensor) for r in results):
+            self.refusal = self.refusal or f"{func} is not a function of tensors to tensors"
+            return
+        self._alive += results
+        if len(results) == 1 and any(results[0] is a for a in args):
+            return  # for example a conversion to the dtype it has
+        used: set[int] = set()
+        template = tuple(self._template(a, used) for a in args)
+        if any(isinstance(value, Tensor) for value in kwargs.values()):
+            self.refusal = self.refusal or f"{func} has a tensor as a named argument"
+        if not used:
+            return  # computed from weights alone: the results are constants too
+        first = self._count
+        self._count += len(results)
+        for i, r in enumerate(results):
+            self._slots[id(r)] = _Slot(first + i)
+        self._steps.append(_Step(func, template, kwargs, used, range(first, self._count)))
+
+    def _finish(self, outputs: Sequence[Tensor]) -> None:
+        try:
+            self._outputs = [self._slots[id(x)] for x in outputs]
+        except KeyError:
+            self.refusal = self.refusal or "an output is not the result of an operator"
+        needed = set(self._outputs)
+        steps = []
+        for step in reversed(self._steps):
+            if not needed.isdisjoint(step.results):
+                needed |= step.used
+                steps.append(step)
+        self._steps = steps[::-1]
+        self._slots, self._alive = {}, []
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The function's results for ``inputs``."""
+        known: list[Any] = [*inputs, *[None] * (self._count - len(inputs))]
+        for func, args, kwargs, _, results in self._steps:
+            filled = [
+                known[a]
+                if type(a) is _Slot
+                else [known[v] if type(v) is _Slot else v for v in a]
+                if type(a) is _Maps
+                else a
+                for a in args
+            ]
+            result = func(*filled, **kwargs)
+            if isinstance(result, Tensor):
+                known[results.start] = result
+            else:
+                known[results.start : results.stop] = result
+        return [known[slot] for slot in self._outputs]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.plan._add(func, args, kwargs or {}, result)
+        return result
+
+
+def record(
+    function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], Plan]:
+    """Runs ``function``, which computes from ``inputs``; its results and the plan of its calls."""
+    plan = Plan(inputs)
+    with _Recorder(plan):
+        outputs = list(function())
+    plan._finish(outputs)
+    return outputs, plan
