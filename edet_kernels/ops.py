@@ -148,6 +148,16 @@ def _check_nms(iou_threshold: float, sigma: float, score_threshold: float, **cou
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def _refuse_gradients(op: str, **arguments: Sequence[Tensor | None]) -> None:
+    if torch.is_grad_enabled():
+        for name, given in arguments.items():
+            if any(t is not None and t.requires_grad for t in given):
+                raise ValueError(
+                    f"{name} must not require gradients, because {op} has none: call it under "
+                    "torch.no_grad() or on detached tensors"
+                )
+
+
 def _check_levels(name: str, t: Tensor, levels: int) -> None:
     """Checks that ``t`` is (C_out,) or one row per level."""
     if not isinstance(t, Tensor) or t.dim() not in (1, 2) or t.shape[:-1] not in ((), (levels,)):
@@ -570,6 +580,103 @@ def head(
     )
 
 
+def training_node(
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    shift: Tensor,
+    *,
+    edge_counts: Sequence[int],
+    sizes: Sequence[Size],
+    fusion: str = "sum",
+    pool: str = "same",
+    activation: str = "swish",
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Nodes in front of their batch norm, and what the batch norm needs: for training.
+
+    Each node is pw(dw(activation(:func:`weighted_fusion`))) + shift with one convolution for all
+    nodes: one BiFPN node, or one layer of a head on all levels. A batch norm over a node's map is
+    not applied but handed on: the statistics are an output, with gradients, and whoever reads the
+    map gives its batch norm as ``scales`` and ``offsets``. So only the map itself is kept for the
+    backward pass.
+
+    Args:
+        inputs: the maps (N, C, Hᵢ, Wᵢ) that the first node fuses, then those of the second, …
+        scales, offsets: (len(inputs), C), an input is read as scale·x + offset; None: as it is.
+        edge_weights: as for :func:`weighted_fusion`; None where there is more than one node.
+        dw_weight, pw_weight: as for :func:`fusion_node`.
+        shift: (C_out,), the bias of the pointwise convolution.
+        edge_counts: how many inputs each node fuses.
+        sizes: (H, W) of each node.
+        fusion, pool, activation: as for :func:`weighted_fusion`.
+
+    Returns:
+        one map (N, C_out, H, W) per node; the mean of each channel over its N·H·W values, and the
+        sum of their squared deviations from it, (nodes, C_out) in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_maps("inputs", inputs)
+    x = inputs[0]
+    numbers = (
+        _number("fusion", fusion, FUSIONS),
+        _number("pool", pool, POOLS),
+        _number("activation", activation, ACTIVATIONS),
+    )
+    _check_list("edge_counts", edge_counts, "numbers")
+    _check_list("sizes", sizes, "tuples")
+    if sum(edge_counts) != len(inputs) or len(sizes) != len(edge_counts):
+        raise ValueError(
+            "edge_counts and sizes must describe every node and input, got "
+            f"{list(edge_counts)} and {len(sizes)} sizes for {len(inputs)} inputs"
+        )
+    n, c, first = len(inputs), x.shape[1], 0
+    for i, (count, size) in enumerate(zip(edge_counts, sizes, strict=True)):
+        _check_size(f"sizes[{i}]", size)
+        _check_list(f"inputs of node {i}", inputs[first : first + count], "maps", MAX_EDGES)
+        for e in range(first, first + count):
+            _check_resize(f"inputs[{e}]", inputs[e].shape[-2:], (size[0], size[1]))
+        first += count
+    if edge_weights is not None and len(sizes) > 1:
+        raise ValueError("edge_weights must be None for more than one node")
+    _check_edges(edge_weights, [(n,), (n, c)], fusion, x)
+    if (scales is None) != (offsets is None):
+        raise ValueError("scales and offsets must be given together")
+    for name, t in (("scales", scales), ("offsets", offsets)):
+        if t is not None:
+            _check_weight(name, t, [(n, c)], x)
+    _check_weight("dw_weight", dw_weight, _dw_shapes(c), x)
+    _check_out(shift, shift, pw_weight, c, x)
+    tensors = (scales, offsets, edge_weights, dw_weight, pw_weight, shift)
+    if runs_reference("training_node", [*inputs, *tensors]):
+        return reference.training_node(
+            inputs,
+            *tensors,
+            edge_counts=edge_counts,
+            sizes=sizes,
+            fusion=fusion,
+            pool=pool,
+            activation=activation,
+        )
+    *maps, mean, deviations = torch.ops.edet_kernels.training_node(
+        list(inputs),
+        None if scales is None else scales.float(),
+        None if offsets is None else offsets.float(),
+        None if edge_weights is None else edge_weights.float(),
+        as_packed_depthwise(dw_weight).float(),
+        as_packed_pointwise(pw_weight).float(),
+        shift.float(),
+        list(edge_counts),
+        [n for size in sizes for n in size],
+        *numbers,
+    )
+    return maps, mean, deviations
+
+
 def _conv_geometry(x: Tensor, kernel: int, stride: int, padding: str) -> tuple[list[int], Size]:
     """Leading padding (top, left) and output size of a convolution."""
     axes = [reference.conv_geometry(n, kernel, stride, padding) for n in x.shape[-2:]]
@@ -810,6 +917,7 @@ def nms(
         if t.device != boxes.device:
             raise ValueError(f"{name} must be on {boxes.device} like boxes, got {t.device}")
     _check_nms(iou_threshold, sigma, score_threshold, max_detections=max_detections)
+    _refuse_gradients("nms", boxes=[boxes], scores=[scores])
     if runs_reference("nms", [boxes, scores]):
         return reference.nms(
             boxes,
@@ -890,6 +998,9 @@ def detect(
         score_threshold,
         max_detections=max_detections,
         max_candidates=max_candidates,
+    )
+    _refuse_gradients(
+        "detect", class_outputs=class_outputs, box_outputs=box_outputs, anchors=[anchors, limits]
     )
     if runs_reference("detect", [*class_outputs, *box_outputs, anchors, limits]):
         return reference.detect(

@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "lateral.h"
 #include "mbconv.h"
+#include "node_backward.h"
 #include "scan.h"
 #include "separable_node.h"
 #include "stem.h"
@@ -17,6 +18,10 @@ extern const Kernels table;
 const Kernels table = {EDET_STRING(EDET_ISA),
                        node_scratch,
                        separable_node,
+                       node_backward_scratch,
+                       conv_backward,
+                       fusion_backward,
+                       resize_backward,
                        fusion_band,
                        lateral_scratch,
                        lateral_block,

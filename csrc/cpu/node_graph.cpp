@@ -71,7 +71,7 @@ void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scrat
       schedule.wait(edge.source, image * bands[s] + first / rows[s],
                     image * bands[s] + divide_up(last, rows[s]));
     }
-    k.separable_node(node, image, begin, end, scratch + thread * scratch_floats);
+    k.separable_node(node, image, begin, end, scratch + thread * scratch_floats, nullptr);
   });
 }
 
