@@ -169,6 +169,7 @@ def _training_node(
     fusion: int,
     pool: int,
     activation: int,
+    statistics: bool,
 ) -> list[Tensor]:
     maps, mean, m2 = reference.training_node(
         inputs,
@@ -183,6 +184,7 @@ def _training_node(
         fusion=FUSIONS[fusion],
         pool=POOLS[pool],
         activation=ACTIVATIONS[activation],
+        statistics=statistics,
     )
     return [*maps, mean, m2]
 
@@ -322,9 +324,9 @@ def _head_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
 def _training_node_backward(
     args: Sequence[Any], grads: list[Tensor], outputs: list[Tensor]
 ) -> list[Tensor]:
-    *maps, mean, _ = outputs
+    *maps, mean, _ = outputs or (None, None)  # nothing is saved where there are no statistics
     *map_grads, mean_grad, m2_grad = grads
-    return _kernel("training_node", map_grads, mean_grad, m2_grad, maps, mean, *args)
+    return _kernel("training_node", map_grads, mean_grad, m2_grad, maps, mean, *args[:-1])
 
 
 #: The backward pass by kernels, and the kernel's op it needs.
@@ -353,7 +355,7 @@ def _save(op: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         else:
             ctx.values.append((None, argument))
     ctx.outputs = slice(len(tensors), None)
-    ctx.save_for_backward(*tensors, *(output if op == "training_node" else ()))
+    ctx.save_for_backward(*tensors, *(output if op == "training_node" and inputs[-1] else ()))
 
 
 def _arguments(ctx: Any) -> list[Any]:

@@ -152,10 +152,12 @@ def _training_node(
     fusion: int,
     pool: int,
     activation: int,
+    statistics: bool,
 ) -> list[Tensor]:
     channels = shift.shape[0]
     maps = [_map(inputs[0], channels, h, w) for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
-    return [*maps, *(shift.new_empty((len(edge_counts), channels)) for _ in range(2))]
+    rows = len(edge_counts) if statistics else 0
+    return [*maps, *(shift.new_empty((rows, channels)) for _ in range(2))]
 
 
 def _gradients(*tensors: Tensor | None) -> list[Tensor]:

@@ -259,6 +259,7 @@ def training_node(
     fusion: str = "sum",
     pool: str = "same",
     activation: str = "swish",
+    statistics: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Nodes in front of their batch norm; see :func:`edet_kernels.training_node`."""
     if scales is not None and offsets is not None:
@@ -284,7 +285,8 @@ def training_node(
         # of no pixel at all 0, not 0/0
         means.append(x.sum((0, 2, 3)) / max(x.numel() // x.shape[1], 1))
         deviations.append((x - means[-1].view(1, -1, 1, 1)).square().sum((0, 2, 3)))
-    return maps, torch.stack(means), torch.stack(deviations)
+    rows = len(maps) if statistics else 0
+    return maps, torch.stack(means)[:rows], torch.stack(deviations)[:rows]
 
 
 def conv_geometry(in_size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:

@@ -433,7 +433,7 @@ Tensors training_node(const Tensors inputs, const std::optional<Tensor> scales,
                       const std::optional<Tensor> offsets, const std::optional<Tensor> edge_weights,
                       const Tensor dw_weight, const Tensor pw_weight, const Tensor shift,
                       const Ints edge_counts, const Ints sizes, int64_t fusion, int64_t pool,
-                      int64_t activation) {
+                      int64_t activation, bool with_statistics) {
   const Nodes call = training_nodes(inputs, scales, offsets, edge_weights, dw_weight, pw_weight,
                                     shift, edge_counts, sizes, fusion, pool, activation);
   const Tensors maps = checked_maps(call);
@@ -464,7 +464,7 @@ Tensors training_node(const Tensors inputs, const std::optional<Tensor> scales,
     p.out = results.back().mutable_data_ptr();
     bands.push_back(cpu::row_groups(1, p.fusion.h, p.fusion.w));
     tasks.push_back(p.fusion.n * bands.back().count);
-    moments.push_back(layout.add(4 * tasks.back() * 3 * op));
+    moments.push_back(layout.add(with_statistics ? 4 * tasks.back() * 3 * op : 0));
     floats = std::max(floats, padded(kernels.node_scratch(p)));
   }
   const int64_t scratch = layout.add(4 * floats * threads.threads);
@@ -478,12 +478,14 @@ Tensors training_node(const Tensors inputs, const std::optional<Tensor> scales,
     const cpu::RowGroups& band = bands[i];
     const int64_t begin = task % band.count * band.rows;
     kernels.separable_node(p, task / band.count, begin, std::min(begin + band.rows, p.fusion.h),
-                           at(scratch) + thread * floats, at(moments[i]) + task * 3 * op);
+                           at(scratch) + thread * floats,
+                           with_statistics ? at(moments[i]) + task * 3 * op : nullptr);
   });
 
   // Pairs (mean, sum of squared deviations) of the bands merged in order.
-  Tensor mean = zeros({nodes, c_out}), m2 = zeros({nodes, c_out});
-  for (int64_t i = 0; i < nodes; i++)
+  const int64_t rows = with_statistics ? nodes : 0;
+  Tensor mean = zeros({rows, c_out}), m2 = zeros({rows, c_out});
+  for (int64_t i = 0; i < rows; i++)
     for (int64_t o = 0; o < c_out; o++) {
       double n = 0.0, average = 0.0, squares = 0.0;
       for (int64_t t = 0; t < tasks[i]; t++) {
@@ -504,8 +506,8 @@ Tensors training_node(const Tensors inputs, const std::optional<Tensor> scales,
 }
 
 Tensors training_node_backward(const Tensors grads, const Tensor grad_mean, const Tensor grad_m2,
-                               const Tensors outputs, const Tensor mean, const Tensors inputs,
-                               const std::optional<Tensor> scales,
+                               const Tensors outputs, const std::optional<Tensor> mean,
+                               const Tensors inputs, const std::optional<Tensor> scales,
                                const std::optional<Tensor> offsets,
                                const std::optional<Tensor> edge_weights, const Tensor dw_weight,
                                const Tensor pw_weight, const Tensor shift, const Ints edge_counts,
@@ -514,19 +516,23 @@ Tensors training_node_backward(const Tensors grads, const Tensor grad_mean, cons
                                     shift, edge_counts, sizes, fusion, pool, activation);
   const auto nodes = static_cast<int64_t>(edge_counts.size());
   const int64_t c_out = call.c_out, op = padded(c_out);
-  STD_TORCH_CHECK(outputs.size() == edge_counts.size(), "there must be one output per node");
-  const auto rows = [&](const Tensor& t, const char* name) {
-    return widened(float_weight(t, nodes * c_out, name).const_data_ptr<float>(), nodes, c_out, op);
-  };
-  StatisticsGradient statistics{outputs, rows(mean, "mean"), rows(grad_m2, "grad_m2"),
-                                rows(grad_mean, "grad_mean")};
-  for (int64_t i = 0; i < nodes; i++) {
-    const auto pixels =
-        static_cast<float>(inputs[0].size(0) * call.sizes[2 * i] * call.sizes[2 * i + 1]);
-    for (int64_t k = i * op; k < (i + 1) * op; k++)
-      statistics.slope[k] *= 2.0f, statistics.constant[k] /= pixels;
+  StatisticsGradient statistics;
+  if (mean) {
+    STD_TORCH_CHECK(outputs.size() == edge_counts.size(), "there must be one output per node");
+    const auto rows = [&](const Tensor& t, const char* name) {
+      const Tensor given = float_weight(t, nodes * c_out, name);
+      return widened(given.const_data_ptr<float>(), nodes, c_out, op);
+    };
+    statistics = {outputs, rows(*mean, "mean"), rows(grad_m2, "grad_m2"),
+                  rows(grad_mean, "grad_mean")};
+    for (int64_t i = 0; i < nodes; i++) {
+      const auto pixels =
+          static_cast<float>(inputs[0].size(0) * call.sizes[2 * i] * call.sizes[2 * i + 1]);
+      for (int64_t k = i * op; k < (i + 1) * op; k++)
+        statistics.slope[k] *= 2.0f, statistics.constant[k] /= pixels;
+    }
   }
-  const Gradients g = gradients(call, grads, &statistics);
+  const Gradients g = gradients(call, grads, mean ? &statistics : nullptr);
   Tensor shift_grad = zeros({c_out});
   for (int64_t i = 0; i < nodes * c_out; i++)
     shift_grad.mutable_data_ptr<float>()[i % c_out] += g.shift.const_data_ptr<float>()[i];

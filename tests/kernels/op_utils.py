@@ -467,7 +467,9 @@ def gradients(call: Call, function: Callable[..., Any], dtype: torch.dtype) -> l
     maps = map_tree(lambda t: leaf(t, dtype), call.maps)
     weights = map_tree(lambda t: leaf(t, weight_dtype), call.weights)
     results = tensors(function(maps, *weights, **call.options))
-    if call.op == "training_node":  # from a sum of squares to a variance, as it is used
+    if (
+        call.op == "training_node" and results[-1].numel()
+    ):  # from a sum of squares to a variance, as it is used
         results[-1] = results[-1] / (results[0].numel() / results[0].shape[1])
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros((), dtype=torch.float64)

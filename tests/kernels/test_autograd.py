@@ -62,6 +62,12 @@ def test_gradients(op, dtype):
     check(sample(op, dtype), dtype)
 
 
+@pytest.mark.parametrize("options", [{"nodes": 3}, {"normalised": False}, {"statistics": False}])
+@dtypes
+def test_training_node(options, dtype):
+    check(sample("training_node", dtype, **options), dtype)
+
+
 @dtypes
 @pytest.mark.parametrize("channels", [1, 7, 16, 40, 88, 112])
 @pytest.mark.parametrize("op", ["weighted_fusion", "fusion_node", "separable_conv"])

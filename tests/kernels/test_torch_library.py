@@ -46,7 +46,7 @@ VARIANTS = {
     "lateral": [{"pooled": 0}, {"pooled": 3, "size": (1, 5)}],
     "mbconv": [{"expansion": 1, "squeeze": False}, {"stride": 2}, {"residual": True}],
     "stem": [{"uint8": True}, {"normalise": False}],
-    "training_node": [{"nodes": 3}, {"normalised": False}, {"fusion": "sum"}],
+    "training_node": [{"nodes": 3}, {"normalised": False}, {"statistics": False}],
     "nms": [{"method": "gaussian"}, {"count": 0}, {"max_detections": 3}],
     "detect": [{"limits": False}, {"method": "gaussian"}],
 }
