@@ -1,5 +1,6 @@
 """Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler and no GPU."""
 
+from . import autograd as _autograd
 from . import fake as _fake
 from .backend import BackendError, Choice, backend, current_backend, explain
 from .ops import (
@@ -12,6 +13,7 @@ from .ops import (
     nms,
     separable_conv,
     stem,
+    training_node,
     weighted_fusion,
 )
 from .packing import (
@@ -26,6 +28,7 @@ from .packing import (
 __version__ = "0.1.0"
 
 _fake.register()
+_autograd.register()
 
 __all__ = [
     "BackendError",
@@ -45,6 +48,7 @@ __all__ = [
     "pack_stem",
     "separable_conv",
     "stem",
+    "training_node",
     "unpack_depthwise",
     "unpack_pointwise",
     "unpack_stem",

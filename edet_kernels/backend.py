@@ -31,6 +31,7 @@ OPS = (
     "bifpn",
     "separable_conv",
     "head",
+    "training_node",
     "nms",
     "detect",
 )
@@ -85,15 +86,20 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether the loaded library holds the compiled op, forward or backward, for the device."""
+    return library.has_op(op) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"edet_kernels::{op}", device_type.upper()
+    )
+
+
 @functools.cache
-def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype, grad: bool) -> str:
+def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype) -> str:
     """Why the compiled backend ``name`` cannot run ``op``; empty when it can."""
     if device_type != name:
         return f"the tensors are on {device_type}"
     if dtype not in KERNEL_DTYPES:
         return f"its maps are float32, float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if grad:
-        return "it has no gradient yet and an input requires one"
     if not library.load():
         return library.status()
     if name == "cuda":
@@ -104,14 +110,12 @@ def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype, grad: boo
             return refusal
     if not library.has_op(op):
         return "the library is older than this package and lacks it: run 'make build'"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"edet_kernels::{op}", name.upper()):
+    if not has_kernel(op, name):
         return f"the library was built without a {name.upper()} kernel for it"
     return ""
 
 
-def choose(
-    op: str, device: torch.device, dtype: torch.dtype = torch.float32, grad: bool = False
-) -> Choice:
+def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
     """The backend ``op`` runs on for maps of ``dtype`` on ``device``, and why.
 
     Raises:
@@ -121,13 +125,13 @@ def choose(
     if asked == "reference":
         return Choice(op, "reference", "asked for")
     if asked != "auto":
-        refusal = _refusal(op, asked, device.type, dtype, grad)
+        refusal = _refusal(op, asked, device.type, dtype)
         if refusal:
             raise BackendError(f"{op} cannot run on backend {asked!r}: {refusal}")
         return Choice(op, asked, "asked for")
     if device.type not in ("cpu", "cuda"):
         return Choice(op, "reference", f"no kernels for device type {device.type}")
-    refusal = _refusal(op, device.type, device.type, dtype, grad)
+    refusal = _refusal(op, device.type, device.type, dtype)
     if refusal:
         if (op, refusal) not in _told:
             _told.add((op, refusal))
@@ -136,9 +140,9 @@ def choose(
     return Choice(op, device.type, f"compiled {device.type.upper()} kernel")
 
 
-def _reference_when_traced(op: str, device: str, dtype: torch.dtype, grad: bool) -> bool:
+def _reference_when_traced(op: str, device: str, dtype: torch.dtype) -> bool:
     """The choice while torch.compile traces, which cannot look into a ContextVar."""
-    return choose(op, torch.device(device), dtype, grad).backend == "reference"
+    return choose(op, torch.device(device), dtype).backend == "reference"
 
 
 # torch.compiler.assume_constant_result does just this, after two seconds of importing the compiler
@@ -149,19 +153,18 @@ def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
     """Whether ``op`` on these tensors (the first one a map) runs its reference."""
     x = tensors[0]
     assert x is not None
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     device = x.device.type
     if torch.compiler.is_compiling():
-        return _reference_when_traced(op, device, x.dtype, grad)
+        return _reference_when_traced(op, device, x.dtype)
     if (
         current_backend() == "auto"
         and device in ("cpu", "cuda")
-        and not _refusal(op, device, device, x.dtype, grad)
+        and not _refusal(op, device, device, x.dtype)
     ):
         return False  # the common case, without the cost of a Choice
-    return choose(op, x.device, x.dtype, grad).backend == "reference"
+    return choose(op, x.device, x.dtype).backend == "reference"
 
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
-    """For each op, the backend it would use without gradients on ``device``, and why."""
+    """For each op, the backend it would use on ``device``, and why."""
     return [choose(op, torch.device(device), dtype) for op in OPS]

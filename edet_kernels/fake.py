@@ -139,6 +139,88 @@ def _stem(
     return torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
 
 
+def _training_node(
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    shift: Tensor,
+    edge_counts: Sequence[int],
+    sizes: Sequence[int],
+    fusion: int,
+    pool: int,
+    activation: int,
+    statistics: bool,
+) -> list[Tensor]:
+    channels = shift.shape[0]
+    maps = [_map(inputs[0], channels, h, w) for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
+    rows = len(edge_counts) if statistics else 0
+    return [*maps, *(shift.new_empty((rows, channels)) for _ in range(2))]
+
+
+def _gradients(*tensors: Tensor | None) -> list[Tensor]:
+    """A map like each map and a float32 tensor like each weight; empty for None."""
+    return [
+        torch.empty(0)
+        if t is None
+        else _map(t, t.shape[1], *t.shape[2:])
+        if t.dim() == 4
+        else torch.empty(t.shape, device=t.device)
+        for t in tensors
+    ]
+
+
+def _weighted_fusion_backward(
+    grad: Tensor, inputs: Sequence[Tensor], edge_weights: Tensor | None, *_: Any
+) -> list[Tensor]:
+    return _gradients(*inputs, edge_weights)
+
+
+def _fusion_node_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *_: Any,
+) -> list[Tensor]:
+    return _gradients(*inputs, edge_weights, dw_weight, pw_weight, scale, shift)
+
+
+def _separable_conv_backward(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: int,
+) -> list[Tensor]:
+    return _gradients(*inputs, dw_weight, pw_weight, scale, shift)
+
+
+def _training_node_backward(
+    grads: Sequence[Tensor],
+    grad_mean: Tensor,
+    grad_m2: Tensor,
+    outputs: Sequence[Tensor],
+    mean: Tensor,
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    shift: Tensor,
+    *_: Any,
+) -> list[Tensor]:
+    return _gradients(*inputs, scales, offsets, edge_weights, dw_weight, pw_weight, shift)
+
+
 def _nms(
     boxes: Tensor,
     scores: Tensor,
@@ -187,6 +269,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "head": _head,
     "mbconv": _mbconv,
     "stem": _stem,
+    "training_node": _training_node,
+    "weighted_fusion_backward": _weighted_fusion_backward,
+    "fusion_node_backward": _fusion_node_backward,
+    "separable_conv_backward": _separable_conv_backward,
+    "training_node_backward": _training_node_backward,
     "nms": _nms,
     "detect": _detect,
 }

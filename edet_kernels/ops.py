@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ NMS_METHODS = ("hard", "gaussian")
 MAX_EDGES = 16
 
 Size = tuple[int, int]
+
+
+def _run(op: str, *args: Any) -> Any:
+    """Calls the compiled op; past autograd, which costs 20 µs, where gradients are off."""
+    function = getattr(torch.ops.edet_kernels, op)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
 
 
 def _number(argument: str, name: str, names: Sequence[str]) -> int:
@@ -148,6 +158,16 @@ def _check_nms(iou_threshold: float, sigma: float, score_threshold: float, **cou
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def _refuse_gradients(op: str, **arguments: Sequence[Tensor | None]) -> None:
+    if torch.is_grad_enabled():
+        for name, given in arguments.items():
+            if any(t is not None and t.requires_grad for t in given):
+                raise ValueError(
+                    f"{name} must not require gradients, because {op} has none: call it under "
+                    "torch.no_grad() or on detached tensors"
+                )
+
+
 def _check_levels(name: str, t: Tensor, levels: int) -> None:
     """Checks that ``t`` is (C_out,) or one row per level."""
     if not isinstance(t, Tensor) or t.dim() not in (1, 2) or t.shape[:-1] not in ((), (levels,)):
@@ -202,7 +222,7 @@ def weighted_fusion(
             inputs, edge_weights, size=size, fusion=fusion, pool=pool, activation=activation
         )
     edges = None if edge_weights is None else edge_weights.float()
-    return torch.ops.edet_kernels.weighted_fusion(list(inputs), edges, size, *numbers)
+    return _run("weighted_fusion", list(inputs), edges, size, *numbers)
 
 
 def fusion_node(
@@ -265,7 +285,8 @@ def fusion_node(
             pre_activation=pre_activation,
             post_activation=post_activation,
         )
-    return torch.ops.edet_kernels.fusion_node(
+    return _run(
+        "fusion_node",
         list(inputs),
         None if edge_weights is None else edge_weights.float(),
         as_packed_depthwise(dw_weight).float(),
@@ -389,7 +410,8 @@ def bifpn(
             pre_activation=pre_activation,
             post_activation=post_activation,
         )
-    return torch.ops.edet_kernels.bifpn(
+    return _run(
+        "bifpn",
         list(inputs),
         None if edge_weights is None else edge_weights.float(),
         dw_weight.float(),
@@ -442,7 +464,8 @@ def separable_conv(
         return reference.separable_conv(
             inputs, dw_weight, pw_weight, scale, shift, activation=activation
         )
-    return torch.ops.edet_kernels.separable_conv(
+    return _run(
+        "separable_conv",
         list(inputs),
         as_packed_depthwise(dw_weight).float(),
         as_packed_pointwise(pw_weight).float(),
@@ -495,7 +518,8 @@ def lateral(
         _check_out(scale, shift, weight, input.shape[1], input)
     if runs_reference("lateral", [input, *pw_weights, *scales, *shifts]):
         return reference.lateral(input, pw_weights, scales, shifts, pooled=pooled, pool=pool)
-    return torch.ops.edet_kernels.lateral(
+    return _run(
+        "lateral",
         input,
         [as_packed_pointwise(w).float() for w in pw_weights],
         [s.float() for s in scales],
@@ -560,7 +584,8 @@ def head(
         c = scale.shape[-1]
     if runs_reference("head", [*inputs, *dw_weights, *pw_weights, *scales, *shifts]):
         return reference.head(inputs, dw_weights, pw_weights, scales, shifts, activation=activation)
-    return torch.ops.edet_kernels.head(
+    return _run(
+        "head",
         list(inputs),
         [as_packed_depthwise(w).float() for w in dw_weights],
         [as_packed_pointwise(w).float() for w in pw_weights],
@@ -568,6 +593,109 @@ def head(
         [s.float().contiguous() for s in wide_shifts],
         number,
     )
+
+
+def training_node(
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    shift: Tensor,
+    *,
+    edge_counts: Sequence[int],
+    sizes: Sequence[Size],
+    fusion: str = "sum",
+    pool: str = "same",
+    activation: str = "swish",
+    statistics: bool = True,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Nodes in front of their batch norm, and what the batch norm needs: for training.
+
+    Each node is pw(dw(activation(:func:`weighted_fusion`))) + shift with one convolution for all
+    nodes: one BiFPN node, or one layer of a head on all levels. A batch norm over a node's map is
+    not applied but handed on: the statistics are an output, with gradients, and whoever reads the
+    map gives its batch norm as ``scales`` and ``offsets``. So only the map itself is kept for the
+    backward pass.
+
+    Args:
+        inputs: the maps (N, C, Hᵢ, Wᵢ) that the first node fuses, then those of the second, …
+        scales, offsets: (len(inputs), C), an input is read as scale·x + offset; None: as it is.
+        edge_weights: as for :func:`weighted_fusion`; None where there is more than one node.
+        dw_weight, pw_weight: as for :func:`fusion_node`.
+        shift: (C_out,), the bias of the pointwise convolution.
+        edge_counts: how many inputs each node fuses.
+        sizes: (H, W) of each node.
+        fusion, pool, activation: as for :func:`weighted_fusion`.
+        statistics: False where no batch norm follows.
+
+    Returns:
+        one map (N, C_out, H, W) per node; the mean of each channel over its N·H·W values, and the
+        sum of their squared deviations from it, (nodes, C_out) in float32 (float64 for float64),
+        (0, C_out) without ``statistics``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_maps("inputs", inputs)
+    x = inputs[0]
+    numbers = (
+        _number("fusion", fusion, FUSIONS),
+        _number("pool", pool, POOLS),
+        _number("activation", activation, ACTIVATIONS),
+    )
+    _check_list("edge_counts", edge_counts, "numbers")
+    _check_list("sizes", sizes, "tuples")
+    if sum(edge_counts) != len(inputs) or len(sizes) != len(edge_counts):
+        raise ValueError(
+            "edge_counts and sizes must describe every node and input, got "
+            f"{list(edge_counts)} and {len(sizes)} sizes for {len(inputs)} inputs"
+        )
+    n, c, first = len(inputs), x.shape[1], 0
+    for i, (count, size) in enumerate(zip(edge_counts, sizes, strict=True)):
+        _check_size(f"sizes[{i}]", size)
+        _check_list(f"inputs of node {i}", inputs[first : first + count], "maps", MAX_EDGES)
+        for e in range(first, first + count):
+            _check_resize(f"inputs[{e}]", inputs[e].shape[-2:], (size[0], size[1]))
+        first += count
+    if edge_weights is not None and len(sizes) > 1:
+        raise ValueError("edge_weights must be None for more than one node")
+    _check_edges(edge_weights, [(n,), (n, c)], fusion, x)
+    if (scales is None) != (offsets is None):
+        raise ValueError("scales and offsets must be given together")
+    for name, t in (("scales", scales), ("offsets", offsets)):
+        if t is not None:
+            _check_weight(name, t, [(n, c)], x)
+    _check_weight("dw_weight", dw_weight, _dw_shapes(c), x)
+    _check_out(shift, shift, pw_weight, c, x)
+    tensors = (scales, offsets, edge_weights, dw_weight, pw_weight, shift)
+    if runs_reference("training_node", [*inputs, *tensors]):
+        return reference.training_node(
+            inputs,
+            *tensors,
+            edge_counts=edge_counts,
+            sizes=sizes,
+            fusion=fusion,
+            pool=pool,
+            activation=activation,
+            statistics=statistics,
+        )
+    *maps, mean, deviations = _run(
+        "training_node",
+        list(inputs),
+        None if scales is None else scales.float(),
+        None if offsets is None else offsets.float(),
+        None if edge_weights is None else edge_weights.float(),
+        as_packed_depthwise(dw_weight).float(),
+        as_packed_pointwise(pw_weight).float(),
+        shift.float(),
+        list(edge_counts),
+        [n for size in sizes for n in size],
+        *numbers,
+        statistics,
+    )
+    return maps, mean, deviations
 
 
 def _conv_geometry(x: Tensor, kernel: int, stride: int, padding: str) -> tuple[list[int], Size]:
@@ -666,7 +794,8 @@ def mbconv(
         tensors = [as_packed_pointwise(t) if t.dim() == 4 else t for t in parts or ()]
         return [t.float() for t in tensors]
 
-    return torch.ops.edet_kernels.mbconv(
+    return _run(
+        "mbconv",
         input,
         packed(expand),
         [as_packed_depthwise(dw).float(), depthwise[1].float(), depthwise[2].float()],
@@ -748,7 +877,8 @@ def stem(
             activation=activation,
             dtype=dtype,
         )
-    return torch.ops.edet_kernels.stem(
+    return _run(
+        "stem",
         image,
         (pack_stem(weight) if weight.dim() == 4 else weight).float(),
         scale.float(),
@@ -810,6 +940,7 @@ def nms(
         if t.device != boxes.device:
             raise ValueError(f"{name} must be on {boxes.device} like boxes, got {t.device}")
     _check_nms(iou_threshold, sigma, score_threshold, max_detections=max_detections)
+    _refuse_gradients("nms", boxes=[boxes], scores=[scores])
     if runs_reference("nms", [boxes, scores]):
         return reference.nms(
             boxes,
@@ -821,8 +952,8 @@ def nms(
             score_threshold=score_threshold,
             max_detections=max_detections,
         )
-    return torch.ops.edet_kernels.nms(
-        boxes, scores, labels, number, iou_threshold, sigma, score_threshold, max_detections
+    return _run(
+        "nms", boxes, scores, labels, number, iou_threshold, sigma, score_threshold, max_detections
     )
 
 
@@ -891,6 +1022,9 @@ def detect(
         max_detections=max_detections,
         max_candidates=max_candidates,
     )
+    _refuse_gradients(
+        "detect", class_outputs=class_outputs, box_outputs=box_outputs, anchors=[anchors, limits]
+    )
     if runs_reference("detect", [*class_outputs, *box_outputs, anchors, limits]):
         return reference.detect(
             class_outputs,
@@ -904,7 +1038,8 @@ def detect(
             max_detections=max_detections,
             max_candidates=max_candidates,
         )
-    return torch.ops.edet_kernels.detect(
+    return _run(
+        "detect",
         list(class_outputs),
         list(box_outputs),
         anchors.float(),

@@ -245,6 +245,50 @@ def head(
     return maps
 
 
+def training_node(
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    shift: Tensor,
+    *,
+    edge_counts: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    fusion: str = "sum",
+    pool: str = "same",
+    activation: str = "swish",
+    statistics: bool = True,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Nodes in front of their batch norm; see :func:`edet_kernels.training_node`."""
+    if scales is not None and offsets is not None:
+        inputs = [_affine(x, s, o) for x, s, o in zip(inputs, scales, offsets, strict=True)]
+    maps, means, deviations = [], [], []
+    first = 0
+    for count, size in zip(edge_counts, sizes, strict=True):
+        x = fusion_node(
+            inputs[first : first + count],
+            edge_weights,
+            dw_weight,
+            pw_weight,
+            torch.ones_like(shift),
+            shift,
+            size=size,
+            fusion=fusion,
+            pool=pool,
+            pre_activation=activation,
+        )
+        first += count
+        maps.append(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        # of no pixel at all 0, not 0/0
+        means.append(x.sum((0, 2, 3)) / max(x.numel() // x.shape[1], 1))
+        deviations.append((x - means[-1].view(1, -1, 1, 1)).square().sum((0, 2, 3)))
+    rows = len(maps) if statistics else 0
+    return maps, torch.stack(means)[:rows], torch.stack(deviations)[:rows]
+
+
 def conv_geometry(in_size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
     """Leading padding and output size of a convolution along one axis.
 

@@ -57,6 +57,9 @@ struct FusionParams {
   Edge edge[kMaxEdges];
   const float* coefficients;  // (edges, C rounded up to kPanel)
   Activation activation;
+  // Of training_node, whose edges are maps with a batch norm to come; null otherwise:
+  const float* signs;  // like coefficients: ±1, by which an edge is multiplied before its max pool
+  const float* offsets;  // (C rounded up to kPanel), added to the sum
 };
 
 // A fusion followed by depthwise 3×3, pointwise 1×1, scale, shift and activation: (N, h, w, c_out).
@@ -69,6 +72,23 @@ struct NodeParams {
   const float* shift;  // (c_out)
   Activation activation;
   void* out;
+};
+
+// The gradients of a node, or of a weighted fusion alone (node.dw is null). Floats of every pitch
+// are C or c_out rounded up to kPanel. Sums over pixels go to one partial sum per group of rows.
+struct NodeBackwardParams {
+  NodeParams node;     // as in the forward pass; out is read only where statistics have a gradient
+  const void* grad;    // (n, h, w, c_out), or (n, h, w, C) of a fusion alone
+  const float* ones;   // (largest pitch)
+  const float* zeros;  // (w + 2, pitch): a row outside the image
+  const float* dw;     // (9, pitch), node.dw with its taps reversed
+  const float* pw;     // packed (C, c_out): scale · node.pw, transposed
+  // Of the statistics; null for none: grad + slope·(out − mean) + constant is the gradient of out.
+  const float *mean, *slope, *constant;  // (pitch of c_out)
+  const float* coefficients;             // (edges, pitch): d fused / d resized input
+  float* conv_grad;                      // (n, h, w + 2, pitch): of the depthwise sums, zero padded
+  float* fused_grad;                     // (n, h, w, pitch): of the fused map; null: not needed
+  void* input_grad[kMaxEdges];           // as the edges' data; null: not needed
 };
 
 // One 1×1 convolution with folded batch norm: out = (input · W) · scale + shift.

@@ -7,11 +7,20 @@ namespace edet::cpu {
 
 constexpr int64_t kLateralPixels = 96;  // of one lateral task: a multiple of every tile height
 
+constexpr int64_t kResizeRows = 8;  // of one resize_backward task, at most
+
 struct Kernels {
   const char* isa;
   int64_t (*node_scratch)(const NodeParams&);  // floats of scratch per thread
   void (*separable_node)(const NodeParams&, int64_t image, int64_t y_begin, int64_t y_end,
-                         float* scratch);
+                         float* scratch, float* moments);
+  int64_t (*node_backward_scratch)(const NodeBackwardParams&);  // floats of scratch per thread
+  void (*conv_backward)(const NodeBackwardParams&, int64_t image, int64_t y_begin, int64_t y_end,
+                        float* partial, float* scratch);
+  void (*fusion_backward)(const NodeBackwardParams&, int64_t image, int64_t y_begin, int64_t y_end,
+                          float* partial, float* scratch);
+  void (*resize_backward)(const NodeBackwardParams&, int edge, int64_t image, int64_t y_begin,
+                          int64_t y_end, float* scratch);
   void (*fusion_band)(const FusionParams&, void* out, int64_t image, int64_t y_begin, int64_t y_end,
                       float* scratch);
   int64_t (*lateral_scratch)(const LateralParams&);

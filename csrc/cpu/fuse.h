@@ -26,7 +26,7 @@ struct FusionRow {
     const T* top;     // first row of the window that is inside the map
     int64_t rows, w;  // rows inside the map
     Window columns;
-    const float* coefficient;
+    const float *coefficient, *sign;
   };
   int direct, pooled;
   Direct one[kMaxEdges];
@@ -42,8 +42,9 @@ struct FusionRow {
         const int64_t first = y * edge.rows.stride - edge.rows.before;
         const int64_t begin = clip(first, 0, edge.h);
         const int64_t end = clip(first + edge.rows.kernel, 0, edge.h);
-        pool[pooled++] = {map + begin * edge.w * p.c, end - begin, edge.w, edge.columns,
-                          coefficient};
+        const float* sign = p.signs ? p.signs + e * cp : nullptr;
+        pool[pooled++] = {
+            map + begin * edge.w * p.c, end - begin, edge.w, edge.columns, coefficient, sign};
       } else {
         const int64_t from = edge.h == p.h ? y : nearest_source(y, edge.h, p.h);
         one[direct++] = {map + from * edge.w * p.c, coefficient, edge.w};
@@ -59,7 +60,8 @@ EDET_INLINE vf load_some(const T* p, int n) {
 }
 
 // ND direct and NP pooled edges are compile-time constants in the common cases, −1 otherwise.
-template <class T, Activation A, int ND, int NP>
+// Affine: the fusion has signs and offsets.
+template <class T, Activation A, int ND, int NP, bool Affine>
 void fuse_row_as(const FusionParams& p, const FusionRow<T>& row, int64_t x_begin, int64_t x_end,
                  float* out) {
   const int direct = ND >= 0 ? ND : row.direct;
@@ -97,11 +99,17 @@ void fuse_row_as(const FusionParams& p, const FusionRow<T>& row, int64_t x_begin
         const int64_t pitch = row.pool[e].w * c;
         Maximum best;
         for (int64_t r = 0; r < row.pool[e].rows; r++)
-          for (int64_t k = 0; k < columns[e]; k++)
-            best.add(load_some<T, kTail>(corner[e] + r * pitch + k * c + i, n));
+          for (int64_t k = 0; k < columns[e]; k++) {
+            const vf v = load_some<T, kTail>(corner[e] + r * pitch + k * c + i, n);
+            if constexpr (Affine)
+              best.add(v * load(row.pool[e].sign + i));
+            else
+              best.add(v);
+          }
         const vf term = best.value() * load(row.pool[e].coefficient + i);
         sum = direct + e ? sum + term : term;
       }
+      if constexpr (Affine) sum += load(p.offsets + i);
       store(out + i, activate<A>(sum));
     };
     for (int64_t i = 0; i < whole; i += kWidth) vector(i, kWidth, Constant<false>{});
@@ -116,27 +124,34 @@ void fuse_row_as(const FusionParams& p, const FusionRow<T>& row, int64_t x_begin
   }
 }
 
-// Writes pixels [x_begin, x_end) of output row y as floats, C rounded up to kPanel apart. Lanes
-// past C are zero.
-template <class T>
-inline void fuse_row(const FusionParams& p, int64_t image, int64_t y, int64_t x_begin,
-                     int64_t x_end, float* out) {
+template <class T, bool Affine>
+EDET_INLINE void fuse_row_with(const FusionParams& p, int64_t image, int64_t y, int64_t x_begin,
+                               int64_t x_end, float* out) {
   const FusionRow<T> row(p, image, y);
   with_activation(p.activation, [&](auto tag) {
     constexpr Activation A = decltype(tag)::value;
     constexpr bool kCommon = A == Activation::swish || A == Activation::none;
     if constexpr (kCommon) {
       if (row.pooled == 0 && row.direct == 1)
-        return fuse_row_as<T, A, 1, 0>(p, row, x_begin, x_end, out);
+        return fuse_row_as<T, A, 1, 0, Affine>(p, row, x_begin, x_end, out);
       if (row.pooled == 0 && row.direct == 2)
-        return fuse_row_as<T, A, 2, 0>(p, row, x_begin, x_end, out);
+        return fuse_row_as<T, A, 2, 0, Affine>(p, row, x_begin, x_end, out);
       if (row.pooled == 1 && row.direct == 1)
-        return fuse_row_as<T, A, 1, 1>(p, row, x_begin, x_end, out);
+        return fuse_row_as<T, A, 1, 1, Affine>(p, row, x_begin, x_end, out);
       if (row.pooled == 1 && row.direct == 2)
-        return fuse_row_as<T, A, 2, 1>(p, row, x_begin, x_end, out);
+        return fuse_row_as<T, A, 2, 1, Affine>(p, row, x_begin, x_end, out);
     }
-    fuse_row_as<T, A, -1, -1>(p, row, x_begin, x_end, out);
+    fuse_row_as<T, A, -1, -1, Affine>(p, row, x_begin, x_end, out);
   });
+}
+
+// Writes pixels [x_begin, x_end) of output row y as floats, C rounded up to kPanel apart. Lanes
+// past C are zero.
+template <class T>
+inline void fuse_row(const FusionParams& p, int64_t image, int64_t y, int64_t x_begin,
+                     int64_t x_end, float* out) {
+  if (p.offsets) return fuse_row_with<T, true>(p, image, y, x_begin, x_end, out);
+  fuse_row_with<T, false>(p, image, y, x_begin, x_end, out);
 }
 
 }  // namespace edet::cpu::EDET_ISA

@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "lateral.h"
 #include "mbconv.h"
+#include "node_backward.h"
 #include "scan.h"
 #include "separable_node.h"
 #include "stem.h"
@@ -14,19 +15,11 @@
 namespace edet::cpu::EDET_ISA {
 
 extern const Kernels table;
-const Kernels table = {EDET_STRING(EDET_ISA),
-                       node_scratch,
-                       separable_node,
-                       fusion_band,
-                       lateral_scratch,
-                       lateral_block,
-                       mbconv_scratch,
-                       mbconv_expand,
-                       mbconv_squeeze,
-                       mbconv_gate,
-                       mbconv_project,
-                       stem_scratch,
-                       stem_rows,
-                       scan};
+const Kernels table = {EDET_STRING(EDET_ISA), node_scratch,   separable_node,
+                       node_backward_scratch, conv_backward,  fusion_backward,
+                       resize_backward,       fusion_band,    lateral_scratch,
+                       lateral_block,         mbconv_scratch, mbconv_expand,
+                       mbconv_squeeze,        mbconv_gate,    mbconv_project,
+                       stem_scratch,          stem_rows,      scan};
 
 }  // namespace edet::cpu::EDET_ISA

@@ -84,7 +84,8 @@ void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scrat
   schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
     const auto i = static_cast<size_t>(step);
     const Band b = band(i, task);
-    k.separable_node(graph.nodes[i], b.image, b.begin, b.end, scratch + thread * scratch_floats);
+    k.separable_node(graph.nodes[i], b.image, b.begin, b.end, scratch + thread * scratch_floats,
+                     nullptr);
   });
 }
 

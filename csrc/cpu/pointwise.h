@@ -139,10 +139,9 @@ void pointwise_as(const float* a, int64_t lda, int64_t rows, const PointwiseWeig
   const auto run = [&](auto count, int64_t p, int64_t row, int64_t height) {
     constexpr int NP = decltype(count)::value;
     const int64_t from = p * kPanel, at = row * out.pitch + from;
-    pointwise_panels<NP, A, T>(
-        a + row * lda, lda, height, w.c_in, w.panels + from * w.c_in, w.scale + from,
-        w.shift + from, w.c_out - from,
-        {out.data + at, out.pitch, out.add ? out.add + at : nullptr});
+    pointwise_panels<NP, A, T>(a + row * lda, lda, height, w.c_in, w.panels + from * w.c_in,
+                               w.scale + from, w.shift + from, w.c_out - from,
+                               {out.data + at, out.pitch, out.add ? out.add + at : nullptr});
     return NP;
   };
   if constexpr (kMaxTilePanels == 4) {

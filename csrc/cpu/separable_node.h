@@ -16,12 +16,54 @@ constexpr int64_t kStripPixels = 48;
 // Floats of scratch that one thread needs for a node.
 inline int64_t node_scratch(const NodeParams& p) {
   const int64_t cp = round_up(p.fusion.c, kPanel), op = round_up(p.c_out, kPanel);
-  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * cp;
+  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op);
 }
 
+// Mean and sum of squared deviations of each channel, kept while rows of pixels come in. Everything
+// is measured from the first strip's mean, so that a mean far from zero costs no precision, and the
+// pairs of strips are merged (Chan, Golub & LeVeque 1983).
+class Statistics {
+ public:
+  // moments: (3, channels): a value near the mean, what it lacks of the mean, and the squares;
+  // channels is a multiple of kWidth.
+  Statistics(float* moments, int64_t channels) : near_(moments), channels_(channels), seen_(0) {}
+
+  void add(const float* rows, int64_t ld, int64_t count) {
+    const auto n = static_cast<float>(count), before = static_cast<float>(seen_);
+    const float share = n / (n + before);
+    for (int64_t i = 0; i < channels_; i += kWidth) {
+      float *near = near_ + i, *rest = near + channels_, *squares = rest + channels_;
+      if (!seen_) {
+        vf sum = vf{};
+        for (int64_t r = 0; r < count; r++) sum += load(rows + r * ld + i);
+        store(near, sum * set1(1.0f / n));
+        store(rest, vf{}), store(squares, vf{});
+      }
+      const vf origin = load(near);
+      vf sum = vf{};
+      for (int64_t r = 0; r < count; r++) sum += load(rows + r * ld + i) - origin;
+      const vf mean = sum * set1(1.0f / n);
+      vf total = vf{};
+      for (int64_t r = 0; r < count; r++) {
+        const vf d = load(rows + r * ld + i) - origin - mean;
+        total += d * d;
+      }
+      const vf step = mean - load(rest);
+      store(rest, load(rest) + step * share);
+      store(squares, load(squares) + total + step * step * (share * before));
+    }
+    seen_ += count;
+  }
+
+ private:
+  float* near_;
+  int64_t channels_, seen_;
+};
+
+// moments: where to put the statistics of the band's output before it is rounded to T; null: none.
 template <class T>
 void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int64_t y_end,
-                       float* scratch) {
+                       float* scratch, float* moments) {
   const FusionParams& f = p.fusion;
   const int64_t cp = round_up(f.c, kPanel), op = round_up(p.c_out, kPanel);
   const int64_t pitch = (f.w + 2) * cp;
@@ -29,7 +71,8 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   float* dw = ring + 3 * pitch;
   float* scale = dw + 9 * cp;
   float* shift = scale + op;
-  float* strip = shift + op;  // (kStripPixels, cp)
+  float* strip = shift + op;                // (kStripPixels, cp)
+  float* tile = strip + kStripPixels * cp;  // (kStripPixels, op), for the statistics
 
   std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
   for (int k = 0; k < 9; k++)
@@ -54,8 +97,17 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
 
   T* out = static_cast<T*>(p.out) + (image * f.h + y_begin) * f.w * p.c_out;
   int64_t filled = 0;
+  Statistics statistics(moments, op);
   const auto flush = [&] {
-    pointwise<T>(strip, cp, filled, weights, {out, p.c_out, nullptr});
+    if (moments) {
+      PointwiseWeights padded = weights;  // whole panels, as the statistics are kept
+      padded.c_out = op;
+      pointwise<float>(strip, cp, filled, padded, {tile, op, nullptr});
+      statistics.add(tile, op, filled);
+      convert(tile, op, filled, p.c_out, out);
+    } else {
+      pointwise<T>(strip, cp, filled, weights, {out, p.c_out, nullptr});
+    }
     out += filled * p.c_out;
     filled = 0;
   };
@@ -81,11 +133,11 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
 }
 
 inline void separable_node(const NodeParams& p, int64_t image, int64_t y_begin, int64_t y_end,
-                           float* scratch) {
+                           float* scratch, float* moments) {
   switch (p.fusion.dtype) {
-    case DType::f32: return separable_node_as<float>(p, image, y_begin, y_end, scratch);
-    case DType::f16: return separable_node_as<f16>(p, image, y_begin, y_end, scratch);
-    case DType::bf16: return separable_node_as<bf16>(p, image, y_begin, y_end, scratch);
+    case DType::f32: return separable_node_as<float>(p, image, y_begin, y_end, scratch, moments);
+    case DType::f16: return separable_node_as<f16>(p, image, y_begin, y_end, scratch, moments);
+    case DType::bf16: return separable_node_as<bf16>(p, image, y_begin, y_end, scratch, moments);
   }
 }
 

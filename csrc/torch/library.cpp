@@ -38,4 +38,27 @@ STABLE_TORCH_LIBRARY(edet_kernels, m) {
       "detect(Tensor[] class_outputs, Tensor[] box_outputs, Tensor anchors, Tensor? limits, "
       "int method, float iou_threshold, float sigma, float score_threshold, int max_detections, "
       "int max_candidates) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The maps, then mean and sum of squared deviations, (nodes, c_out) each; (0, c_out) without
+  // statistics.
+  m.def(
+      "training_node(Tensor[] inputs, Tensor? scales, Tensor? offsets, Tensor? edge_weights, "
+      "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, int[] sizes, "
+      "int fusion, int pool, int activation, bool statistics) -> Tensor[]");
+  // Gradients of the inputs, then of the other tensors in the forward op's order; empty where the
+  // tensor is None.
+  m.def(
+      "weighted_fusion_backward(Tensor grad, Tensor[] inputs, Tensor? edge_weights, int[] size, "
+      "int fusion, int pool, int activation) -> Tensor[]");
+  m.def(
+      "fusion_node_backward(Tensor grad, Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, "
+      "Tensor pw_weight, Tensor scale, Tensor shift, int[] size, int fusion, int pool, "
+      "int pre_activation, int post_activation) -> Tensor[]");
+  m.def(
+      "separable_conv_backward(Tensor[] grads, Tensor[] inputs, Tensor dw_weight, "
+      "Tensor pw_weight, Tensor scale, Tensor shift, int activation) -> Tensor[]");
+  m.def(
+      "training_node_backward(Tensor[] grads, Tensor grad_mean, Tensor grad_m2, Tensor[] outputs, "
+      "Tensor? mean, Tensor[] inputs, Tensor? scales, Tensor? offsets, Tensor? edge_weights, "
+      "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, int[] sizes, "
+      "int fusion, int pool, int activation) -> Tensor[]");
 }

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import edet_kernels
 from edet_kernels import reference
 
+from .batch_norm import normalise, training_maps
 from .configs import FUSIONS
 from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
 
@@ -116,6 +117,15 @@ class SeparableConv(nn.Module):
         x = self.conv_pw(self.conv_dw(x))
         return x if self.bn is None else self.bn(x)
 
+    def training_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Depthwise weight, pointwise weight and bias, for ``edet_kernels.training_node``."""
+        weight, bias = self.conv_pw.weight, self.conv_pw.bias
+        return (
+            self.conv_dw.weight,
+            weight,
+            weight.new_zeros(weight.shape[0]) if bias is None else bias,
+        )
+
 
 class Combine(nn.Module):
     """The edges of a node: their weights, and the projections of those from the backbone."""
@@ -189,6 +199,58 @@ class FusionNode(nn.Module):
         )
         return cast(Tensor, self.after_combine(fused))
 
+    def forward_training(self, maps: Sequence[Normalised], size: tuple[int, int]) -> Normalised:
+        """:meth:`forward` by ``edet_kernels.training_node``."""
+        projections = self.combine.projections
+        fused = [
+            Normalised(projections[e](maps[e].x).to(maps[e].x.dtype))
+            if e in projections
+            else maps[e]
+            for e in self.edges
+        ]
+        conv = self.after_combine.conv
+        [x], mean, deviations = edet_kernels.training_node(
+            *Normalised.stack(fused),
+            self.combine.edge_weights,
+            *conv.training_weights(),
+            edge_counts=[len(fused)],
+            sizes=[size],
+            fusion=self.fusion,
+            pool=self.pool,
+            activation=self.activation,
+        )
+        assert conv.bn is not None
+        scale, offset = normalise([conv.bn], mean, deviations, [x.shape[0] * size[0] * size[1]])
+        return Normalised(x, scale[0], offset[0])
+
+
+class Normalised(NamedTuple):
+    """A map scale·x + offset that is not written down: x and, (C,), the scale and the offset."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The map itself."""
+        if self.scale is None or self.offset is None:
+            return self.x
+        scale, offset = self.scale.view(-1, 1, 1), self.offset.view(-1, 1, 1)
+        return torch.addcmul(offset, self.x.to(scale.dtype), scale).to(self.x.dtype)
+
+    @staticmethod
+    def stack(maps: Sequence[Normalised]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """The maps, and their scales and offsets (maps, C) if any has them."""
+        scales = [m.scale for m in maps if m.scale is not None]
+        if not scales:
+            return [m.x for m in maps], None, None
+        one, zero = torch.ones_like(scales[0]), torch.zeros_like(scales[0])
+        return (
+            [m.x for m in maps],
+            torch.stack([one if m.scale is None else m.scale for m in maps]),
+            torch.stack([zero if m.offset is None else m.offset for m in maps]),
+        )
+
 
 class BiFPNCell(nn.Module):
     """One pass down and up the pyramid."""
@@ -236,7 +298,8 @@ class BiFPN(PackedModule):
     In the first cell every edge from a backbone map whose channels differ from ``width`` has its
     own 1×1 convolution and batch norm; the levels above the last backbone map are max-pooled from
     one more projection of it. Without gradients the projections of each map are one
-    ``edet_kernels.lateral``, and all nodes of all cells one ``edet_kernels.bifpn``.
+    ``edet_kernels.lateral``, and all nodes of all cells one ``edet_kernels.bifpn``; in training
+    each node is one ``edet_kernels.training_node``.
 
     Args:
         in_channels: channels of the backbone's maps, from the lowest level up.
@@ -332,15 +395,29 @@ class BiFPN(PackedModule):
         packed = self.packed(maps[0])
         if packed is not None:
             return self._forward_fused(maps, sizes, *packed)
-        pyramid = list(maps)
+        training = training_maps(self, maps)
+        pyramid = list(maps if training is None else training)
         for level in range(len(maps), self.levels):
             x = pyramid[-1]
             if str(level) in self.resample:
                 x = self.resample[str(level)](x)
             pyramid.append(reference.resize(x, sizes[level], self.pool))
+        if training is not None:
+            return self._forward_training(pyramid, sizes)
         for cell in self.cells:
             pyramid = cell(pyramid, sizes)
         return pyramid
+
+    def _forward_training(
+        self, pyramid: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        inputs = [Normalised(x) for x in pyramid]
+        for cell in self.cells:
+            known = list(inputs)
+            for node, level in zip(cell.nodes, cell.node_levels, strict=True):
+                known.append(node.forward_training(known, sizes[level]))
+            inputs = known[-self.levels :]
+        return [x.tensor() for x in inputs]
 
     def _op_graph(self, cells: int) -> tuple[list[tuple[int, ...]], list[int]]:
         """The edges of every node of every cell and the outputs, as ids of ``edet_kernels.bifpn``.

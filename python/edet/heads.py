@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels.reference import activate
 
+from .batch_norm import normalise, training_maps
 from .bifpn import SeparableConv, batch_norm, check_maps
 from .packing import PackedModule, fold_batch_norm, kernel_dtype, planned
 
@@ -43,7 +44,8 @@ class Head(PackedModule):
     """One head: ``repeats`` × (separable convolution → batch norm → activation), then ``predict``.
 
     The convolutions are shared by the levels, the batch norms are not. Without gradients all layers
-    on all levels are one ``edet_kernels.head``.
+    on all levels are one ``edet_kernels.head``, in training each layer on all levels is one
+    ``edet_kernels.training_node``.
 
     Args:
         width: channels of the pyramid.
@@ -105,12 +107,38 @@ class Head(PackedModule):
             return edet_kernels.head(
                 [x.to(dtype) for x in maps], *weights, activation=self.activation
             )
+        training = training_maps(self, maps)
+        if training is not None:
+            return self._forward_training(training)
         predictions = []
         for level, x in enumerate(maps):
             for layer, conv in enumerate(self.conv_rep):
                 x = activate(self.norm(layer, level)(conv(x)), self.activation)
             predictions.append(self.predict(x))
         return predictions
+
+    def _forward_training(self, maps: list[Tensor]) -> list[Tensor]:
+        scales: Tensor | None = None
+        offsets: Tensor | None = None
+        sizes = [(x.shape[-2], x.shape[-1]) for x in maps]
+        counts = [x.shape[0] * h * w for x, (h, w) in zip(maps, sizes, strict=True)]
+        layers = cast("list[SeparableConv]", [*self.conv_rep, self.predict])
+        for i, layer in enumerate(layers):
+            maps, mean, deviations = edet_kernels.training_node(
+                maps,
+                scales,
+                offsets,
+                None,
+                *layer.training_weights(),
+                edge_counts=[1] * len(maps),
+                sizes=sizes,
+                activation=self.activation if i else "none",
+                statistics=i < len(layers) - 1,
+            )
+            if i < len(layers) - 1:
+                norms = [self.norm(i, level).bn for level in range(self.levels)]
+                scales, offsets = normalise(norms, mean, deviations, counts)
+        return maps
 
     def pack(self, dtype: torch.dtype) -> _Packed:
         dtype = kernel_dtype(dtype)

@@ -379,6 +379,28 @@ def stem(
     return Call("stem", image, weights, options)
 
 
+def training_node(
+    make: Maker,
+    channels: int = 24,
+    out_channels: int | None = None,
+    *,
+    nodes: int = 1,
+    normalised: bool = True,
+    **options: Any,
+) -> Call:
+    """A node on the maps of :func:`weighted_fusion`; for several nodes, one of the maps each."""
+    fused = weighted_fusion(make, channels, **{"fusion": "fast" if nodes == 1 else "sum"} | options)
+    options = fused.options
+    if nodes == 1:
+        options = {"edge_counts": [len(fused.maps)], "sizes": [SIZES[0]], **options}
+    else:
+        options = {"edge_counts": [1] * nodes, "sizes": list(SIZES), **options}
+    dw, pw, _, shift = make.separable(channels, out_channels or channels + 3)
+    norm = (make.weight(len(fused.maps), channels), make.weight(len(fused.maps), channels))
+    norm = norm if normalised else (None, None)
+    return Call("training_node", fused.maps, (*norm, *fused.weights, dw, pw, shift), options)
+
+
 def nms(make: Maker, count: int = 40, **options: Any) -> Call:
     """``count`` boxes on a coarse grid, so that many overlap, in three classes; always float32."""
     corner = torch.randint(0, 12, (make.batch, count, 2)).float()
@@ -416,6 +438,7 @@ SAMPLES: dict[str, Callable[..., Call]] = {
         lateral,
         mbconv,
         stem,
+        training_node,
         nms,
         detect,
     )
@@ -423,6 +446,38 @@ SAMPLES: dict[str, Callable[..., Call]] = {
 
 #: Ops that return maps.
 MAP_OPS = tuple(op for op in SAMPLES if op not in ("nms", "detect"))
+
+
+def gradients(call: Call, function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+    """d(Σ results · fixed random weights) / d every float tensor of the call, in fp64.
+
+    Args:
+        function: :func:`edet_kernels.…` of the op, or its reference.
+        dtype: of maps and, for the reference, of weights too.
+    """
+    weight_dtype = torch.float32 if function is getattr(edet_kernels, call.op) else dtype
+    leaves: list[Tensor] = []
+
+    def leaf(t: Tensor, as_dtype: torch.dtype) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        leaves.append(t.detach().to(as_dtype).requires_grad_())
+        return leaves[-1]
+
+    maps = map_tree(lambda t: leaf(t, dtype), call.maps)
+    weights = map_tree(lambda t: leaf(t, weight_dtype), call.weights)
+    results = tensors(function(maps, *weights, **call.options))
+    if (
+        call.op == "training_node" and results[-1].numel()
+    ):  # from a sum of squares to a variance, as it is used
+        results[-1] = results[-1] / (results[0].numel() / results[0].shape[1])
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for x in results:
+        # exact in every dtype, so that what is compared is the backward pass alone
+        factor = torch.randint(-8, 9, x.shape, generator=generator).double() / 8
+        total = total + (x.double() * factor).sum()
+    return [g.double() for g in torch.autograd.grad(total, leaves)]
 
 
 def sample(op: str, dtype: torch.dtype = torch.float32, batch: int = 2, **options: Any) -> Call:

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from op_utils import MAP_OPS, SAMPLES, assert_identical, cast, map_tree, sample, tensors
+from op_utils import MAP_OPS, SAMPLES, assert_identical, cast, sample, tensors
 
 import edet_kernels
 from edet_kernels import BackendError, backend, current_backend, explain
@@ -99,25 +99,14 @@ def test_a_request_in_double_precision_is_refused(op):
     assert torch.float64 in {t.dtype for t in tensors(out)}
 
 
-@all_ops
-def test_a_request_with_a_gradient_is_refused(op):
-    call = sample(op)
-    map_tree(lambda t: t.requires_grad_() if t.is_floating_point() else t, call.maps)
-    message = f"{op} cannot run on backend 'cpu': it has no gradient"
-    with backend("cpu"):
-        with pytest.raises(BackendError, match=message):
-            call()
-        with torch.no_grad():
-            assert not any(t.requires_grad for t in tensors(call()))
-
-
 # Falling back.
 
 
 @pytest.mark.parametrize("op", MAP_OPS)
 def test_every_argument_that_needs_a_gradient_gets_one(op):
     # softmax: a negative weight has no gradient in fast fusion
-    fusion = {"fusion": "softmax"} if op in ("weighted_fusion", "fusion_node", "bifpn") else {}
+    fused = ("weighted_fusion", "fusion_node", "bifpn", "training_node")
+    fusion = {"fusion": "softmax"} if op in fused else {}
     call = sample(op, **fusion)
     arguments = (call.maps, call.weights, call.options)
     for leaf in tensors(arguments):

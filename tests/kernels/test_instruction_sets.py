@@ -30,8 +30,8 @@ def run(instruction_set, *arguments):
 def test_ops(instruction_set):
     if torch.backends.cpu.get_cpu_capability() not in SETS[instruction_set]:
         pytest.skip(f"this CPU has no {instruction_set}")
-    file = Path(__file__).with_name("test_ops.py")
-    result = run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file))
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("ops", "autograd")]
+    result = run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
 
 

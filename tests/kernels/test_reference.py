@@ -287,6 +287,7 @@ def small(op):
     sizes = {
         "weighted_fusion": {"sizes": [(3, 2), (1, 2), (5, 4)]},
         "fusion_node": {"sizes": [(3, 2), (1, 2), (5, 4)]},
+        "training_node": {"sizes": [(9, 6), (1, 2)]},
         "separable_conv": {"sizes": [(3, 2), (1, 1)]},
         "lateral": {"size": (3, 2), "out_channels": (2, 3)},
         "mbconv": {"size": (3, 2), "residual": True},
@@ -313,7 +314,8 @@ def test_gradients(op):
 @pytest.mark.parametrize("op", MAP_OPS)
 def test_float_dtypes(op, dtype):
     call = small(op)
-    assert {out.dtype for out in tensors(call.reference(dtype))} == {dtype}
+    results = [out for out in tensors(call.reference(dtype)) if out.dim() == 4]
+    assert {out.dtype for out in results} == {dtype}
     # weights stay in float32, as in a model that is half precision but for its batch norms
     out = getattr(reference, op)(cast(call.maps, dtype), *call.weights, **call.options)
-    assert {t.dtype for t in tensors(out)} == {dtype}
+    assert {t.dtype for t in tensors(out) if t.dim() == 4} == {dtype}

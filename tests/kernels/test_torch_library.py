@@ -46,6 +46,7 @@ VARIANTS = {
     "lateral": [{"pooled": 0}, {"pooled": 3, "size": (1, 5)}],
     "mbconv": [{"expansion": 1, "squeeze": False}, {"stride": 2}, {"residual": True}],
     "stem": [{"uint8": True}, {"normalise": False}],
+    "training_node": [{"nodes": 3}, {"normalised": False}, {"statistics": False}],
     "nms": [{"method": "gaussian"}, {"count": 0}, {"max_detections": 3}],
     "detect": [{"limits": False}, {"method": "gaussian"}],
 }
@@ -58,6 +59,14 @@ def test_opcheck(op, options):
     # all four tests: schema (nothing mutated, no aliases), autograd registration, fake tensors,
     # and tracing with dynamic shapes
     function, args, kwargs = compiled_call(sample(op, **options))
+    torch.library.opcheck(function, args, kwargs)
+
+
+@pytest.mark.parametrize("op", MAP_OPS)
+def test_opcheck_with_gradients(op):
+    # the last test then traces the backward pass as well
+    function, args, kwargs = compiled_call(sample(op))
+    args = map_tree(lambda t: t.requires_grad_() if t.is_floating_point() else t, args)
     torch.library.opcheck(function, args, kwargs)
 
 
@@ -137,13 +146,3 @@ def test_inference_mode():
         out = call()
     assert out.is_inference()
     assert_identical(out.clone(), call())
-
-
-def test_ops_without_autograd_say_so():
-    # the public functions never get here: they run the differentiable reference instead
-    call = sample("weighted_fusion")
-    function, args, kwargs = compiled_call(call)
-    args[0][0].requires_grad_()
-    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        function(*args, **kwargs).sum().backward()
-    assert edet_kernels.current_backend() == "cpu"
