@@ -150,7 +150,7 @@ def pool_window(map, image, y, x, inside, channel, in_h, in_w, G: tl.constexpr, 
         for k in range(G[4]):
             sy, sx = top + r, left + k
             valid = inside & (sy >= 0) & (sy < in_h) & (sx >= 0) & (sx < in_w)
-            offsets = tile_offsets((image.to(tl.int64) * in_h + sy) * in_w + sx, channel, C)
+            offsets = tile_offsets((image * in_h + sy) * in_w + sx, channel, C)
             mask = valid[:, None] & (channel < C)[None, :]
             v = tl.load(map + offsets, mask=mask, other=float("-inf")).to(tl.float32)
             wins = (v > largest) | (v != v)
@@ -172,7 +172,7 @@ def sample(
                 y, x = y // G[1], x // G[2]
             else:
                 y, x = y * in_h // h, x * in_w // w
-        offsets = tile_offsets((image.to(tl.int64) * in_h + y) * in_w + x, channel, C)
+        offsets = tile_offsets((image * in_h + y) * in_w + x, channel, C)
         mask = inside[:, None] & (channel < C)[None, :]
         value = tl.load(map + offsets, mask=mask, other=0.0).to(tl.float32)
     return value
@@ -235,16 +235,30 @@ def dot(a, b, acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def depthwise(map, image, y, x, inside, channel, dw, h, w, C: tl.constexpr):
+def neighbour(pixel, y, x, h, w, dy, dx):
+    """The pixels at (y + dy, x + dx), and where they are inside their image."""
+    inside = (y + dy >= 0) & (y + dy < h) & (x + dx >= 0) & (x + dx < w)
+    return pixel + dy * w + dx, inside
+
+
+@triton.jit
+def load_tap(dw, dy, dx, channel, C: tl.constexpr):
+    """The depthwise weights of the neighbour at (dy, dx), each −1 to 1."""
+    return tl.load(dw + (dy * 3 + dx + 4) * C + channel, mask=channel < C, other=0.0)
+
+
+@triton.jit
+def depthwise(map, pixel, inside, channel, dw, h, w, C: tl.constexpr):
     """Depthwise 3×3 sums of a zero-padded map, [pixels, channels] in float32."""
-    sums = tl.zeros([y.shape[0], channel.shape[0]], tl.float32)
-    for tap in tl.static_range(9):
-        ty, tx = y + (tap // 3 - 1), x + (tap % 3 - 1)
-        valid = inside & (ty >= 0) & (ty < h) & (tx >= 0) & (tx < w)
-        offsets = tile_offsets((image.to(tl.int64) * h + ty) * w + tx, channel, C)
-        value = tl.load(map + offsets, mask=valid[:, None] & (channel < C)[None, :], other=0.0)
-        weight = tl.load(dw + tap * C + channel, mask=channel < C, other=0.0)
-        sums += value.to(tl.float32) * weight[None, :]
+    _, y, x = split_pixel(pixel, h, w)
+    sums = tl.zeros([pixel.shape[0], channel.shape[0]], tl.float32)
+    for dy in range(-1, 2):  # a loop when run, to need fewer registers
+        for dx in tl.static_range(-1, 2):
+            row, valid = neighbour(pixel, y, x, h, w, dy, dx)
+            mask = (inside & valid)[:, None] & (channel < C)[None, :]
+            value = tl.load(map + tile_offsets(row, channel, C), mask=mask, other=0.0)
+            weight = load_tap(dw, dy, dx, channel, C)
+            sums += value.to(tl.float32) * weight[None, :]
     return sums
 
 

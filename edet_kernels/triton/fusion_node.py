@@ -25,6 +25,8 @@ from .device import (
     dot,
     fuse,
     load_pointwise,
+    load_tap,
+    neighbour,
     normaliser,
     split_pixel,
     tile_offsets,
@@ -78,18 +80,18 @@ def forward(
         channel = k + tl.arange(0, BLOCK_K)
         largest, total = normaliser(edge_weights, channel, len(maps), FUSION, C, PER_CHANNEL)
         sums = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
-        for tap in tl.static_range(9):
-            ty, tx = y + (tap // 3 - 1), x + (tap % 3 - 1)
-            valid = inside & (ty >= 0) & (ty < h) & (tx >= 0) & (tx < w)
-            fused = fuse(
-                maps, heights, widths, edge_weights, largest, total,
-                image, ty, tx, valid, channel, h, w, GEOMETRY, FUSION, C, PER_CHANNEL,
-            )  # fmt: skip
-            # outside is 0 after the activation, whatever the weights are
-            in_map = valid[:, None] & (channel < C)[None, :]
-            value = tl.where(in_map, activate(fused, PRE_ACTIVATION), 0.0)
-            weight = tl.load(dw + tap * C + channel, mask=channel < C, other=0.0)
-            sums += value * weight[None, :]
+        for dy in range(-1, 2):  # a loop when run, to need fewer registers
+            for dx in tl.static_range(-1, 2):
+                _, valid = neighbour(pixel, y, x, h, w, dy, dx)
+                valid = valid & inside
+                fused = fuse(
+                    maps, heights, widths, edge_weights, largest, total, image, y + dy, x + dx,
+                    valid, channel, h, w, GEOMETRY, FUSION, C, PER_CHANNEL,
+                )  # fmt: skip
+                # outside is 0 after the activation, whatever the weights are
+                in_map = valid[:, None] & (channel < C)[None, :]
+                value = tl.where(in_map, activate(fused, PRE_ACTIVATION), 0.0)
+                sums += value * load_tap(dw, dy, dx, channel, C)[None, :]
         acc = dot(sums, load_pointwise(pw, channel, out_channel, C, C_OUT), acc, dtype)
     value = activate(affine(acc, out_channel, scale, shift, C_OUT), POST_ACTIVATION)
     mask = inside[:, None] & (out_channel < C_OUT)[None, :]

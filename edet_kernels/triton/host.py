@@ -76,7 +76,9 @@ def geometries(maps: Sequence[Tensor], size: Sequence[int], pool: str) -> tuple[
 
 
 def extents(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Heights and widths of ``maps``."""
+    """Heights and widths of ``maps``, none of them too large."""
+    for x in maps:
+        pixel_count(x.shape[0], *x.shape[-2:])
     return tuple(x.shape[-2] for x in maps), tuple(x.shape[-1] for x in maps)
 
 
@@ -94,7 +96,7 @@ def panels(channels: int) -> int:
     return cdiv(channels, PANEL)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2,
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1,
            **constants: Any) -> None:  # fmt: skip
     """Runs ``kernel``, unless its grid is empty, on its result's device and current stream.
 

@@ -21,7 +21,6 @@ from .device import (
     find_level,
     load_pointwise,
     select,
-    split_pixel,
     tile_offsets,
 )
 from .host import cdiv, extents, first_tiles, launch, panels, pixel_count, tile_width
@@ -121,8 +120,7 @@ def backward_weight_sums(
         pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < count
         if DEPTHWISE:
-            image, y, x = split_pixel(pixel, h, w)
-            value = depthwise(map, image, y, x, inside, channel, dw, h, w, C)
+            value = depthwise(map, pixel, inside, channel, dw, h, w, C)
         else:
             mask = inside[:, None] & (channel < C)[None, :]
             value = tl.load(map + tile_offsets(pixel, channel, C), mask=mask, other=0.0)

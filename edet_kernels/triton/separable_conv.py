@@ -24,6 +24,8 @@ from .device import (
     dot,
     find_level,
     load_pointwise,
+    load_tap,
+    neighbour,
     select,
     split_pixel,
     tile_offsets,
@@ -69,13 +71,12 @@ def forward(
     h, w = select(level, heights), select(level, widths)
     pixel = (tile - select(level, first)) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < select(level, pixels)
-    image, y, x = split_pixel(pixel, h, w)
     out_channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = maps[0].dtype.element_ty
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for k in range(0, C, BLOCK_K):
         channel = k + tl.arange(0, BLOCK_K)
-        sums = depthwise(map, image, y, x, inside, channel, dw, h, w, C)
+        sums = depthwise(map, pixel, inside, channel, dw, h, w, C)
         acc = dot(sums, load_pointwise(pw, channel, out_channel, C, C_OUT), acc, dtype)
     value = affine(acc, out_channel, scale + level * C_OUT, shift + level * C_OUT, C_OUT)
     offsets = tile_offsets(pixel, out_channel, C_OUT)
@@ -110,24 +111,23 @@ def backward_depthwise(
     h, w = select(level, heights), select(level, widths)
     pixel = (tile - select(level, first)) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < select(level, pixels)
-    image, y, x = split_pixel(pixel, h, w)
+    _, y, x = split_pixel(pixel, h, w)
     channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     here = tile_offsets(pixel, channel, C)
     mask = inside[:, None] & (channel < C)[None, :]
     grad, sum_grad = select(level, grads), select(level, sum_grads)
     value = tl.load(select(level, maps) + here, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
-    for tap in tl.static_range(9):
-        # the output pixel that reads this one at the tap
-        ty, tx = y - (tap // 3 - 1), x - (tap % 3 - 1)
-        valid = inside & (ty >= 0) & (ty < h) & (tx >= 0) & (tx < w)
-        offsets = tile_offsets((image.to(tl.int64) * h + ty) * w + tx, channel, C)
-        reads = valid[:, None] & (channel < C)[None, :]
-        d = tl.load(sum_grad + offsets, mask=reads, other=0.0).to(tl.float32)
-        weight = tl.load(dw + tap * C + channel, mask=channel < C, other=0.0)
-        total += d * weight[None, :]
-        row = (tile * 9 + tap).to(tl.int64)
-        tl.store(weight_sums + row * C + channel, tl.sum(d * value, axis=0), mask=channel < C)
+    for dy in range(-1, 2):
+        for dx in tl.static_range(-1, 2):
+            # the output pixel that reads this one at the tap (dy, dx)
+            row, valid = neighbour(pixel, y, x, h, w, -dy, -dx)
+            reads = (inside & valid)[:, None] & (channel < C)[None, :]
+            d = tl.load(sum_grad + tile_offsets(row, channel, C), mask=reads, other=0.0)
+            d = d.to(tl.float32)
+            total += d * load_tap(dw, dy, dx, channel, C)[None, :]
+            part = (tile * 9 + dy * 3 + dx + 4).to(tl.int64) * C + channel
+            tl.store(weight_sums + part, tl.sum(d * value, axis=0), mask=channel < C)
     tl.store(grad + here, total.to(grad.dtype.element_ty), mask=mask)
 
 

@@ -186,7 +186,7 @@ def backward_resize(
                 tap_x = x + GEOMETRY[6] - ox * GEOMETRY[5]
                 reads = inside & (oy >= 0) & (oy < h) & (ox >= 0) & (ox < w)
                 reads = reads & (tap_y < GEOMETRY[1]) & (tap_x < GEOMETRY[4])
-                offsets = tile_offsets((image.to(tl.int64) * h + oy) * w + ox, channel, C)
+                offsets = tile_offsets((image * h + oy) * w + ox, channel, C)
                 mask = reads[:, None] & in_width
                 tap = tl.load(taps + offsets, mask=mask, other=0).to(tl.int32)
                 value = tl.load(d_fused + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -194,14 +194,20 @@ def backward_resize(
                 d += tl.where(chosen, value, 0.0)
     else:
         # outputs o with floor(o·in/out) = i: from ⌈i·out/in⌉ up to ⌈(i + 1)·out/in⌉
-        top, bottom = (y * h + in_h - 1) // in_h, ((y + 1) * h + in_h - 1) // in_h
-        left, right = (x * w + in_w - 1) // in_w, ((x + 1) * w + in_w - 1) // in_w
-        for r in range((h + in_h - 1) // in_h):
-            for k in range((w + in_w - 1) // in_w):
-                oy, ox = top + r, left + k
-                reads = inside & (oy < bottom) & (ox < right)
-                offsets = tile_offsets((image.to(tl.int64) * h + oy) * w + ox, channel, C)
-                value = tl.load(d_fused + offsets, mask=reads[:, None] & in_width, other=0.0)
+        if GEOMETRY[1] > 0:
+            top, left = y * GEOMETRY[1], x * GEOMETRY[2]
+            rows, columns = GEOMETRY[1], GEOMETRY[2]
+            most_rows, most_columns = GEOMETRY[1], GEOMETRY[2]
+        else:
+            top, left = tl.cdiv(y * h, in_h), tl.cdiv(x * w, in_w)
+            rows, columns = tl.cdiv((y + 1) * h, in_h) - top, tl.cdiv((x + 1) * w, in_w) - left
+            most_rows, most_columns = tl.cdiv(h, in_h), tl.cdiv(w, in_w)
+        corner = (image * h + top) * w + left
+        for r in range(most_rows):
+            for k in range(most_columns):
+                mask = (inside & (r < rows) & (k < columns))[:, None] & in_width
+                offsets = tile_offsets(corner + r * w + k, channel, C)
+                value = tl.load(d_fused + offsets, mask=mask, other=0.0)
                 d += value.to(tl.float32)
     if FUSION != _SUM:
         largest, total = normaliser(edge_weights, channel, EDGES, FUSION, C, PER_CHANNEL)
