@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .backend import runs_reference
+from .backend import namespace, runs_reference
 from .packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
 
 # The position of a name is its number in the op schemas and in csrc/core/params.h.
@@ -22,6 +23,12 @@ NMS_METHODS = ("hard", "gaussian")
 MAX_EDGES = 16
 
 Size = tuple[int, int]
+
+
+def _run(op: str, *args: Any) -> Any:
+    """Calls the operator ``op``, on a map or maps first, of the backend that runs it."""
+    x = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return getattr(getattr(torch.ops, namespace(op, x)), op)(*args)
 
 
 def _number(argument: str, name: str, names: Sequence[str]) -> int:
@@ -202,7 +209,7 @@ def weighted_fusion(
             inputs, edge_weights, size=size, fusion=fusion, pool=pool, activation=activation
         )
     edges = None if edge_weights is None else edge_weights.float()
-    return torch.ops.edet_kernels.weighted_fusion(list(inputs), edges, size, *numbers)
+    return _run("weighted_fusion", list(inputs), edges, size, *numbers)
 
 
 def fusion_node(
@@ -265,7 +272,8 @@ def fusion_node(
             pre_activation=pre_activation,
             post_activation=post_activation,
         )
-    return torch.ops.edet_kernels.fusion_node(
+    return _run(
+        "fusion_node",
         list(inputs),
         None if edge_weights is None else edge_weights.float(),
         as_packed_depthwise(dw_weight).float(),
@@ -389,7 +397,8 @@ def bifpn(
             pre_activation=pre_activation,
             post_activation=post_activation,
         )
-    return torch.ops.edet_kernels.bifpn(
+    return _run(
+        "bifpn",
         list(inputs),
         None if edge_weights is None else edge_weights.float(),
         dw_weight.float(),
@@ -442,7 +451,8 @@ def separable_conv(
         return reference.separable_conv(
             inputs, dw_weight, pw_weight, scale, shift, activation=activation
         )
-    return torch.ops.edet_kernels.separable_conv(
+    return _run(
+        "separable_conv",
         list(inputs),
         as_packed_depthwise(dw_weight).float(),
         as_packed_pointwise(pw_weight).float(),
@@ -495,7 +505,8 @@ def lateral(
         _check_out(scale, shift, weight, input.shape[1], input)
     if runs_reference("lateral", [input, *pw_weights, *scales, *shifts]):
         return reference.lateral(input, pw_weights, scales, shifts, pooled=pooled, pool=pool)
-    return torch.ops.edet_kernels.lateral(
+    return _run(
+        "lateral",
         input,
         [as_packed_pointwise(w).float() for w in pw_weights],
         [s.float() for s in scales],
@@ -560,7 +571,8 @@ def head(
         c = scale.shape[-1]
     if runs_reference("head", [*inputs, *dw_weights, *pw_weights, *scales, *shifts]):
         return reference.head(inputs, dw_weights, pw_weights, scales, shifts, activation=activation)
-    return torch.ops.edet_kernels.head(
+    return _run(
+        "head",
         list(inputs),
         [as_packed_depthwise(w).float() for w in dw_weights],
         [as_packed_pointwise(w).float() for w in pw_weights],

@@ -8,13 +8,15 @@ log₂ channels and log₂ pixels is used, those of the GPU's own table before t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def folder() -> Path:
-    """Where tuned tables lie: ``EDET_TRITON_CONFIGS``, else edet_kernels/triton in the user's cache."""
+    """Where tuned tables lie: ``EDET_TRITON_CONFIGS``, else a folder in the user's cache."""
     setting = os.environ.get("EDET_TRITON_CONFIGS")
     if setting:
         return Path(setting)
@@ -144,18 +146,35 @@ def _tables(gpu: str | None) -> tuple[list[Entry], ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _find(kernel: str, device: torch.device, dtype: torch.dtype, channels: int, pixels: int) -> Config:
+def _find(
+    kernel: str, device: torch.device, dtype: torch.dtype, channels: int, pixels: int
+) -> Config:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     name = str(dtype).removeprefix("torch.")
     return nearest(_tables(gpu), kernel, name, channels, pixels)
 
 
+#: Configurations that :func:`forced` puts in the place of the tables'.
+_forced: ContextVar[dict[str, Config] | None] = ContextVar("edet_triton_configs", default=None)
+
+
 def find(kernel: str, x: Tensor, channels: int, pixels: int) -> Config:
     """A new copy of the configuration of ``kernel`` for maps like ``x``."""
-    return dict(_find(kernel, x.device, x.dtype, channels, pixels))
+    forced = (_forced.get() or {}).get(kernel)
+    return dict(forced or _find(kernel, x.device, x.dtype, channels, pixels))
+
+
+@contextlib.contextmanager
+def forced(configs: dict[str, Config]) -> Iterator[None]:
+    """Kernels use these configurations, by their names, inside the ``with`` block."""
+    token = _forced.set(configs)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def clear() -> None:
-    """Forgets what was read: the files are read again."""
+    """Forgets the tables: they are read again."""
     _find.cache_clear()
     _tables.cache_clear()

@@ -146,11 +146,11 @@ def pool_window(map, image, y, x, inside, channel, in_h, in_w, G: tl.constexpr, 
     left = x * G[5] - G[6]
     largest = tl.full([y.shape[0], channel.shape[0]], float("-inf"), tl.float32)
     tap = tl.zeros([y.shape[0], channel.shape[0]], tl.int32)
+    corner = (image * in_h + top) * in_w + left
     for r in range(G[1]):
         for k in range(G[4]):
-            sy, sx = top + r, left + k
-            valid = inside & (sy >= 0) & (sy < in_h) & (sx >= 0) & (sx < in_w)
-            offsets = tile_offsets((image * in_h + sy) * in_w + sx, channel, C)
+            valid = inside & (top >= -r) & (top < in_h - r) & (left >= -k) & (left < in_w - k)
+            offsets = tile_offsets(corner + (r * in_w + k), channel, C)
             mask = valid[:, None] & (channel < C)[None, :]
             v = tl.load(map + offsets, mask=mask, other=float("-inf")).to(tl.float32)
             wins = (v > largest) | (v != v)
@@ -160,9 +160,7 @@ def pool_window(map, image, y, x, inside, channel, in_h, in_w, G: tl.constexpr, 
 
 
 @triton.jit
-def sample(
-    map, image, y, x, inside, channel, in_h, in_w, h, w, G: tl.constexpr, C: tl.constexpr
-):
+def sample(map, image, y, x, inside, channel, in_h, in_w, h, w, G: tl.constexpr, C: tl.constexpr):
     """[pixels, channels] of a map brought from in_h × in_w to h × w, in float32."""
     if G[0] == POOL:
         value, _ = pool_window(map, image, y, x, inside, channel, in_h, in_w, G, C)
@@ -204,9 +202,7 @@ def fuse(
             maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY[e], C
         )
         if FUSION != _SUM:
-            a = coefficient(
-                edge_weights, e, largest, total, channel, FUSION, C, PER_CHANNEL
-            )
+            a = coefficient(edge_weights, e, largest, total, channel, FUSION, C, PER_CHANNEL)
             if PER_CHANNEL:
                 a = a[None, :]
             term = a * term

@@ -163,7 +163,7 @@ def fusion_node_backward(
     pool: int,
     pre_activation: int,
     post_activation: int,
-) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Gradients of :func:`fusion_node`; the forward saves nothing but its arguments.
 
     Args:
@@ -172,14 +172,14 @@ def fusion_node_backward(
 
     Returns:
         The gradients of the inputs, channels_last in their dtype, and in float32 those of
-        edge_weights (None for none), dw_weight (9, C), pw_weight (⌈C_out/16⌉, C, 16; its padding
+        edge_weights (empty for none), dw_weight (9, C), pw_weight (⌈C_out/16⌉, C, 16; its padding
         0), scale and shift (C_out,).
     """
     fused = weighted_fusion(inputs, edge_weights, size, fusion, pool, pre_activation)
-    [d_fused], d_dw, d_pw, d_scale, d_shift = separable_conv_backward(
+    d_fused, d_dw, d_pw, d_scale, d_shift = separable_conv_backward(
         [grad], [fused], dw_weight, pw_weight, scale[None], shift[None], post_activation
     )
-    d_inputs, d_edges = weighted_fusion_backward(
+    d_edges = weighted_fusion_backward(
         d_fused, inputs, edge_weights, size, fusion, pool, pre_activation
     )
-    return d_inputs, d_edges, d_dw, d_pw, d_scale[0], d_shift[0]
+    return [*d_edges, d_dw, d_pw, d_scale[0], d_shift[0]]

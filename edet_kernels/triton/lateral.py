@@ -148,7 +148,7 @@ def lateral_backward(
     shifts: Sequence[Tensor],
     pooled: int,
     pool: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     """Gradients of :func:`lateral`.
 
     Args:
@@ -156,8 +156,8 @@ def lateral_backward(
         input, pw_weights, scales, shifts, pooled, pool: those of the forward.
 
     Returns:
-        The gradient of the input, channels_last in its dtype, and in float32, for each projection,
-        those of its pw_weight (⌈C_out/16⌉, C, 16; its padding 0), scale and shift (C_out,).
+        The gradient of the input, channels_last in its dtype, and in float32 those of all
+        pw_weights (⌈C_out/16⌉, C, 16; their padding 0), all scales and all shifts (C_out,).
     """
     map = channels_last(input)
     pws = tuple(t.contiguous() for t in pw_weights)
@@ -171,7 +171,7 @@ def lateral_backward(
         grad = out_grads.pop()
         for i in range(pooled - 1, -1, -1):
             arguments = _pool_arguments(chain[i], pool)
-            [grad], _ = weighted_fusion_backward(grad, *arguments)  # type: ignore[arg-type]
+            grad, _ = weighted_fusion_backward(grad, *arguments)  # type: ignore[arg-type]
             if i:
                 grad = grad + out_grads.pop()
         out_grads.append(grad)
@@ -199,4 +199,4 @@ def lateral_backward(
         **config,
     )
     d_pws, d_scales, d_shifts = zip(*weights, strict=True)
-    return d_map, list(d_pws), [d[0] for d in d_scales], [d[0] for d in d_shifts]
+    return [d_map, *d_pws, *(d[0] for d in d_scales), *(d[0] for d in d_shifts)]

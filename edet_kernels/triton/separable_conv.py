@@ -180,8 +180,8 @@ def separable_conv(
 ) -> list[Tensor]:
     """The operator ``separable_conv``; see :func:`edet_kernels.separable_conv`."""
     maps = tuple(channels_last(x) for x in inputs)
-    weights = [t.contiguous() for t in (dw_weight, pw_weight, scale, shift)]
-    return _run(maps, (), *weights, activation)  # type: ignore[arg-type]
+    dw, pw, scale, shift = (t.contiguous() for t in (dw_weight, pw_weight, scale, shift))
+    return _run(maps, (), dw, pw, scale, shift, activation)
 
 
 def separable_conv_backward(
@@ -192,7 +192,7 @@ def separable_conv_backward(
     scale: Tensor,
     shift: Tensor,
     activation: int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Gradients of :func:`separable_conv`.
 
     Args:
@@ -234,4 +234,4 @@ def separable_conv_backward(
         C=c,
         **config,
     )
-    return list(in_grads), weight_sums.sum(0), d_pw, d_scale, d_shift
+    return [*in_grads, weight_sums.sum(0), d_pw, d_scale, d_shift]

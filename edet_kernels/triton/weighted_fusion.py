@@ -135,9 +135,7 @@ def backward_fused(
         if GEOMETRY[e][0] == NONE:
             part = d
             if FUSION != _SUM:
-                a = coefficient(
-                    edge_weights, e, largest, total, channel, FUSION, C, PER_CHANNEL
-                )
+                a = coefficient(edge_weights, e, largest, total, channel, FUSION, C, PER_CHANNEL)
                 if PER_CHANNEL:
                     a = a[None, :]
                 part = a * d
@@ -294,7 +292,7 @@ def weighted_fusion_backward(
     fusion: int,
     pool: int,
     activation: int,
-) -> tuple[list[Tensor], Tensor | None]:
+) -> list[Tensor]:
     """Gradients of :func:`weighted_fusion`.
 
     Args:
@@ -302,8 +300,8 @@ def weighted_fusion_backward(
         inputs, edge_weights, size, fusion, pool, activation: those of the forward.
 
     Returns:
-        The gradient of each input, of its shape and dtype, channels_last; and that of the edge
-        weights, float32 of their shape (None for none).
+        The gradient of each input, channels_last in its dtype, then that of edge_weights, float32
+        (empty for none).
     """
     maps = tuple(channels_last(x) for x in inputs)
     grad = channels_last(grad)
@@ -373,7 +371,7 @@ def weighted_fusion_backward(
             **config,
         )
     if weights is None or sums is None:
-        return grads, None
+        return [*grads, grad.new_empty(0)]
     per_channel = weights.dim() == 2
     d_weights = sums.sum(1) if per_channel else sums.sum((1, 2))
     if FUSIONS[fusion] != "unbounded":
@@ -388,4 +386,4 @@ def weighted_fusion_backward(
             num_warps=1,
             **common,
         )
-    return grads, d_weights
+    return [*grads, d_weights]

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 import triton
-from op_utils import Call, Maker, sample, tensors
+from op_utils import Call, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from edet_kernels.triton import bifpn, device
 from edet_kernels import triton as ops
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -72,7 +71,9 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
-        instructions = re.findall(r"^\s+/\*\w+\*/\s+(.*?);?\s*$", tool("nvdisasm", "-c", file.name), re.M)
+        instructions = re.findall(
+            r"^\s+/\*\w+\*/\s+(.*?);?\s*$", tool("nvdisasm", "-c", file.name), re.M
+        )
     count = lambda pattern: sum(bool(re.match(r"(?:@!?\w+ )?" + pattern, i)) for i in instructions)
     return {
         "kernel": name,
@@ -115,11 +116,13 @@ def main(arch: int, dtype: torch.dtype, channels: int, height: int, width: int) 
     }
     only = os.environ.get("ONLY")
     for op, more in options.items():
-        if only and op not in only.split(","): continue
+        if only and op not in only.split(","):
+            continue
         call = sample(op, dtype, 1, channels=channels, **more)
         arguments = operator_arguments(call)
         result = getattr(ops, op)(*arguments)
-        if not only or os.environ.get("BACK"): getattr(ops, op + "_backward")(result, *arguments)
+        if not only or os.environ.get("BACK"):
+            getattr(ops, op + "_backward")(result, *arguments)
 
 
 if __name__ == "__main__":
