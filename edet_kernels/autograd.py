@@ -2,8 +2,8 @@
 
 A forward pass saves its inputs and weights only; whatever else the backward pass needs is computed
 again. `weighted_fusion`, `fusion_node`, `separable_conv` and `training_node` have backward kernels;
-`bifpn` and `head` are chains of them; `lateral`, `mbconv` and `stem`, and any op whose device lacks
-the backward kernel, run their reference again under autograd.
+`bifpn` and `head` are chains of them; in Triton `lateral` has one too. `mbconv` and `stem`, and any
+op whose device lacks the backward kernel, run their reference again under autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, reference
+from . import reference
 from .backend import has_kernel
 from .ops import ACTIVATIONS, FUSIONS, POOLS
 
@@ -248,27 +248,28 @@ _REFERENCES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
 }
 
 
-# Backward passes by kernels. Each gets the forward's arguments and the gradients of its results,
-# and returns the gradients of all arguments that may be tensors, in order, lists flattened.
+# Backward passes by kernels. Each gets the operators of its backend, the forward's arguments and
+# the gradients of its results, and returns the gradients of all arguments that may be tensors, in
+# order, lists flattened.
 
 
-def _kernel(op: str, *args: Any) -> list[Tensor]:
-    return list(getattr(torch.ops.edet_kernels, f"{op}_backward")(*args))
+def _kernel(ops: Any, op: str, *args: Any) -> list[Tensor]:
+    return list(getattr(ops, f"{op}_backward")(*args))
 
 
-def _weighted_fusion_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
-    return _kernel("weighted_fusion", grads[0], *args)
+def _weighted_fusion_backward(ops: Any, args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
+    return _kernel(ops, "weighted_fusion", grads[0], *args)
 
 
-def _fusion_node_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
-    return _kernel("fusion_node", grads[0], *args)
+def _fusion_node_backward(ops: Any, args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
+    return _kernel(ops, "fusion_node", grads[0], *args)
 
 
-def _separable_conv_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
-    return _kernel("separable_conv", grads, *args)
+def _separable_conv_backward(ops: Any, args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
+    return _kernel(ops, "separable_conv", grads, *args)
 
 
-def _bifpn_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
+def _bifpn_backward(ops: Any, args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
     inputs, edge_weights, dw, pw, scale, shift, edges, counts, sizes, outputs, *numbers = args
     nodes = _split(edges, counts)
     known = list(inputs)
@@ -280,7 +281,7 @@ def _bifpn_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
         return (maps, weights, dw[i], pw[i], scale[i], shift[i], size, *numbers)
 
     for i in range(len(nodes)):
-        known.append(torch.ops.edet_kernels.fusion_node(*arguments(i)))
+        known.append(ops.fusion_node(*arguments(i)))
     total: list[Tensor | None] = [None] * len(known)
     for o, grad in zip(outputs, grads, strict=True):
         total[o] = grad
@@ -289,7 +290,7 @@ def _bifpn_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
     for i in reversed(range(len(nodes))):
         node_grad = total.pop()
         if node_grad is not None:
-            found = _kernel("fusion_node", node_grad, *arguments(i))
+            found = _kernel(ops, "fusion_node", node_grad, *arguments(i))
             for e, g in zip(nodes[i], found, strict=False):
                 previous = total[e]
                 total[e] = g if previous is None else previous + g
@@ -305,28 +306,34 @@ def _bifpn_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
     return [*input_grads, none if edge_grad is None else edge_grad, *weight_grads]
 
 
-def _head_backward(args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
+def _head_backward(ops: Any, args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
     inputs, dw, pw, scales, shifts, activation = args
     maps = [list(inputs)]
     layers = list(zip(dw, pw, scales, shifts, strict=True))
     for layer in layers[:-1]:
-        maps.append(torch.ops.edet_kernels.separable_conv(maps[-1], *layer, activation))
+        maps.append(ops.separable_conv(maps[-1], *layer, activation))
     found = []
     for i, layer in reversed(list(enumerate(layers))):
         last = i == len(layers) - 1
-        result = _kernel("separable_conv", grads, maps.pop(), *layer, 0 if last else activation)
+        result = _kernel(
+            ops, "separable_conv", grads, maps.pop(), *layer, 0 if last else activation
+        )
         grads, weights = result[: len(inputs)], result[len(inputs) :]
         found.append(weights)
     by_kind = zip(*reversed(found), strict=True)
     return [*grads, *chain.from_iterable(by_kind)]
 
 
+def _lateral_backward(ops: Any, args: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
+    return _kernel(ops, "lateral", grads, *args)
+
+
 def _training_node_backward(
-    args: Sequence[Any], grads: list[Tensor], outputs: list[Tensor]
+    ops: Any, args: Sequence[Any], grads: list[Tensor], outputs: list[Tensor]
 ) -> list[Tensor]:
     *maps, mean, _ = outputs or (None, None)  # nothing is saved where there are no statistics
     *map_grads, mean_grad, m2_grad = grads
-    return _kernel("training_node", map_grads, mean_grad, m2_grad, maps, mean, *args[:-1])
+    return _kernel(ops, "training_node", map_grads, mean_grad, m2_grad, maps, mean, *args[:-1])
 
 
 #: The backward pass by kernels, and the kernel's op it needs.
@@ -336,6 +343,7 @@ _KERNELS: dict[str, tuple[Callable[..., list[Tensor]], str]] = {
     "bifpn": (_bifpn_backward, "fusion_node_backward"),
     "separable_conv": (_separable_conv_backward, "separable_conv_backward"),
     "head": (_head_backward, "separable_conv_backward"),
+    "lateral": (_lateral_backward, "lateral_backward"),
     "training_node": (_training_node_backward, "training_node_backward"),
 }
 
@@ -392,7 +400,7 @@ def _recompute(op: str, args: list[Any], needed: Sequence[Any], grads: list[Any]
     return gradients
 
 
-def _backward(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+def _backward(namespace: str, op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"edet_kernels.{op} has no second derivative (create_graph=True asked for one): run it "
@@ -400,13 +408,14 @@ def _backward(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         )
     args = _arguments(ctx)
     flat = list(chain.from_iterable(g if isinstance(g, list) else [g] for g in grads))
+    ops = getattr(torch.ops, namespace)
     kernel, needs = _KERNELS.get(op, (None, ""))
-    if kernel is None or not has_kernel(needs, flat[0].device.type):
+    if kernel is None or not has_kernel(needs, flat[0].device.type, namespace):
         gradients = _recompute(op, args, ctx.needs_input_grad, flat)
     elif op == "training_node":
-        gradients = kernel(args, flat, list(ctx.saved_tensors[ctx.outputs]))
+        gradients = kernel(ops, args, flat, list(ctx.saved_tensors[ctx.outputs]))
     else:
-        gradients = kernel(args, flat)
+        gradients = kernel(ops, args, flat)
     found = iter(gradients)
     result: list[Any] = []
     for x in args:
@@ -421,10 +430,12 @@ def _backward(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
     return tuple(result)
 
 
-def register() -> None:
-    """Registers the backward passes when the compiled library is there, which holds the schemas."""
+def register(namespace: str = "edet_kernels") -> None:
+    """Registers the backward passes of the operators that ``torch.ops`` has under ``namespace``."""
     for op in _REFERENCES:
-        if library.has_op(op):
+        if torch._C._dispatch_has_kernel(f"{namespace}::{op}"):
             torch.library.register_autograd(
-                f"edet_kernels::{op}", partial(_backward, op), setup_context=partial(_save, op)
+                f"{namespace}::{op}",
+                partial(_backward, namespace, op),
+                setup_context=partial(_save, op),
             )

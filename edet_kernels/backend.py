@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import library
 
 #: Names accepted by :func:`backend` and by the environment variable ``EDET_BACKEND``.
-BACKENDS = ("auto", "reference", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 #: Map dtypes the compiled kernels take; the reference takes any float dtype.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +36,12 @@ OPS = (
     "nms",
     "detect",
 )
+
+#: Those that have Triton kernels.
+TRITON_OPS = ("lateral", "weighted_fusion", "fusion_node", "bifpn", "separable_conv", "head")
+
+#: The compute capability that Triton's compiler asks for.
+_TRITON_CAPABILITY = (8, 0)
 
 _log = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()
@@ -73,8 +80,8 @@ def backend(name: str) -> Iterator[None]:
     """Runs ops on the backend ``name`` inside the ``with`` block.
 
     Args:
-        name: ``auto``, ``reference``, ``cpu`` or ``cuda``. Any name but ``auto`` is a request that
-            is met or refused, never replaced.
+        name: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``. Any name but ``auto`` is a
+            request that is met or refused, never replaced.
 
     Raises:
         ValueError: unknown name.
@@ -86,20 +93,65 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def has_kernel(op: str, device_type: str) -> bool:
-    """Whether the loaded library holds the compiled op, forward or backward, for the device."""
-    return library.has_op(op) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"edet_kernels::{op}", device_type.upper()
+def has_kernel(op: str, device_type: str, namespace: str = "edet_kernels") -> bool:
+    """Whether ``torch.ops`` holds the operator, forward or backward, for the device."""
+    name = f"{namespace}::{op}"
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        name, device_type.upper()
     )
 
 
 @functools.cache
+def _load_triton() -> str:
+    """Imports the Triton kernels, which registers their operators; why it cannot, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install 'edet-kernels[triton]'"
+    try:
+        importlib.import_module(f"{__package__}.triton")
+    except Exception as error:  # Triton is imported with it, and may be broken in any way
+        return f"Triton cannot be used: {error}"
+    return ""
+
+
+def _triton_refusal(op: str, device_type: str) -> str:
+    """Why there is no Triton kernel to run ``op`` on a device; empty when there is one."""
+    if op not in TRITON_OPS:
+        return "there is no Triton kernel for it"
+    if device_type not in ("cpu", "cuda"):
+        return f"the tensors are on {device_type}"
+    problem = _load_triton()
+    if problem:
+        return problem
+    if device_type == "cpu":
+        from .triton import INTERPRETED
+
+        if INTERPRETED:
+            return ""
+        return (
+            "the tensors are on cpu, where only Triton's interpreter runs: set TRITON_INTERPRET=1 "
+            "before Python starts"
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < _TRITON_CAPABILITY:
+        return "Triton needs compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return ""
+
+
+@functools.cache
 def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype) -> str:
-    """Why the compiled backend ``name`` cannot run ``op``; empty when it can."""
-    if device_type != name:
+    """Why the backend ``name`` cannot run ``op``; empty when it can."""
+    if name == "triton":
+        refusal = _triton_refusal(op, device_type)
+        if refusal:
+            return refusal
+    elif device_type != name:
         return f"the tensors are on {device_type}"
     if dtype not in KERNEL_DTYPES:
         return f"its maps are float32, float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if name == "triton":
+        return ""
     if not library.load():
         return library.status()
     if name == "cuda":
@@ -132,6 +184,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     if device.type not in ("cpu", "cuda"):
         return Choice(op, "reference", f"no kernels for device type {device.type}")
     refusal = _refusal(op, device.type, device.type, dtype)
+    if refusal and device.type == "cuda":
+        triton_refusal = _refusal(op, "triton", device.type, dtype)
+        if not triton_refusal:
+            return Choice(op, "triton", f"Triton kernel; no compiled one: {refusal}")
+        if triton_refusal != refusal:
+            refusal = f"{refusal}; Triton: {triton_refusal}"
     if refusal:
         if (op, refusal) not in _told:
             _told.add((op, refusal))
@@ -163,6 +221,22 @@ def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
     ):
         return False  # the common case, without the cost of a Choice
     return choose(op, x.device, x.dtype).backend == "reference"
+
+
+def _namespace(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """:func:`namespace`, a constant for torch.compile like :func:`_reference_when_traced`."""
+    asked = current_backend()
+    if asked == "auto" and device_type == "cuda" and _refusal(op, "cuda", "cuda", dtype):
+        asked = "triton"
+    return "edet_kernels_triton" if asked == "triton" else "edet_kernels"
+
+
+_namespace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def namespace(op: str, x: Tensor) -> str:
+    """Where in ``torch.ops`` the operator is that runs ``op`` on ``x``, if not its reference."""
+    return _namespace(op, x.device.type, x.dtype)
 
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:

@@ -260,7 +260,8 @@ def _detect(
     )
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
+#: For each op its fake kernel, of the signature in its schema.
+FAKES: dict[str, Callable[..., Any]] = {
     "weighted_fusion": _weighted_fusion,
     "fusion_node": _fusion_node,
     "bifpn": _bifpn,
@@ -282,6 +283,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
 def register() -> None:
     """Registers the fake kernels when the compiled library, which holds the schemas, is there."""
     if library.load():
-        for op, function in _FAKES.items():
+        for op, function in FAKES.items():
             if library.has_op(op):
                 torch.library.register_fake(f"edet_kernels::{op}", function)

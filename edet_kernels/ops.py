@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import runs_reference
+from .backend import namespace, runs_reference
 from .packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
 
 # The position of a name is its number in the op schemas and in csrc/core/params.h.
@@ -26,8 +26,12 @@ Size = tuple[int, int]
 
 
 def _run(op: str, *args: Any) -> Any:
-    """Calls the compiled op; past autograd, which costs 20 µs, where gradients are off."""
-    function = getattr(torch.ops.edet_kernels, op)
+    """Calls the operator ``op``, on a map or maps first, of the backend that runs it.
+
+    Past autograd, which costs 20 µs, where gradients are off.
+    """
+    x = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    function = getattr(getattr(torch.ops, namespace(op, x)), op)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*args)
     with torch._C._AutoDispatchBelowAutograd():

@@ -244,7 +244,7 @@ def test_backward_without_its_kernel_runs_the_reference(monkeypatch):
 
     call = sample("fusion_node")
     expected = gradients(call, edet_kernels.fusion_node, torch.float32)
-    monkeypatch.setattr(autograd, "has_kernel", lambda op, device: False)
+    monkeypatch.setattr(autograd, "has_kernel", lambda *_: False)
     found = gradients(call, edet_kernels.fusion_node, torch.float32)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -281,7 +281,7 @@ def test_synchronised_batch_norm(
     randomise: Callable[[nn.Module], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # so that the processes find this file
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     # every map has the pyramid's width: nn.SyncBatchNorm itself, after a projection, needs a GPU
     neck = nn.Sequential(edet.bifpn.BiFPN((16,) * 3, 16, 1), edet.heads.Head(16, 9, repeats=2))
     randomise(neck).train()
