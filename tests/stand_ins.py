@@ -55,6 +55,92 @@ class Backbone(nn.Module):
         return maps
 
 
+class NormAct(nn.BatchNorm2d):
+    def __init__(self, channels, act):
+        super().__init__(channels, eps=1e-3)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+NormAct.__name__ = "BatchNormAct2d"  # which is how it is recognised
+
+
+class Conv2dSame(nn.Conv2d):
+    def forward(self, x):
+        k, s = self.kernel_size[0], self.stride[0]
+        rows, columns = (max((-(-n // s) - 1) * s + k - n, 0) for n in x.shape[-2:])
+        pad = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        return super().forward(F.pad(x, pad))
+
+
+def timm_conv(i, o, kernel, stride=1, groups=1, pad="same"):
+    if pad == "same" and stride > 1:
+        return Conv2dSame(i, o, kernel, stride, groups=groups, bias=False)
+    return nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+class TimmSqueeze(nn.Module):
+    def __init__(self, channels, reduced, act):
+        super().__init__()
+        self.conv_reduce, self.act1 = nn.Conv2d(channels, reduced, 1), act()
+        self.conv_expand, self.gate = nn.Conv2d(reduced, channels, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        y = self.conv_reduce(x.mean((2, 3), keepdim=True))
+        return x * self.gate(self.conv_expand(self.act1(y)))
+
+
+class TimmBlock(nn.Module):
+    def __init__(self, i, o, kernel, stride, expand, squeeze, pad, act):
+        super().__init__()
+        middle = i * expand
+        self.has_skip, self.aa = stride == 1 and i == o, nn.Identity()
+        names = ["conv_dw", "conv_pw"]
+        convs = [timm_conv(middle, middle, kernel, stride, middle, pad), timm_conv(middle, o, 1)]
+        if expand > 1:
+            names, convs = ["conv_pw", "conv_dw", "conv_pwl"], [timm_conv(i, middle, 1), *convs]
+        for n, (name, conv) in enumerate(zip(names, convs, strict=True), 1):
+            setattr(self, name, conv)
+            last = n == len(convs)
+            setattr(self, f"bn{n}", NormAct(conv.out_channels, nn.Identity() if last else act()))
+        self.se = TimmSqueeze(middle, 4, act) if squeeze else nn.Identity()
+        self.names = names
+
+    def forward(self, x):
+        y = x
+        for n, name in enumerate(self.names, 1):
+            y = getattr(self, f"bn{n}")(getattr(self, name)(y))
+            y = self.se(y) if name == "conv_dw" else y
+        return x + y if self.has_skip else y
+
+
+class TimmBackbone(nn.Module):
+    """A small EfficientNet of timm that returns three maps."""
+
+    def __init__(self, pad="same", act=nn.SiLU, squeeze=True):
+        super().__init__()
+        self.conv_stem, self.bn1 = timm_conv(3, 8, 3, 2, pad=pad), NormAct(8, act())
+        table = ((8, 3, 1, 1), (12, 3, 2, 6), (CHANNELS[0], 5, 2, 6), (CHANNELS[1], 3, 2, 6))
+        stages, i = [], 8
+        for o, kernel, stride, expand in (*table, (CHANNELS[2], 5, 2, 6)):
+            blocks = [TimmBlock(i, o, kernel, stride, expand, squeeze, pad, act)]
+            blocks.append(TimmBlock(o, o, kernel, 1, expand, squeeze, pad, act))
+            stages.append(nn.Sequential(*blocks))
+            i = o
+        self.blocks, self.feature_hooks = nn.Sequential(*stages), None
+        self._stage_out_idx = {3: 0, 4: 1, 5: 2}
+
+    def forward(self, x):
+        x, maps = self.bn1(self.conv_stem(x)), []
+        for i, stage in enumerate(self.blocks, 1):
+            x = stage(x)
+            if i in self._stage_out_idx:
+                maps.append(x)
+        return maps
+
+
 # --- effdet ---------------------------------------------------------------------------------------
 
 
@@ -206,11 +292,19 @@ class EffdetHead(nn.Module):
 
 class Effdet(nn.Module):
     def __init__(
-        self, methods=("fastattn",), *, size=96, levels=5, bias=True, level_first=False, **fpn
+        self,
+        methods=("fastattn",),
+        *,
+        size=96,
+        levels=5,
+        bias=True,
+        level_first=False,
+        backbone=Backbone,
+        **fpn,
     ):
         super().__init__()
         self.config = types.SimpleNamespace(image_size=(size, size))
-        self.backbone = Backbone()
+        self.backbone = backbone()
         self.fpn = EffdetFpn(size, methods, levels, bias=bias, **fpn)
         act = fpn.get("act", nn.SiLU)
         self.class_net = EffdetHead(18, levels, bias, level_first, act)

@@ -1,8 +1,9 @@
-"""What a feature network and a head are made of, whoever wrote them, and how fused ops run that.
+"""What a network's parts are made of, whoever wrote them, and how fused ops run that.
 
 The protocol by which a module of any code base can be run on fused ops: a feature network has a
 method ``as_fusion_nodes()`` that returns :class:`FusionNodes`, a head a method ``as_head_layers()``
-that returns :class:`HeadLayers`. :func:`edet.accelerate` finds both.
+that returns :class:`HeadLayers`, a backbone ``as_backbone_blocks()`` that returns
+:class:`BackboneBlocks`. :func:`edet.accelerate` finds all three.
 """
 
 from __future__ import annotations
@@ -177,10 +178,15 @@ def check_norm(name: str, bn: nn.Module | None) -> None:
     """
     if bn is None:
         return
-    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_norm_with_activation(bn):
         raise Mismatch(f"{name}: {type(bn).__name__} is not a batch norm")
     if bn.running_mean is None or bn.weight is None:
         raise Mismatch(f"{name}: the batch norm has no running statistics or no weights")
+
+
+def _is_norm_with_activation(bn: nn.Module) -> bool:
+    """Whether ``bn`` is timm's batch norm with an activation behind it, which is not part of it."""
+    return isinstance(bn, nn.BatchNorm2d) and type(bn).__name__ == "BatchNormAct2d"
 
 
 def fold(
@@ -446,3 +452,116 @@ class PackedHead(NamedTuple):
         """What the head makes of ``maps``, one per level, computed in ``dtype``."""
         maps = [x.to(dtype) for x in maps]
         return self.finish(edet_kernels.head(maps, *self[:4], activation=self.activation))
+
+
+class BlockLayers(NamedTuple):
+    """One inverted residual block: each part a convolution and its batch norm.
+
+    ``expand`` is None where there is no expansion; ``squeeze`` the two convolutions of
+    squeeze-excite, whose gate is a sigmoid, or None.
+    """
+
+    expand: tuple[nn.Conv2d, nn.Module] | None
+    depthwise: tuple[nn.Conv2d, nn.Module]
+    squeeze: tuple[nn.Conv2d, nn.Conv2d] | None
+    project: tuple[nn.Conv2d, nn.Module]
+    residual: bool
+
+
+@dataclass(frozen=True)
+class BackboneBlocks:
+    """A backbone: a 3×3 stem of stride 2 and inverted residual blocks, which return some maps.
+
+    Attributes:
+        stem: convolution and batch norm.
+        blocks: in the order they run.
+        returned: indices of the blocks whose maps are returned.
+        padding: of the convolutions with a stride, ``same`` or ``symmetric``.
+        activation: of the stem, the expansions, the depthwise convolutions and squeeze-excite.
+    """
+
+    stem: tuple[nn.Conv2d, nn.Module]
+    blocks: Sequence[BlockLayers]
+    returned: Sequence[int]
+    padding: str = "same"
+    activation: str = "swish"
+
+    def check(self) -> None:
+        """Checks that the fused ops can compute this.
+
+        Raises:
+            Mismatch: they cannot.
+        """
+        stem, bn = self.stem
+        if (stem.kernel_size, stem.stride, stem.groups) != ((3, 3), (2, 2), 1):
+            raise Mismatch("the stem is not a 3×3 convolution of stride 2")
+        check_norm("stem", bn)
+        for i, block in enumerate(self.blocks):
+            name = f"blocks[{i}]"
+            conv = block.depthwise[0]
+            if not conv.groups == conv.in_channels == conv.out_channels:
+                raise Mismatch(f"{name}: its convolution is not depthwise")
+            if conv.kernel_size not in ((3, 3), (5, 5)) or conv.dilation != (1, 1):
+                raise Mismatch(f"{name}: the depthwise convolution is not 3×3 or 5×5")
+            for pointwise in (block.expand, block.project):
+                if pointwise is not None:
+                    check_pointwise(name, pointwise[0])
+            for squeeze in block.squeeze or ():
+                check_pointwise(name, squeeze)
+            for part in (block.expand, block.depthwise, block.project):
+                if part is not None:
+                    check_norm(name, part[1])
+                    if part[0].bias is not None:
+                        raise Mismatch(f"{name}: a convolution before a batch norm has a bias")
+
+    def pack(self, dtype: torch.dtype) -> PackedBackbone:
+        """The weights for :meth:`PackedBackbone.run`, batch norms folded."""
+        dtype = kernel_dtype(dtype)
+
+        def scaled(conv: nn.Conv2d, bn: nn.Module, pack: Callable[[Tensor], Tensor]) -> Parts:
+            scale, shift = fold_batch_norm(cast(nn.BatchNorm2d, bn))
+            return pack(conv.weight.to(dtype)), scale.to(dtype), shift.to(dtype)
+
+        def gate(squeeze: tuple[nn.Conv2d, nn.Conv2d]) -> Parts:
+            return tuple(t for conv in squeeze for t in fold(conv, None, dtype)[::2])
+
+        pointwise, depthwise = edet_kernels.pack_pointwise, edet_kernels.pack_depthwise
+        blocks = [
+            (
+                None if block.expand is None else scaled(*block.expand, pointwise),
+                scaled(*block.depthwise, depthwise),
+                None if block.squeeze is None else gate(block.squeeze),
+                scaled(*block.project, pointwise),
+            )
+            for block in self.blocks
+        ]
+        return PackedBackbone(self, scaled(*self.stem, edet_kernels.pack_stem), blocks)
+
+
+Parts = tuple[Tensor, ...]
+
+
+class PackedBackbone(NamedTuple):
+    """The weights of ``edet_kernels.stem`` and of an ``edet_kernels.mbconv`` for each block."""
+
+    source: BackboneBlocks
+    stem: Parts
+    blocks: list[tuple[Parts | None, Parts, Parts | None, Parts]]
+
+    def run(self, images: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The maps that the backbone makes of ``images`` (N, 3, H, W), computed in ``dtype``."""
+        padding, activation = self.source.padding, self.source.activation
+        x = edet_kernels.stem(images.to(dtype), *self.stem, padding=padding, activation=activation)
+        maps = []
+        for i, (block, weights) in enumerate(zip(self.source.blocks, self.blocks, strict=True)):
+            x = edet_kernels.mbconv(
+                x,
+                *weights,
+                stride=block.depthwise[0].stride[0],
+                padding=padding,
+                activation=activation,
+                residual=block.residual,
+            )
+            if i in self.source.returned:
+                maps.append(x)
+        return maps

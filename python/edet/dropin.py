@@ -1,8 +1,8 @@
 """Fused ops for the EfficientDets people already have: ``accelerate`` and ``restore``.
 
-A BiFPN or head is fused in place: the module stays the same object with the same tensors and
-state-dict keys, and its class is replaced by one derived from it, whose ``forward`` runs the fused
-ops in eval mode without gradients and the module's own layers otherwise.
+A backbone, BiFPN or head is fused in place: the module stays the same object with the same tensors
+and state-dict keys, and its class is replaced by one derived from it, whose ``forward`` runs the
+fused ops in eval mode without gradients and the module's own layers otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from edet_kernels import library
 
 from .bench import CheckFailed, check
-from .describe import Edge, FusionNodes, HeadLayers, Mismatch, NodeLayers
+from .describe import (
+    BackboneBlocks,
+    BlockLayers,
+    Edge,
+    FusionNodes,
+    HeadLayers,
+    Mismatch,
+    NodeLayers,
+)
 from .packing import PackedModule, _Cache
 
 #: Attributes that a fused module needs for itself.
@@ -40,6 +48,11 @@ _ACTIVATIONS = {
     "identity": "none",
     "nonetype": "none",
 }
+
+Description = FusionNodes | HeadLayers | BackboneBlocks
+
+#: The methods of the protocol.
+_METHODS = ("as_fusion_nodes", "as_head_layers", "as_backbone_blocks")
 
 #: Names of fusion methods in other code.
 _FUSIONS = {"fastattn": "fast", "attn": "softmax", "sum": "sum"}
@@ -68,11 +81,96 @@ def _attributes(module: object, *names: str) -> list[Any]:
 # --- the protocol ---------------------------------------------------------------------------------
 
 
-def _protocol(module: nn.Module) -> FusionNodes | HeadLayers | None:
-    for method in ("as_fusion_nodes", "as_head_layers"):
+def _protocol(module: nn.Module) -> Description | None:
+    for method in _METHODS:
         if hasattr(module, method):
-            return cast("FusionNodes | HeadLayers", getattr(module, method)())
+            return cast(Description, getattr(module, method)())
     return None
+
+
+# --- timm's EfficientNets, the backbones of effdet ------------------------------------------------
+
+
+def _timm_norm(bn: nn.Module) -> tuple[nn.Module, str]:
+    """A batch norm and the activation behind it."""
+    drop = getattr(bn, "drop", None)
+    if isinstance(drop, nn.Module) and not isinstance(drop, nn.Identity):
+        raise Mismatch(f"a batch norm with {type(drop).__name__}")
+    return bn, _activation(getattr(bn, "act", None))
+
+
+def _timm_padding(conv: nn.Conv2d) -> str | None:
+    """How a convolution is padded; None when both ways are the same."""
+    if conv.stride == (1, 1):
+        if conv.padding != tuple(k // 2 for k in conv.kernel_size):
+            raise Mismatch(f"a convolution padded by {conv.padding}")
+        return None
+    if "Same" in type(conv).__name__:
+        return "same"
+    if conv.padding != tuple(k // 2 for k in conv.kernel_size):
+        raise Mismatch(f"a convolution with a stride padded by {conv.padding}")
+    return "symmetric"
+
+
+def _timm_block(
+    block: nn.Module,
+) -> tuple[BlockLayers, set[str], set[str | None]]:
+    """A DepthwiseSeparableConv or InvertedResidual; its activations and paddings."""
+    expands = hasattr(block, "conv_pwl")
+    convs = ("conv_pw", "conv_dw", "conv_pwl") if expands else ("conv_dw", "conv_pw")
+    parts = []
+    activations = []
+    for i, name in enumerate(convs, 1):
+        conv, bn = _attributes(block, name, f"bn{i}")
+        if not isinstance(conv, nn.Conv2d):
+            raise Mismatch(f"a block with {type(conv).__name__}")
+        parts.append((conv, _timm_norm(bn)[0]))
+        activations.append(_timm_norm(bn)[1])
+    if activations.pop() != "none":
+        raise Mismatch("an activation after a projection")
+    for name in ("aa", "conv_s2d"):
+        other = getattr(block, name, None)
+        if other is not None and not isinstance(other, nn.Identity):
+            raise Mismatch(f"a block with {type(other).__name__}")
+    squeeze = None
+    se = getattr(block, "se", None)
+    if se is not None and not isinstance(se, nn.Identity):
+        reduce, act, excite, gate = _attributes(se, "conv_reduce", "act1", "conv_expand", "gate")
+        if not isinstance(gate, nn.Sigmoid) and type(gate).__name__ != "Sigmoid":
+            raise Mismatch(f"squeeze-excite with {type(gate).__name__}")
+        squeeze = reduce, excite
+        activations.append(_activation(act))
+    layers = BlockLayers(
+        parts[0] if expands else None,
+        parts[-2],
+        squeeze,
+        parts[-1],
+        bool(_attributes(block, "has_skip")[0]),
+    )
+    return layers, set(activations), {_timm_padding(parts[-2][0])}
+
+
+def _timm_backbone(module: nn.Module) -> BackboneBlocks | None:
+    if not all(hasattr(module, name) for name in ("conv_stem", "bn1", "blocks", "_stage_out_idx")):
+        return None
+    if getattr(module, "feature_hooks", None) is not None or 0 in cast(Any, module._stage_out_idx):
+        raise Mismatch("it returns maps from inside of blocks")
+    stem, bn, stages = _attributes(module, "conv_stem", "bn1", "blocks")
+    bn, activation = _timm_norm(bn)
+    activations, paddings = {activation}, {_timm_padding(stem)}
+    blocks, returned = [], []
+    for i, stage in enumerate(stages):
+        for block in stage:
+            layers, more, padded = _timm_block(block)
+            blocks.append(layers)
+            activations |= more
+            paddings |= padded
+        if i + 1 in cast(Any, module._stage_out_idx):
+            returned.append(len(blocks) - 1)
+    paddings.discard(None)
+    if len(activations) > 1 or len(paddings) != 1:
+        raise Mismatch("blocks with different activations or paddings")
+    return BackboneBlocks((stem, bn), blocks, returned, cast(str, paddings.pop()), activation)
 
 
 # --- effdet ---------------------------------------------------------------------------------------
@@ -267,8 +365,9 @@ def _zylo_head(module: nn.Module) -> HeadLayers | None:
 
 
 #: Each gives a module's description, None when it does not know it, or raises Mismatch.
-RECOGNISERS: tuple[Callable[[nn.Module], FusionNodes | HeadLayers | None], ...] = (
+RECOGNISERS: tuple[Callable[[nn.Module], Description | None], ...] = (
     _protocol,
+    _timm_backbone,
     _effdet_fpn,
     _effdet_head,
     _zylo_fpn,
@@ -276,8 +375,8 @@ RECOGNISERS: tuple[Callable[[nn.Module], FusionNodes | HeadLayers | None], ...] 
 )
 
 
-def describe(module: nn.Module) -> FusionNodes | HeadLayers | None:
-    """What a BiFPN or head is made of; None for any other module.
+def describe(module: nn.Module) -> Description | None:
+    """What a backbone, BiFPN or head is made of; None for any other module.
 
     Raises:
         Mismatch: it is one, but the fused ops cannot compute it.
@@ -307,10 +406,11 @@ class Fused(PackedModule):
     def forward(self, maps: Any) -> Any:
         """The fused ops in eval mode without gradients, otherwise the module's own layers."""
         own = self.original_class.forward
-        if not isinstance(maps, (list, tuple)) or not all(isinstance(x, Tensor) for x in maps):
+        first = maps[0] if isinstance(maps, (list, tuple)) and maps else maps
+        if not isinstance(first, Tensor):
             return own(self, maps)  # which says what it wants
         try:
-            packed = self.packed(maps[0])
+            packed = self.packed(first)
         except Mismatch:  # its layers were exchanged for others
             packed = None
         return own(self, maps) if packed is None else packed[0].run(maps, packed[1])
@@ -351,7 +451,7 @@ def _unfuse(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """One BiFPN or head of a model, and what became of it.
+    """One backbone, BiFPN or head of a model, and what became of it.
 
     Attributes:
         name: of the module in the model.
@@ -382,7 +482,7 @@ class Report:
     """What :func:`accelerate` did; prints as a table.
 
     Attributes:
-        parts: every BiFPN and head that was found.
+        parts: every backbone, BiFPN and head that was found.
         own_ms, fused_ms: median times of the whole network on the sample input.
         sample: what the sample input was, in words.
     """
@@ -439,7 +539,7 @@ _HELP = (
 
 
 def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name and module of every BiFPN and head, and why it must be left alone (or "")."""
+    """Name and module of every part, and why it must be left alone (or "")."""
     inside: str | None = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
@@ -448,7 +548,7 @@ def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if isinstance(module, Fused):
             reason = "it is accelerated already"
         elif isinstance(module, PackedModule):
-            if not (hasattr(module, "as_fusion_nodes") or hasattr(module, "as_head_layers")):
+            if not any(hasattr(module, method) for method in _METHODS):
                 continue
             reason = "it runs on fused ops by itself"
         else:
@@ -463,6 +563,10 @@ def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 reason = f"it has an attribute {taken[0]} of its own"
         inside = f"{name}." if name else ""
         yield name, module, reason
+
+
+def _is_backbone(module: nn.Module) -> bool:
+    return hasattr(module, "conv_stem") or hasattr(module, "as_backbone_blocks")
 
 
 def _network(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -510,18 +614,22 @@ def _difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(differences, default=0.0)
 
 
+def _copied(maps: Any) -> Any:
+    """A new list of the same maps: effdet's BiFPN appends to the one it is given."""
+    return maps if isinstance(maps, Tensor) else type(maps)(maps)
+
+
 def _own_result(module: nn.Module, maps: Any) -> list[Tensor]:
-    """What the layers of ``module`` make of copies of ``maps`` (effdet's append to their list)."""
+    """What the layers of ``module`` make of ``maps``."""
     own = getattr(module, "original_class", type(module)).forward
-    return _tensors(own(module, type(maps)(maps)))
+    return _tensors(own(module, _copied(maps)))
 
 
 def _exact_result(module: nn.Module, maps: Any) -> list[Tensor]:
     """The same in float64; the module is as it was afterwards."""
     state = {n: t.double() if t.is_floating_point() else t for n, t in module.state_dict().items()}
-    return _tensors(
-        torch.func.functional_call(module, state, (type(maps)(x.double() for x in maps),))
-    )
+    exact = maps.double() if isinstance(maps, Tensor) else type(maps)(x.double() for x in maps)
+    return _tensors(torch.func.functional_call(module, state, (exact,)))
 
 
 def _time(
@@ -547,7 +655,7 @@ def _capture(
     seen: dict[nn.Module, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.setdefault(module, type(args[0])(args[0]))
+        seen.setdefault(module, _copied(args[0]))
 
     hooks = [module.register_forward_pre_hook(hook) for module in modules]
     try:
@@ -560,13 +668,14 @@ def _capture(
 
 @torch.no_grad()
 def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 5) -> Report:
-    """Replaces the BiFPN and the heads of ``model`` by fused ones, in place.
+    """Replaces the backbone, the BiFPN and the heads of ``model`` by fused ones, in place.
 
-    Known are effdet's models (also inside ``DetBenchPredict``, ``DetBenchTrain`` or any other
-    wrapper), modules built like zylo117's, and whatever describes itself by ``as_fusion_nodes`` or
-    ``as_head_layers`` (:mod:`edet.describe`). Modules, parameters, buffers, hooks and state-dict
-    keys stay the same objects. In training mode, or when a gradient is needed, the model's own
-    layers run; in eval mode without gradients the fused ops do.
+    Known are effdet's models and their EfficientNets of timm, modules built like zylo117's, and
+    whatever describes itself by ``as_fusion_nodes``, ``as_head_layers`` or ``as_backbone_blocks``
+    (:mod:`edet.describe`), also inside ``DetBenchPredict``, ``DetBenchTrain`` or any other wrapper.
+    Modules, parameters, buffers, hooks and state-dict keys stay the same objects. In training mode,
+    or when a gradient is needed, the model's own layers run; in eval mode without gradients the
+    fused ops do.
 
     Every part is compared with a float64 run of its own layers on a sample input before it is
     accepted: a part that cannot be matched is left as it was, and the report says why.
@@ -589,7 +698,7 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
     if sample is not None and not isinstance(sample, Tensor):
         raise TypeError(f"sample must be a tensor of images, got {type(sample).__name__}")
     found = list(_find(model))
-    if not found:
+    if all(_is_backbone(module) for _, module, _ in found):
         raise ValueError(
             f"model must hold a BiFPN or a head that is known, got {type(model).__name__} "
             f"without one: {_HELP}"
@@ -650,7 +759,7 @@ def _try(name: str, module: nn.Module, maps: Any, rounds: int, device: torch.dev
     own = _difference(_own_result(module, maps), exact)
     _fuse(module)
     try:
-        result = _tensors(module(type(maps)(maps)))
+        result = _tensors(module(_copied(maps)))
         difference = _difference(result, exact)
         check(name, difference, own, result[0].dtype)
     except (CheckFailed, ValueError, TypeError, RuntimeError) as error:
@@ -663,7 +772,7 @@ def _try(name: str, module: nn.Module, maps: Any, rounds: int, device: torch.dev
         times = _time(
             {
                 "own": lambda: _own_result(module, maps),
-                "fused": lambda: module(type(maps)(maps)),
+                "fused": lambda: module(_copied(maps)),
             },
             rounds,
             device,

@@ -14,7 +14,7 @@ import edet
 from edet import dropin
 from edet.bench import check, relative_difference
 from edet.describe import Edge, FusionNodes, HeadLayers, Mismatch, NodeLayers, zero_padded_max_pool
-from stand_ins import DetBench, Effdet, Zylo, randomise
+from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
 def flat(outputs):
@@ -53,6 +53,38 @@ def test_effdet_gives_the_same(options):
         mine, own = errors(model, torch.randn(2, 3, *size))
     check("model", mine, own, torch.float32)
     assert 0 < report.largest_difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pad": "symmetric"}, {"act": nn.ReLU6, "squeeze": False}],
+    ids=["same", "symmetric", "lite"],
+)
+def test_timm_backbone_gives_the_same(options):
+    model = Effdet(backbone=lambda: TimmBackbone(**options))
+    report = edet.accelerate(model, rounds=0)
+    assert report.replaced == ["backbone", "fpn", "class_net", "box_net"]
+    mine, own = errors(model, torch.randn(2, 3, 96, 96))
+    check("model", mine, own, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: setattr(b, "feature_hooks", 1), "inside of blocks"),
+        (lambda b: setattr(b.blocks[0][0].se, "gate", nn.Hardsigmoid()), "Hardsigmoid"),
+        (lambda b: setattr(b.blocks[1][0].bn2, "act", nn.ReLU()), "different activations"),
+        (lambda b: setattr(b.blocks[1][0], "conv_dw", nn.Sequential(b.blocks[1][0].conv_dw)),
+         "a block with Sequential"),
+        (lambda b: setattr(b.blocks[1][0], "aa", nn.ReLU()), "a block with ReLU"),
+        (lambda b: setattr(b.blocks[1][0].bn3, "act", nn.ReLU()), "after a projection"),
+    ],
+)  # fmt: skip
+def test_other_backbones_are_left_alone(change, reason):
+    model = Effdet(backbone=TimmBackbone)
+    change(model.backbone)
+    part = edet.accelerate(model, rounds=0).parts[0]
+    assert part.name == "backbone" and not part.replaced and reason in part.reason
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -376,6 +408,8 @@ def test_wrong_nodes_are_refused(changes, message):
 def test_unknown_model_is_told_of_the_protocol():
     with pytest.raises(ValueError, match=r"model must hold a BiFPN.*as_fusion_nodes.*docs/dropin"):
         edet.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(ValueError, match=r"model must hold a BiFPN.*as_fusion_nodes"):
+        edet.accelerate(nn.Sequential(TimmBackbone()))
     with pytest.raises(TypeError, match="model must be"):
         edet.accelerate("tf_efficientdet_d0")
     with pytest.raises(TypeError, match="sample must be"):
