@@ -41,6 +41,22 @@ def bifpn_nodes(levels: int) -> list[Node]:
     return nodes
 
 
+def check_nodes(nodes: Sequence[Node], levels: int) -> None:
+    """Checks that ``nodes`` are those of a cell: each reads what is there, each level has one.
+
+    Raises:
+        ValueError: naming the node or the level.
+    """
+    for i, (level, edges) in enumerate(nodes):
+        if not 0 <= level < levels:
+            raise ValueError(f"nodes[{i}].level must be 0 to {levels - 1}, got {level}")
+        if not edges or not all(0 <= e < levels + i for e in edges):
+            raise ValueError(f"nodes[{i}].edges must be of 0 to {levels + i - 1}, got {edges}")
+    missing = set(range(levels)) - {level for level, _ in nodes}
+    if missing:
+        raise ValueError(f"nodes must give every level an output, level {min(missing)} has none")
+
+
 def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
     """Checks that ``maps`` is a list of NCHW maps with these channels, fit for ``weight``.
 
@@ -232,9 +248,12 @@ class BiFPN(PackedModule):
         pool: padding of the max pools, ``same`` or ``symmetric``.
         activation: before the convolutions, any of ``edet_kernels``.
         redundant_bias: convolutions before a batch norm carry a bias.
+        nodes: the nodes of a cell, for another feature network; those of a BiFPN when None. The
+            newest node of each level is its output.
 
     Raises:
-        ValueError: no cell, no map, more maps than levels, fewer than two levels, unknown fusion.
+        ValueError: no cell, no map, more maps than levels, fewer than two levels, unknown fusion, a
+            level without a node or a node that reads what is not there.
     """
 
     def __init__(
@@ -249,6 +268,7 @@ class BiFPN(PackedModule):
         pool: str = "same",
         activation: str = "swish",
         redundant_bias: bool = True,
+        nodes: Sequence[Node] | None = None,
     ) -> None:
         super().__init__()
         if levels < 2 or not 1 <= len(in_channels) <= levels:
@@ -265,7 +285,8 @@ class BiFPN(PackedModule):
         self.in_channels = tuple(in_channels)
         self.width, self.levels = width, levels
         self.fusion, self.pool, self.activation = fusion, pool, activation
-        self._nodes = bifpn_nodes(levels)
+        self._nodes = bifpn_nodes(levels) if nodes is None else [Node(*node) for node in nodes]
+        check_nodes(self._nodes, levels)
         needs_projection = {e: c for e, c in enumerate(in_channels) if c != width}
         top = len(in_channels) - 1
         # in effdet's keys the first level above the backbone holds the projection of them all
@@ -276,7 +297,7 @@ class BiFPN(PackedModule):
         self.cell = nn.ModuleList()
         for c in range(cells):
             in_first = needs_projection if c == 0 else {}
-            nodes = [
+            fusion_nodes = [
                 FusionNode(
                     node.edges,
                     width,
@@ -289,7 +310,7 @@ class BiFPN(PackedModule):
                 )
                 for node in self._nodes
             ]
-            self.cell.append(BiFPNCell(nodes, [node.level for node in self._nodes]))
+            self.cell.append(BiFPNCell(fusion_nodes, [node.level for node in self._nodes]))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 glorot_uniform_(module.weight, module.groups)
