@@ -14,13 +14,17 @@ CPP_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.extra-all build ## run EfficientDet-D0 on a photograph; writes a table, a plot and an image to demo/
 	$(PY) -m edet.demo --output demo
 
 test: $(VENV)/.extra-test build ## run the whole test suite
 	$(PY) -m pytest
+
+.PHONY: test-peers
+test-peers: $(VENV)-peers/.done build ## run the drop-in on the real effdet, in an environment of its own
+	PYTHONPATH=.:python $(VENV)-peers/bin/python -W default -m pytest -W default tests/peers $(PEERS)
 
 build: $(VENV)/.torch ## compile the op library (only what has changed)
 	@$(PY) setup.py --quiet build_ext --inplace
@@ -52,6 +56,13 @@ $(PY):
 $(VENV)/.torch: Makefile | $(PY)
 	@echo "Installing torch 2.13.0 and the build tools"
 	@$(PY) -m pip install --disable-pip-version-check torch==2.13.0 "setuptools>=77" "cmake>=3.24" ninja
+	@touch $@
+
+# effdet needs torchvision, which needs the torch of the same date: here the oldest that is supported.
+$(VENV)-peers/.done: Makefile
+	@echo "Making the environment $(VENV)-peers with effdet 0.4.1 (several gigabytes)"
+	@$(PYTHON) -m venv $(VENV)-peers
+	@$(VENV)-peers/bin/pip install --disable-pip-version-check --quiet torch==2.10.0 torchvision==0.25.0 effdet==0.4.1 pytest
 	@touch $@
 
 # Editable and without the library, which 'build' compiles.

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import edet_kernels
 from edet_kernels import reference
 
 from .batch_norm import normalise, training_maps
 from .configs import FUSIONS
-from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
+from .describe import Edge, FusionNodes, NodeLayers, PackedNodes
+from .packing import PackedModule, autocast_dtype, planned
 
 
 class Node(NamedTuple):
@@ -41,6 +41,22 @@ def bifpn_nodes(levels: int) -> list[Node]:
         nodes.append(Node(level, (*ids[level], ids[neighbour][-1])))
         ids[level].append(levels + len(nodes) - 1)
     return nodes
+
+
+def check_nodes(nodes: Sequence[Node], levels: int) -> None:
+    """Checks that ``nodes`` are those of a cell: each reads what is there, each level has one.
+
+    Raises:
+        ValueError: naming the node or the level.
+    """
+    for i, (level, edges) in enumerate(nodes):
+        if not 0 <= level < levels:
+            raise ValueError(f"nodes[{i}].level must be 0 to {levels - 1}, got {level}")
+        if not edges or not all(0 <= e < levels + i for e in edges):
+            raise ValueError(f"nodes[{i}].edges must be of 0 to {levels + i - 1}, got {edges}")
+    missing = set(range(levels)) - {level for level, _ in nodes}
+    if missing:
+        raise ValueError(f"nodes must give every level an output, level {min(missing)} has none")
 
 
 def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
@@ -259,6 +275,10 @@ class BiFPNCell(nn.Module):
         super().__init__()
         self.fnode = nn.ModuleList(nodes)
         self.node_levels = tuple(node_levels)
+        # the newest map of each level
+        levels = max(self.node_levels) + 1
+        newest = {level: levels + i for i, level in enumerate(self.node_levels)}
+        self.outputs = tuple(newest[level] for level in range(levels))
 
     @property
     def nodes(self) -> list[FusionNode]:
@@ -270,26 +290,7 @@ class BiFPNCell(nn.Module):
         known = list(maps)
         for node, level in zip(self.nodes, self.node_levels, strict=True):
             known.append(node(known, sizes[level]))
-        return known[-len(maps) :]
-
-
-class _Projected(NamedTuple):
-    """Arguments of ``edet_kernels.lateral`` for one backbone map."""
-
-    pw_weights: list[Tensor]
-    scales: list[Tensor]
-    shifts: list[Tensor]
-
-
-class _Packed(NamedTuple):
-    """The weights of a whole BiFPN: per backbone map, and stacked over all nodes."""
-
-    projected: list[_Projected]
-    edge_weights: Tensor | None
-    dw_weight: Tensor
-    pw_weight: Tensor
-    scale: Tensor
-    shift: Tensor
+        return [known[i] for i in self.outputs]
 
 
 class BiFPN(PackedModule):
@@ -311,9 +312,12 @@ class BiFPN(PackedModule):
         pool: padding of the max pools, ``same`` or ``symmetric``.
         activation: before the convolutions, any of ``edet_kernels``.
         redundant_bias: convolutions before a batch norm carry a bias.
+        nodes: the nodes of a cell, for another feature network; those of a BiFPN when None. The
+            newest node of each level is its output.
 
     Raises:
-        ValueError: no cell, no map, more maps than levels, fewer than two levels, unknown fusion.
+        ValueError: no cell, no map, more maps than levels, fewer than two levels, unknown fusion, a
+            level without a node or a node that reads what is not there.
     """
 
     def __init__(
@@ -328,6 +332,7 @@ class BiFPN(PackedModule):
         pool: str = "same",
         activation: str = "swish",
         redundant_bias: bool = True,
+        nodes: Sequence[Node] | None = None,
     ) -> None:
         super().__init__()
         if levels < 2 or not 1 <= len(in_channels) <= levels:
@@ -344,8 +349,8 @@ class BiFPN(PackedModule):
         self.in_channels = tuple(in_channels)
         self.width, self.levels = width, levels
         self.fusion, self.pool, self.activation = fusion, pool, activation
-        self._nodes = bifpn_nodes(levels)
-        self._graph = self._op_graph(cells)
+        self._nodes = bifpn_nodes(levels) if nodes is None else [Node(*node) for node in nodes]
+        check_nodes(self._nodes, levels)
         needs_projection = {e: c for e, c in enumerate(in_channels) if c != width}
         top = len(in_channels) - 1
         # in effdet's keys the first level above the backbone holds the projection of them all
@@ -356,7 +361,7 @@ class BiFPN(PackedModule):
         self.cell = nn.ModuleList()
         for c in range(cells):
             in_first = needs_projection if c == 0 else {}
-            nodes = [
+            fusion_nodes = [
                 FusionNode(
                     node.edges,
                     width,
@@ -369,7 +374,7 @@ class BiFPN(PackedModule):
                 )
                 for node in self._nodes
             ]
-            self.cell.append(BiFPNCell(nodes, [node.level for node in self._nodes]))
+            self.cell.append(BiFPNCell(fusion_nodes, [node.level for node in self._nodes]))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 glorot_uniform_(module.weight, module.groups)
@@ -394,7 +399,8 @@ class BiFPN(PackedModule):
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
         packed = self.packed(maps[0])
         if packed is not None:
-            return self._forward_fused(maps, sizes, *packed)
+            weights, dtype = packed
+            return cast("list[Tensor]", weights.run(maps, dtype))
         training = training_maps(self, maps)
         pyramid = list(maps if training is None else training)
         for level in range(len(maps), self.levels):
@@ -416,103 +422,41 @@ class BiFPN(PackedModule):
             known = list(inputs)
             for node, level in zip(cell.nodes, cell.node_levels, strict=True):
                 known.append(node.forward_training(known, sizes[level]))
-            inputs = known[-self.levels :]
+            inputs = [known[i] for i in cell.outputs]
         return [x.tensor() for x in inputs]
 
-    def _op_graph(self, cells: int) -> tuple[list[tuple[int, ...]], list[int]]:
-        """The edges of every node of every cell and the outputs, as ids of ``edet_kernels.bifpn``.
+    def as_fusion_nodes(self) -> FusionNodes:
+        """What this network is made of, for the fused ops."""
 
-        Its inputs are, for each backbone map, the projections in the order of the nodes (or the map
-        itself where it needs none), then the levels above.
-        """
-        order: list[int | tuple[int, int]] = []
-        for e, channels in enumerate(self.in_channels):
-            users = [(n, e) for n, node in enumerate(self._nodes) if e in node.edges]
-            order += [e] if channels == self.width else users
-        order += range(len(self.in_channels), self.levels)
-        inputs = {key: i for i, key in enumerate(order)}
+        def edge(source: int, layer: nn.Module | None) -> Edge:
+            conv = None if layer is None else cast(Projection, layer).conv
+            return Edge(source) if conv is None else Edge(source, conv.conv, conv.bn)
 
-        nodes: list[tuple[int, ...]] = []
-        for c in range(cells):
-            # what a cell's own ids are offset by: its inputs are the last nodes before it
-            offset = len(inputs) + len(nodes) - self.levels
-            for n, node in enumerate(self._nodes):
+        given = len(self.in_channels)
+        above = [
+            edge(level - 1, dict(self.resample.items()).get(str(level)))
+            for level in range(given, self.levels)
+        ]
+        nodes: list[NodeLayers] = []
+        known = list(range(self.levels))  # ids that a cell's own ids stand for
+        for cell in self.cells:
+            for node, level in zip(cell.nodes, cell.node_levels, strict=True):
+                projections = node.combine.projections
+                conv = node.after_combine.conv
                 nodes.append(
-                    tuple(
-                        inputs[(n, e) if (n, e) in inputs else e]
-                        if c == 0 and e < self.levels
-                        else offset + e
-                        for e in node.edges
+                    NodeLayers(
+                        level,
+                        [edge(known[e], projections.get(e)) for e in node.edges],
+                        conv.conv_dw,
+                        conv.conv_pw,
+                        conv.bn,
+                        node.combine.edge_weights,
+                        self.fusion,
                     )
                 )
-        end = len(inputs) + len(nodes)
-        return nodes, list(range(end - self.levels, end))
+                known.append(self.levels + len(nodes) - 1)
+            known = [known[i] for i in cell.outputs]
+        return FusionNodes(given, nodes, known, above, self.pool, self.activation)
 
-    def pack(self, dtype: torch.dtype) -> _Packed:
-        dtype = kernel_dtype(dtype)
-
-        def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor, Tensor]:
-            assert bn is not None
-            weight = edet_kernels.pack_pointwise(conv.weight.to(dtype))
-            scale, shift = fold_batch_norm(bn, conv.bias)
-            return weight, scale.to(dtype), shift.to(dtype)
-
-        nodes = [node for cell in self.cells for node in cell.nodes]
-        edges = [edge for node in nodes for edge in node.combine.projections.items()]
-        above = [(len(self.in_channels) - 1, layer) for layer in self.resample.values()]
-        projected = [_Projected([], [], []) for _ in self.in_channels]
-        for e, layer in [*edges, *cast("list[tuple[int, Projection]]", above)]:
-            for tensors, tensor in zip(
-                projected[e], fold(layer.conv.conv, layer.conv.bn), strict=True
-            ):
-                tensors.append(tensor)
-
-        most = max(len(node.edges) for node in nodes)
-        weights = [node.combine.edge_weights for node in nodes]
-        edge_weights = [
-            F.pad(w.to(dtype), (*[0, 0] * (w.dim() - 1), 0, most - w.shape[0]))
-            for w in weights
-            if w is not None
-        ]
-        convs = [node.after_combine.conv for node in nodes]
-        folded = zip(*(fold(conv.conv_pw, conv.bn) for conv in convs), strict=True)
-        return _Packed(
-            projected,
-            torch.stack(edge_weights) if edge_weights else None,
-            torch.stack([edet_kernels.pack_depthwise(c.conv_dw.weight.to(dtype)) for c in convs]),
-            *(torch.stack(tensors) for tensors in folded),
-        )
-
-    def _forward_fused(
-        self,
-        maps: Sequence[Tensor],
-        sizes: Sequence[tuple[int, int]],
-        weights: _Packed,
-        dtype: torch.dtype,
-    ) -> list[Tensor]:
-        inputs: list[Tensor] = []
-        for i, (x, projected) in enumerate(zip(maps, weights.projected, strict=True)):
-            x = x.to(dtype)
-            above = sizes[len(maps) :] if i == len(maps) - 1 else []
-            if projected.pw_weights:
-                inputs += edet_kernels.lateral(x, *projected, pooled=len(above), pool=self.pool)
-                continue
-            inputs.append(x)
-            for size in above:
-                x = edet_kernels.weighted_fusion([x], size=size, fusion="sum", pool=self.pool)
-                inputs.append(x)
-        nodes, outputs = self._graph
-        return edet_kernels.bifpn(
-            inputs,
-            weights.edge_weights,
-            weights.dw_weight,
-            weights.pw_weight,
-            weights.scale,
-            weights.shift,
-            nodes=nodes,
-            sizes=[sizes[node.level] for node in self._nodes] * len(self.cell),
-            outputs=outputs,
-            fusion=self.fusion,
-            pool=self.pool,
-            pre_activation=self.activation,
-        )
+    def pack(self, dtype: torch.dtype) -> PackedNodes:
+        return self.as_fusion_nodes().pack(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from edet_kernels.reference import activate
 
 from .batch_norm import normalise, training_maps
 from .bifpn import SeparableConv, batch_norm, check_maps
-from .packing import PackedModule, fold_batch_norm, kernel_dtype, planned
+from .describe import HeadLayers, PackedHead
+from .packing import PackedModule, planned
 
 #: Bias of the class logits: every class starts at probability 0.01 (Lin et al. 2017, section 4.1).
 CLASS_PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
@@ -29,15 +30,6 @@ class LevelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.bn(x))
-
-
-class _Packed(NamedTuple):
-    """The weights of ``edet_kernels.head``, one of each per layer."""
-
-    dw_weights: list[Tensor]
-    pw_weights: list[Tensor]
-    scales: list[Tensor]
-    shifts: list[Tensor]
 
 
 class Head(PackedModule):
@@ -104,9 +96,7 @@ class Head(PackedModule):
         packed = self.packed(maps[0])
         if packed is not None:
             weights, dtype = packed
-            return edet_kernels.head(
-                [x.to(dtype) for x in maps], *weights, activation=self.activation
-            )
+            return cast("list[Tensor]", weights.run(maps, dtype))
         training = training_maps(self, maps)
         if training is not None:
             return self._forward_training(training)
@@ -140,22 +130,18 @@ class Head(PackedModule):
                 scales, offsets = normalise(norms, mean, deviations, counts)
         return maps
 
-    def pack(self, dtype: torch.dtype) -> _Packed:
-        dtype = kernel_dtype(dtype)
-        layers = cast("list[SeparableConv]", [*self.conv_rep, self.predict])
-        scales, shifts = [], []
-        for i, layer in enumerate(layers[:-1]):
-            folded = [
-                fold_batch_norm(self.norm(i, level).bn, layer.conv_pw.bias)
-                for level in range(self.levels)
-            ]
-            scale, shift = zip(*folded, strict=True)
-            scales.append(torch.stack(scale).to(dtype))
-            shifts.append(torch.stack(shift).to(dtype))
-        bias = cast(Tensor, self.predict.conv_pw.bias).to(dtype)
-        return _Packed(
-            [edet_kernels.pack_depthwise(layer.conv_dw.weight.to(dtype)) for layer in layers],
-            [edet_kernels.pack_pointwise(layer.conv_pw.weight.to(dtype)) for layer in layers],
-            [*scales, torch.ones_like(bias)],
-            [*shifts, bias],
+    def as_head_layers(self) -> HeadLayers:
+        """What this head is made of, for the fused ops."""
+        convs = cast("list[SeparableConv]", [*self.conv_rep, self.predict])
+        return HeadLayers(
+            [(conv.conv_dw, conv.conv_pw) for conv in convs[:-1]],
+            [
+                [self.norm(layer, level).bn for level in range(self.levels)]
+                for layer in range(len(convs) - 1)
+            ],
+            (self.predict.conv_dw, self.predict.conv_pw),
+            self.activation,
         )
+
+    def pack(self, dtype: torch.dtype) -> PackedHead:
+        return self.as_head_layers().pack(dtype)

@@ -193,10 +193,11 @@ class PackedModule(nn.Module):
     them), and that a submodule has forward hooks (they run with the differentiable layers only).
     """
 
+    _frozen: _Frozen | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self._cache = _Cache()
-        self._frozen: _Frozen | None = None
 
     def pack(self, dtype: torch.dtype) -> Any:
         """The weights for maps of ``dtype``, by tensor operations that can be compiled."""

@@ -1,4 +1,4 @@
-"""Frozen modules: recorded op calls give the same results, and are dropped when weights may change."""
+"""Frozen modules replay recorded op calls, until their weights may have changed."""
 
 import copy
 import pickle
