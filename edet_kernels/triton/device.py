@@ -136,38 +136,64 @@ def tile_offsets(row, channel, C: tl.constexpr):
 
 
 @triton.jit
-def pool_window(map, image, y, x, inside, channel, in_h, in_w, G: tl.constexpr, C: tl.constexpr):
+def pool_window(
+    map,
+    image,
+    y,
+    x,
+    inside,
+    channel,
+    in_h,
+    in_w,
+    GEOMETRY: tl.constexpr,
+    EDGE: tl.constexpr,
+    C: tl.constexpr,
+):
     """Max-pools [pixels, channels]: the largest value and its tap, row · kernel + column.
 
     The tap is the first of equal values and the last NaN, as PyTorch's is; it starts at the first
     one of the window, which may lie in the padding.
     """
-    top = y * G[2] - G[3]
-    left = x * G[5] - G[6]
+    top = y * GEOMETRY[EDGE][2] - GEOMETRY[EDGE][3]
+    left = x * GEOMETRY[EDGE][5] - GEOMETRY[EDGE][6]
     largest = tl.full([y.shape[0], channel.shape[0]], float("-inf"), tl.float32)
     tap = tl.zeros([y.shape[0], channel.shape[0]], tl.int32)
     corner = (image * in_h + top) * in_w + left
-    for r in range(G[1]):
-        for k in range(G[4]):
+    for r in range(GEOMETRY[EDGE][1]):
+        for k in range(GEOMETRY[EDGE][4]):
             valid = inside & (top >= -r) & (top < in_h - r) & (left >= -k) & (left < in_w - k)
             offsets = tile_offsets(corner + (r * in_w + k), channel, C)
             mask = valid[:, None] & (channel < C)[None, :]
             v = tl.load(map + offsets, mask=mask, other=float("-inf")).to(tl.float32)
             wins = (v > largest) | (v != v)
             largest = tl.where(wins, v, largest)
-            tap = tl.where(wins, r * G[4] + k, tap)
+            tap = tl.where(wins, r * GEOMETRY[EDGE][4] + k, tap)
     return largest, tap
 
 
 @triton.jit
-def sample(map, image, y, x, inside, channel, in_h, in_w, h, w, G: tl.constexpr, C: tl.constexpr):
+def sample(
+    map,
+    image,
+    y,
+    x,
+    inside,
+    channel,
+    in_h,
+    in_w,
+    h,
+    w,
+    GEOMETRY: tl.constexpr,
+    EDGE: tl.constexpr,
+    C: tl.constexpr,
+):
     """[pixels, channels] of a map brought from in_h × in_w to h × w, in float32."""
-    if G[0] == POOL:
-        value, _ = pool_window(map, image, y, x, inside, channel, in_h, in_w, G, C)
+    if GEOMETRY[EDGE][0] == POOL:
+        value, _ = pool_window(map, image, y, x, inside, channel, in_h, in_w, GEOMETRY, EDGE, C)
     else:
-        if G[0] == NEAREST:
-            if G[1] > 0:  # whole factors, known when compiling
-                y, x = y // G[1], x // G[2]
+        if GEOMETRY[EDGE][0] == NEAREST:
+            if GEOMETRY[EDGE][1] > 0:  # whole factors, known when compiling
+                y, x = y // GEOMETRY[EDGE][1], x // GEOMETRY[EDGE][2]
             else:
                 y, x = y * in_h // h, x * in_w // w
         offsets = tile_offsets((image * in_h + y) * in_w + x, channel, C)
@@ -199,7 +225,7 @@ def fuse(
     """Σ coefficient · resized map, [pixels, channels] in float32."""
     for e in tl.static_range(len(maps)):
         term = sample(
-            maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY[e], C
+            maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY, e, C
         )
         if FUSION != _SUM:
             a = coefficient(edge_weights, e, largest, total, channel, FUSION, C, PER_CHANNEL)

@@ -125,12 +125,12 @@ def backward_fused(
     for e in tl.static_range(len(maps)):
         if GEOMETRY[e][0] == POOL:
             value, tap = pool_window(
-                maps[e], image, y, x, inside, channel, heights[e], widths[e], GEOMETRY[e], C
+                maps[e], image, y, x, inside, channel, heights[e], widths[e], GEOMETRY, e, C
             )
             tl.store(grads[e] + here, tap.to(grads[e].dtype.element_ty), mask=mask)
         elif FUSION != _SUM:
             value = sample(
-                maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY[e], C
+                maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY, e, C
             )
         if GEOMETRY[e][0] == NONE:
             part = d

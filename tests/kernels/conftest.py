@@ -12,6 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Read by the library once, at its first allocation: a pixel that is never written shows up as NaN.
 os.environ.setdefault("EDET_POISON", "1")
 
+# Read when Triton is imported: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def threads():

@@ -69,7 +69,7 @@ def test_a_context_is_its_own_threads():
 
 @pytest.mark.parametrize("name", ["tpu", "", "CPU", None])
 def test_unknown_names(name, monkeypatch):
-    message = re.escape("must be one of auto, reference, cpu, cuda, got " + repr(name))
+    message = re.escape("must be one of auto, reference, cpu, cuda, triton, got " + repr(name))
     with pytest.raises(ValueError, match="^backend " + message), backend(name):
         pass
     if name is not None:

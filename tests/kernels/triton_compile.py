@@ -10,7 +10,6 @@ object a kernel. A program of its own because Triton decides at import whether i
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -74,7 +73,10 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         instructions = re.findall(
             r"^\s+/\*\w+\*/\s+(.*?);?\s*$", tool("nvdisasm", "-c", file.name), re.M
         )
-    count = lambda pattern: sum(bool(re.match(r"(?:@!?\w+ )?" + pattern, i)) for i in instructions)
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.match(r"(?:@!?\w+ )?" + pattern, i)) for i in instructions)
+
     return {
         "kernel": name,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -114,15 +116,11 @@ def main(arch: int, dtype: torch.dtype, channels: int, height: int, width: int) 
         "separable_conv": {"sizes": [(height, width), half], "out_channels": channels},
         "lateral": {"size": (height, width), "out_channels": (channels, channels)},
     }
-    only = os.environ.get("ONLY")
     for op, more in options.items():
-        if only and op not in only.split(","):
-            continue
         call = sample(op, dtype, 1, channels=channels, **more)
         arguments = operator_arguments(call)
         result = getattr(ops, op)(*arguments)
-        if not only or os.environ.get("BACK"):
-            getattr(ops, op + "_backward")(result, *arguments)
+        getattr(ops, op + "_backward")(result, *arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""The Triton kernels as compiled for GPUs that need not be there: resources and instructions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+#: Every kernel, and those that multiply matrices.
+KERNELS = {
+    "weighted_fusion.forward",
+    "weighted_fusion.backward_fused",
+    "weighted_fusion.backward_resize",
+    "weighted_fusion.backward_edge_weights",
+    "pointwise.backward_weight",
+    "separable_conv.backward_depthwise",
+}
+PRODUCTS = {
+    "fusion_node.forward",
+    "separable_conv.forward",
+    "lateral.forward",
+    "lateral.backward_input",
+    "pointwise.backward_input",
+    "pointwise.backward_weight_sums",
+}
+REGISTERS = 65536  # of a multiprocessor
+SHARED = 99 * 1024  # the least that a block may use on any GPU from 8.0 on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtype", "channels", "size"),
+    [
+        (80, "float32", 88, (33, 31)),
+        (90, "float16", 64, (64, 64)),
+        (100, "bfloat16", 160, (20, 28)),
+    ],
+)
+def test_kernels_fit_the_gpu(arch, dtype, channels, size, tmp_path):
+    program = Path(__file__).with_name("triton_compile.py")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "EDET_BACKEND": "auto"}
+    environment.pop("TRITON_INTERPRET", None)
+    arguments = [str(arch), dtype, str(channels), *map(str, size)]
+    result = subprocess.run(
+        [sys.executable, str(program), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in found} == KERNELS | PRODUCTS
+    for kernel in found:
+        assert kernel["stack"] == kernel["local"] == kernel["local_access"] == 0, kernel
+        assert kernel["registers"] * kernel["threads"] <= REGISTERS, kernel
+        assert kernel["shared"] <= SHARED, kernel
+        if kernel["kernel"] in PRODUCTS and dtype != "float32":
+            assert kernel["mma"] > 0, kernel
+        if kernel["kernel"] == "weighted_fusion.forward":
+            assert kernel["wide_loads"] > 0, kernel  # channels are a multiple of 16 bytes
