@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from edet_kernels import current_backend
+
 _version = attrgetter("_version")
 _training = attrgetter("training")
 _optimizer_steps = 0
@@ -114,6 +116,15 @@ class _Cache:
         return _Cache, ()
 
 
+def _exports_layers() -> bool:
+    """Whether torch.export is to record PyTorch's operations and not the fused ones."""
+    return current_backend() in ("auto", "reference")
+
+
+# what it reads, a ContextVar, cannot be traced
+_exports_layers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class PackedModule(nn.Module):
     """A module with two ways to compute the same: differentiable layers, and fused ops.
 
@@ -140,10 +151,11 @@ class PackedModule(nn.Module):
         """The packed weights and the dtype to compute in for the input ``x``.
 
         None, for the differentiable layers, in training mode, when a gradient is needed, and in
-        torch.export, whose graphs are to hold PyTorch's own operations. torch.compile packs inside
-        its graph, so that the weights stay inputs of it.
+        torch.export, whose graphs are to hold PyTorch's own operations unless a backend with
+        kernels is asked for by name. torch.compile and torch.export pack inside their graph, so
+        that the weights stay inputs of it.
         """
-        if self.training or torch.compiler.is_exporting():
+        if self.training or (torch.compiler.is_exporting() and _exports_layers()):
             return None
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
