@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import edet_kernels
+from edet_kernels import current_backend
 
 from .plan import Plan, record
 
@@ -143,7 +143,7 @@ class _Frozen:
         if grad and any(x.requires_grad for x in inputs):
             return list(forward())
         key = (
-            edet_kernels.current_backend(),
+            current_backend(),
             grad,
             torch.is_inference_mode_enabled(),
             autocast_dtype(inputs[0]),
@@ -173,6 +173,7 @@ def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
         if (
             frozen is None
             or torch.compiler.is_compiling()
+            or torch.compiler.is_exporting()
             or not isinstance(inputs, (list, tuple))
             or not inputs
             or not all(isinstance(x, Tensor) for x in inputs)
@@ -181,6 +182,15 @@ def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
         return frozen.run(lambda: forward(self, maps), list(inputs))
 
     return wrapper
+
+
+def _exports_layers() -> bool:
+    """Whether torch.export is to record PyTorch's operations and not the fused ones."""
+    return current_backend() in ("auto", "reference")
+
+
+# what it reads, a ContextVar, cannot be traced
+_exports_layers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class PackedModule(nn.Module):
@@ -247,10 +257,11 @@ class PackedModule(nn.Module):
         """The packed weights and the dtype to compute in for the input ``x``.
 
         None, for the differentiable layers, in training mode, when a gradient is needed, and in
-        torch.export, whose graphs are to hold PyTorch's own operations. torch.compile packs inside
-        its graph, so that the weights stay inputs of it.
+        torch.export, whose graphs are to hold PyTorch's own operations unless a backend with
+        kernels is asked for by name. torch.compile and torch.export pack inside their graph, so
+        that the weights stay inputs of it.
         """
-        if self.training or torch.compiler.is_exporting():
+        if self.training or (torch.compiler.is_exporting() and _exports_layers()):
             return None
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())

@@ -299,3 +299,14 @@ def test_synchronised_batch_norm(
         torch.testing.assert_close(grads[name].double(), p.grad, rtol=1e-3, atol=1e-3)
     for name, tensor in neck.state_dict().items():
         torch.testing.assert_close(state[name].double(), tensor.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_refuses_integer_images(small: edet.EfficientDet) -> None:
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    for training in (False, True):
+        small.train(training)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(TypeError, match=r"images must be torch.float32 .* got torch.uint8"),
+        ):
+            small(images)
