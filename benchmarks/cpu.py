@@ -30,9 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
 
 import edet_kernels  # noqa: E402
-from benchmarks import report, rivals  # noqa: E402
-from benchmarks.report import OURS  # noqa: E402
-from edet import EfficientDet, count_macs, create_model  # noqa: E402
+from benchmarks import rivals  # noqa: E402
+from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
 from edet.anchors import generate_anchors  # noqa: E402
 from edet.bench import (  # noqa: E402
     Call,
@@ -44,6 +43,7 @@ from edet.bench import (  # noqa: E402
     set_batch_norms,
 )
 from edet.postprocess import postprocess  # noqa: E402
+from edet.report import OURS  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
 #: Names on the command line and in the tables.

@@ -18,36 +18,16 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
-sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
-from benchmarks import report  # noqa: E402
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "python"),
+]  # as a program, only its own folder is searched
+from edet import report  # noqa: E402
 
 
-def table(bench: dict[str, Any]) -> str:
-    """One result file as Markdown: its conditions, then a row per part of the model.
-
-    The last variant is ours; each other one is shown with how many times longer it took.
-    """
-    if "schema" in bench:  # of benchmarks/cpu.py
-        return report.markdown(report.check(bench))
-    *baselines, ours = bench["variants"]
-    height, width = bench["image_size"]
-    lines = [
-        f"**{bench['model']}**, {height}×{width}, batch {bench['batch_size']}, {bench['dtype']}, "
-        f"{bench['threads']} threads, {bench['machine']}, torch {bench['torch']}; median of "
-        f"{bench['rounds']} rounds in one run, ms:",
-        "",
-        "| | " + " | ".join([*baselines, "edet-kernels"]) + " | largest difference |",
-        "|---|" + "---:|" * (len(baselines) + 2),
-    ]
-    for row in bench["rows"]:
-        medians = row["median_ms"]
-        cells = [
-            "" if medians[v] is None else f"{medians[v]:.1f} ({medians[v] / medians[ours]:.1f}×)"
-            for v in baselines
-        ]
-        cells += [f"**{medians[ours]:.1f}**", f"{row['difference']:.0e}"]
-        lines.append(f"| {row['part']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(result: dict[str, Any]) -> str:
+    """One result file as Markdown."""
+    return report.markdown(report.check(result))
 
 
 def updated(readme: str, tables: list[str]) -> str:

@@ -1,15 +1,15 @@
-"""The quick table: each part of a model in PyTorch's eager layers and here, checked, then timed."""
+"""Each stage of a model in PyTorch's eager layers and here, checked, then timed."""
 
 from __future__ import annotations
 
 import copy
-import json
+import datetime
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import edet_kernels
 
+from . import report
+from .anchors import generate_anchors
 from .configs import get_config
-from .efficientdet import EfficientDet, create_model
+from .efficientdet import EfficientDet, count_macs, count_parameters, create_model
 from .extras import require
 from .files import replacing
 from .packing import PackedModule
+from .postprocess import postprocess
+from .preprocess import preprocess
 
-#: The rows of the table.
-PARTS = ("BiFPN", "heads", "backbone", "whole")
+#: The rows of the table. Pre- and post-processing run around the network, which is ``whole``.
+PARTS = ("BiFPN", "heads", "backbone", "whole", "pre-processing", "post-processing")
 
 #: Rounds that are run and not counted: weights are packed and caches filled in them.
 WARM_UP = 3
@@ -48,12 +52,17 @@ class Row:
         difference: largest difference of ours from the float64 reference, as a fraction of the
             reference's largest value.
         eager_difference: the same of eager.
+        macs, parameters: of the whole batch's convolutions, and of the part.
+        bytes: what a call must at least read and write: its inputs, weights and outputs.
     """
 
     part: str
     milliseconds: dict[str, list[float]]
     difference: float
     eager_difference: float
+    macs: int = 0
+    parameters: int = 0
+    bytes: int = 0
 
     def median(self, variant: str) -> float | None:
         """Median time in milliseconds; None for a variant that does not apply to this part."""
@@ -79,16 +88,86 @@ class Bench:
     backends: dict[str, str]
     variants: list[str]
     rows: list[Row]
+    peak_gflops: float = 0.0
+    bandwidth_gbs: float = 0.0
 
-    def to_json(self) -> str:
-        """Everything, with the median of every variant, as JSON text."""
-        plain = asdict(self)
-        for row, out in zip(self.rows, plain["rows"], strict=True):
-            out["median_ms"] = {v: row.median(v) for v in self.variants}
-        return json.dumps(plain, indent=1)
+    def result(self) -> dict[str, Any]:
+        """This table as a result of :mod:`edet.report`."""
+        return result([self])
 
     def __str__(self) -> str:
         return format_table(self)
+
+
+def result(tables: Sequence[Bench]) -> dict[str, Any]:
+    """Tables of one machine as one result of :mod:`edet.report`."""
+    first = tables[0]
+    rows = []
+    for table in tables:
+        for row in table.rows:
+            times = {name: report.summary(samples) for name, samples in row.milliseconds.items()}
+            errors = {v: row.eager_difference for v in times} | {report.OURS: row.difference}
+            for name in times:
+                times[name]["error"] = errors[name]
+            best, ratios = report.compare(times)
+            peak = table.peak_gflops
+            rows.append(
+                {
+                    "model": table.model,
+                    "image_size": list(table.image_size),
+                    "batch_size": table.batch_size,
+                    "dtype": table.dtype,
+                    "device": table.device,
+                    "stage": "network" if row.part == "whole" else row.part,
+                    "macs": row.macs,
+                    "parameters": row.parameters,
+                    "bytes": row.bytes,
+                    "rounds": table.rounds,
+                    "times": times,
+                    "unavailable": {},
+                    "best_rival": best,
+                    "ratios": ratios,
+                    "peak_fraction": {
+                        name: 2e-6 * row.macs / t["median_ms"] / peak
+                        for name, t in times.items()
+                        if row.macs and peak
+                    },
+                }
+            )
+    return {
+        "schema": report.SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "revision": None,
+        "machine": {"cpu": first.machine, "system": platform.platform()},
+        "versions": {
+            "python": first.python,
+            "torch": first.torch,
+            "edet_kernels": first.edet_kernels,
+        },
+        "threads": first.threads,
+        "settings": {
+            "backends": first.backends,
+            "peak": "largest torch.mm",
+            "bandwidth_gbs": max(table.bandwidth_gbs for table in tables),
+        },
+        "peak_gflops": {t.dtype: max(u.peak_gflops for u in tables if u.dtype == t.dtype)
+                        for t in tables if t.peak_gflops},
+        "rows": rows,
+        "scaling": [],
+        "memory": [],
+        "fusion": [],
+    }  # fmt: skip
+
+
+def measured_roofs(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """GFLOP/s of a large matrix product and GB/s of a large copy, the best of a few."""
+    side = 1536 if device.type == "cpu" else 8192
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    x = torch.ones(2**26 if device.type == "cpu" else 2**30, device=device, dtype=torch.uint8)
+    y = torch.empty_like(x)
+    product = min(_timed(lambda: [a @ a], device) for _ in range(4))
+    copy_ms = min(_timed(lambda: [y.copy_(x)], device) for _ in range(4))
+    return 2e-6 * side**3 / product, 2e-6 * x.numel() / copy_ms
 
 
 def random_model(name: str, images: Tensor) -> EfficientDet:
@@ -160,6 +239,44 @@ def part_calls(
         "backbone": lambda: model.backbone(images),
         "whole": whole,
     }
+
+
+def outer_calls(model: EfficientDet, images: Tensor) -> tuple[Call, Call, Call]:
+    """Pre-processing of photographs, post-processing of head outputs, and that by the references.
+
+    The outputs are those of ``model`` for ``images``.
+    """
+    config, batch = model.config, images.shape[0]
+    size = (int(images.shape[2]), int(images.shape[3]))
+    generator = torch.Generator().manual_seed(0)
+    photographs = [
+        torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8, generator=generator)
+        for _ in range(batch)
+    ]
+
+    def before() -> list[Tensor]:
+        arguments: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
+        return [preprocess(photographs, size, mean=config.mean, std=config.std, **arguments).images]
+
+    anchors = generate_anchors(
+        size,
+        min_level=config.min_level,
+        max_level=config.max_level,
+        num_scales=config.num_scales,
+        aspect_ratios=config.aspect_ratios,
+        anchor_scale=config.anchor_scale,
+        device=images.device,
+    )
+    classes, boxes = model(images)
+
+    def after() -> list[Tensor]:
+        return list(postprocess(classes, boxes, anchors, sizes=[size] * batch))
+
+    def by_references() -> list[Tensor]:
+        with edet_kernels.backend("reference"):
+            return after()
+
+    return before, after, by_references
 
 
 def relative_difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -267,8 +384,8 @@ def run_bench(
         [x.double() for x in features],
         [x.double() for x in pyramid],
     )
-    differences = {}
-    for part in PARTS:
+    differences = {"pre-processing": (0.0, 0.0)}  # there is one only
+    for part in exact:
         reference = exact[part]()
         mine, theirs = (
             relative_difference(variants[v][part](), reference) for v in ("ours", f"eager {fusion}")
@@ -276,6 +393,13 @@ def run_bench(
         check(part, mine, theirs, dtype)
         differences[part] = mine, theirs
     del exact, reference
+    before, after, by_references = outer_calls(ours, images)
+    scores, right = after()[1], by_references()[1].double()
+    difference = relative_difference([scores], [right])
+    check("post-processing", difference, 0.0, torch.float32)
+    differences["post-processing"] = difference, 0.0
+    variants["ours"] |= {"pre-processing": before, "post-processing": after}
+    variants[f"eager {fusion}"]["post-processing"] = by_references
 
     times: dict[str, dict[str, list[float]]] = {part: {v: [] for v in variants} for part in PARTS}
     turns = [
@@ -293,6 +417,24 @@ def run_bench(
         finished += 1
         if progress is not None and finished > 0:
             progress(finished, rounds)
+    macs, parameters = count_macs(ours, (images.shape[2], images.shape[3])), count_parameters(ours)
+    heads = parameters.class_net + parameters.box_net
+    outputs = variants["ours"]["whole"]()
+    counts = {
+        "BiFPN": (macs.fpn, parameters.fpn, [*features, *pyramid]),
+        "heads": (macs.class_net + macs.box_net, heads, [*pyramid, *pyramid, *outputs]),
+        "backbone": (macs.backbone, parameters.backbone, [images, *features]),
+        "whole": (macs.total, parameters.total, [images, *outputs]),
+    }
+
+    def size(part: str) -> dict[str, int]:
+        if part not in counts:
+            return {}
+        operations, weights, maps = counts[part]
+        moved = (weights + sum(x.numel() for x in maps)) * images.element_size()
+        return {"macs": operations * images.shape[0], "parameters": weights, "bytes": moved}
+
+    roofs = measured_roofs(device, dtype)
     return Bench(
         model=ours.config.name,
         image_size=(images.shape[2], images.shape[3]),
@@ -308,9 +450,11 @@ def run_bench(
         backends={c.op: c.backend for c in edet_kernels.explain(device, dtype)},
         variants=list(variants),
         rows=[
-            Row(part, {v: t for v, t in times[part].items() if t}, *differences[part])
+            Row(part, {v: t for v, t in times[part].items() if t}, *differences[part], **size(part))
             for part in PARTS
         ],
+        peak_gflops=roofs[0],
+        bandwidth_gbs=roofs[1],
     )
 
 
@@ -338,7 +482,7 @@ def format_table(bench: Bench) -> str:
         assert ours is not None
         lines.append(
             [
-                row.part,
+                row.part.removesuffix("ing"),  # 80 columns
                 *("same" if m is None else f"{m:.2f}" for m in medians),
                 *("" if m is None else f"{m / ours:.1f}x" for m in medians[:-1]),
                 f"{row.difference:.0e}",
@@ -364,13 +508,12 @@ def format_table(bench: Bench) -> str:
 
 
 def write_json(bench: Bench, path: str | os.PathLike[str]) -> None:
-    """Writes :meth:`Bench.to_json` to ``path``.
+    """Writes the table as a result file of :mod:`edet.report`.
 
     Raises:
         OSError: the folder does not exist or cannot be written; nothing is left behind.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(bench.to_json() + "\n", encoding="utf-8")
+    report.write(bench.result(), path)
 
 
 def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
@@ -384,8 +527,9 @@ def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
     axes = figure.add_subplot()
     colours = ("#b8b8b8", "#7d7d7d", "#d1495b")[-len(bench.variants) :]
     thickness = 0.8 / len(bench.variants)
+    rows = [row for row in bench.rows if row.macs]
     for k, (variant, fill) in enumerate(zip(bench.variants, colours, strict=True)):
-        for i, row in enumerate(bench.rows):
+        for i, row in enumerate(rows):
             value = row.median(variant)
             if value is None:
                 continue
@@ -398,7 +542,7 @@ def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
             if variant == "ours" and baseline is not None:
                 note += f"  ({baseline / value:.1f}x)"
             axes.text(value, y, note, va="center", fontsize=9)
-    axes.set_yticks(range(len(bench.rows)), [row.part for row in bench.rows])
+    axes.set_yticks(range(len(rows)), [row.part for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel("milliseconds (median)")

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import edet_kernels
 
-from .bench import CheckFailed, count_operations, eager_copy, plot, run_bench, write_json
+from . import report as reports
+from .bench import Bench, CheckFailed, count_operations, eager_copy, plot, result, run_bench
 from .configs import get_config, list_models
 from .detector import Detector
 from .draw import draw_detections
@@ -405,10 +406,33 @@ def info(
             typer.echo(f"{choice.op:{widths[0]}}  {choice.backend:{widths[1]}}  {choice.reason}")
 
 
-@app.command(epilog="Example: edet bench tf_efficientdet_d3 --dtype bfloat16 --plot d3.png")
-def bench(
-    model: Annotated[str, ModelName] = "tf_efficientdet_d0",
-    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1, metavar="N")] = 1,
+class BenchGroup(typer.core.TyperGroup):
+    """``edet bench MODEL …`` is short for ``edet bench run MODEL …``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+bench_app = typer.Typer(
+    cls=BenchGroup, rich_markup_mode=None, context_settings=app.info.context_settings
+)
+app.add_typer(
+    bench_app, name="bench", help="Time a model against PyTorch; compare and report results."
+)
+
+
+@bench_app.command(epilog="Example: edet bench tf_efficientdet_d3 --dtype bfloat16 --plot d3.png")
+def run(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names that 'edet models' lists.", metavar="[MODEL]..."),
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Images at once; may be given several times.", min=1, metavar="N"),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1, metavar="N")] = 20,
     dtype: DtypeOption = Dtype.float32,
     device: Device = "cpu",
@@ -418,21 +442,23 @@ def bench(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write the table and all times to this file.", metavar="FILE"),
+        typer.Option("--json", help="Write the result with all times.", metavar="FILE"),
     ] = None,
     plot_file: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw the table to this .png, .svg or .pdf.", metavar="FILE"),
+        typer.Option("--plot", help="Draw the last table to .png, .svg or .pdf.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Time BiFPN, heads, backbone and whole model against PyTorch.
+    """Time every stage of models against PyTorch: the default of 'edet bench'.
 
     Every part is first compared with a float64 reference; if one is wrong, nothing is timed. The
     variants then take turns in one process. Weights are random.
     """
     with one_line_errors():
         place = checked_device(device)
-        get_config(model)
+        names = models or ["tf_efficientdet_d0"]
+        for name in names:
+            get_config(name)
         for path, option in ((json_file, "--json"), (plot_file, "--plot")):
             if path is not None:
                 check_writable(path.parent, option)
@@ -442,23 +468,72 @@ def bench(
             require("matplotlib.figure", "plot")
         if threads is not None:
             torch.set_num_threads(threads)
-        with progress_bar() as progress:
-            task = progress.add_task("checking, then timing", total=rounds)
-            table = run_bench(
-                model,
-                batch_size=batch_size,
-                dtype=dtype.torch,
-                device=place,
-                rounds=rounds,
-                progress=lambda done, _: progress.update(task, completed=done),
-            )
-        typer.echo(str(table))
+        tables: list[Bench] = []
+        for name in names:
+            for size in batch_size or [1]:
+                with progress_bar() as progress:
+                    task = progress.add_task("checking, then timing", total=rounds)
+                    table = run_bench(
+                        name,
+                        batch_size=size,
+                        dtype=dtype.torch,
+                        device=place,
+                        rounds=rounds,
+                        progress=lambda done, _, p=progress, t=task: p.update(t, completed=done),  # type: ignore[misc]
+                    )
+                typer.echo(f"\n\n{table}" if tables else str(table))
+                tables.append(table)
         if json_file is not None:
-            write_json(table, json_file)
+            reports.write(result(tables), json_file)
             typer.echo(f"Results: {json_file}", err=True)
         if plot_file is not None:
-            plot(table, plot_file)
+            plot(tables[-1], plot_file)
             typer.echo(f"Plot: {plot_file}", err=True)
+
+
+ResultFile = Annotated[
+    Path, typer.Argument(help="A result of 'edet bench --json'.", exists=True, dir_okay=False)
+]
+
+
+@bench_app.command(epilog="Example: edet bench compare before.json after.json")
+def compare(
+    before: ResultFile,
+    after: ResultFile,
+    tolerance: Annotated[
+        float, typer.Option(help="Changes smaller than this are none.", min=0, metavar="FRACTION")
+    ] = 0.02,
+) -> None:
+    """Compare two results; the exit status is 1 when a row became slower.
+
+    A row is faster or slower only when the 95 % interval of the ratio of medians says so; what
+    PyTorch's own variants lost or gained from one run to the other is the machine's and is divided
+    out. Rows whose samples are too noisy to tell are 'unclear'.
+    """
+    with one_line_errors():
+        found = reports.verdicts(reports.read(before), reports.read(after), tolerance)
+        rows = [["", "before, ms", "after, ms", "ratio", "95 % interval", "machine", ""]]
+        for v in found:
+            numbers = [f"{v.before:.2f}", f"{v.after:.2f}", f"{v.ratio:.3f}"]
+            rows.append([v.row, *numbers, f"{v.low:.3f}-{v.high:.3f}", f"{v.drift:.3f}", v.word])
+        print_table(rows)
+        slower = sum(v.word == "slower" for v in found)
+    if slower:
+        fail(f"{slower} of {len(found)} rows became slower", code=1)
+
+
+@bench_app.command("report", epilog="Example: edet bench report d0.json --output report/")
+def bench_report(
+    result_file: ResultFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write to.", metavar="FOLDER")
+    ] = Path("bench"),
+) -> None:
+    """Write a result as Markdown, plots and one self-contained HTML page."""
+    with one_line_errors():
+        check_writable(output, "--output", create=True)
+        for path in reports.write_report(reports.read(result_file), output):
+            typer.echo(path)
 
 
 @app.command()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import edet
-from benchmarks import cpu, report, rivals, update_readme
+from benchmarks import cpu, rivals, update_readme
+from edet import report
 from edet.bifpn import BiFPN
 
 

@@ -1,5 +1,6 @@
 """The quick table and the demo: checks before times, and files that can be read again."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 import edet
 import edet_kernels
-from edet import bench, demo
+from edet import bench, demo, report
 
 MODEL = "tf_efficientdet_lite0"
 
@@ -27,12 +28,16 @@ def table(model):
 
 
 def test_table(table):
-    assert [row.part for row in table.rows] == ["BiFPN", "heads", "backbone", "whole"]
+    assert [row.part for row in table.rows] == list(bench.PARTS)
     assert table.variants == ["eager softmax", "eager fast", "ours"]
     for row in table.rows:
         times = row.milliseconds
         assert set(times) == (
-            set(table.variants) if row.part in ("BiFPN", "whole") else {"eager fast", "ours"}
+            set(table.variants)
+            if row.part in ("BiFPN", "whole")
+            else {"ours"}
+            if row.part == "pre-processing"
+            else {"eager fast", "ours"}
         )
         assert all(len(t) == table.rounds == 2 and min(t) > 0 for t in times.values())
         assert 0 <= row.difference <= max(3 * row.eager_difference, 2e-5)
@@ -49,12 +54,21 @@ def test_text_fits_a_terminal(table):
 
 def test_json(table, tmp_path):
     bench.write_json(table, tmp_path / "bench.json")
-    plain = json.loads((tmp_path / "bench.json").read_text())
-    assert plain["torch"] == torch.__version__
+    plain = report.read(tmp_path / "bench.json")
+    assert plain["versions"]["torch"] == torch.__version__
     assert plain["threads"] == torch.get_num_threads()
-    assert plain["backends"] == {c.op: c.backend for c in edet_kernels.explain()}
+    assert plain["settings"]["backends"] == {c.op: c.backend for c in edet_kernels.explain()}
+    assert plain["peak_gflops"]["float32"] > 0 and plain["settings"]["bandwidth_gbs"] > 0
     for row, out in zip(table.rows, plain["rows"], strict=True):
-        assert out["median_ms"]["ours"] == row.median("ours")
+        assert out["times"]["ours"]["median_ms"] == row.median("ours")
+        assert out["stage"] == {"whole": "network"}.get(row.part, row.part)
+        assert out["parameters"] == row.parameters and (out["macs"] > 0) == (row.bytes > 0)
+
+
+def test_several_tables_make_one_result(table):
+    found = bench.result([table, dataclasses.replace(table, batch_size=4)])
+    assert [row["batch_size"] for row in found["rows"]] == [1] * 6 + [4] * 6
+    assert report.check(found) is found
 
 
 def test_plot(table, tmp_path):

@@ -211,7 +211,7 @@ def test_bench(tmp_path):
     result = edet_("bench", MODEL, "--rounds", 1, "--json", "bench.json", "--plot", "bench.png")
     assert result.exit_code == 0
     table = json.loads((tmp_path / "bench.json").read_text())
-    assert table["model"] == MODEL
+    assert {row["model"] for row in table["rows"]} == {MODEL}
     with Image.open(tmp_path / "bench.png") as picture:
         assert picture.size == (1350, 675)
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -247,7 +247,29 @@ def test_bench_reports_no_times_after_a_failed_check(monkeypatch):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["", "detect", "info", "bench", "models"])
+def test_bench_compare_and_report(tmp_path):
+    arguments = (MODEL, "--rounds", 3, "--json", "a.json", "--batch-size", 1, "--batch-size", 2)
+    assert edet_("bench", "run", *arguments).exit_code == 0
+    result = edet_("bench", "compare", "a.json", "a.json")
+    assert result.exit_code == 0 and "slower" not in result.stdout
+    assert sum("batch 2" in line for line in result.stdout.splitlines()) == 6
+    table = json.loads((tmp_path / "a.json").read_text())
+    for row in table["rows"]:
+        row["times"]["ours"]["samples_ms"] = [9 * t for t in row["times"]["ours"]["samples_ms"]]
+    (tmp_path / "b.json").write_text(json.dumps(table))
+    result = edet_("bench", "compare", "a.json", "b.json")
+    assert_one_line_error(result, "12 of 12 rows became slower", code=1)
+    assert edet_("bench", "report", "a.json", "-o", "report").exit_code == 0
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    (tmp_path / "c.json").write_text("{}")
+    assert_one_line_error(edet_("bench", "compare", "a.json", "c.json"), "schema")
+    assert edet_("bench", "report", "none.json").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "detect", "info", "bench", "bench run", "bench compare", "bench report", "models"],
+)
 def test_help(command):
     result = edet_(*command.split(), "--help")
     assert result.exit_code == 0
