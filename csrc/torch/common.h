@@ -13,6 +13,11 @@
 #include "../core/params.h"
 #include "../cpu/schedule.h"
 
+// The namespace of the ops in torch.ops; the emulation has one of its own.
+#ifndef EDET_OPS
+#define EDET_OPS edet_kernels
+#endif
+
 namespace edet::torch_ops {
 
 using torch::stable::Tensor;
