@@ -278,7 +278,9 @@ Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes,
                                              static_cast<int>(shared_bytes));
     if (error != kSuccess) return error;
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(params);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(params);
+  // clang-format on
   return cudaGetLastError();
 }
 

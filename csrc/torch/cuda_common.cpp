@@ -15,6 +15,8 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace edet::torch_ops {
 
+using torch::stable::clone;
+
 namespace {
 
 #ifdef EDET_EMULATION
@@ -56,7 +58,10 @@ const void* CudaCall::read(const Tensor& t) {
 const void* CudaCall::map(const Tensor& t) { return read(channels_last(t)); }
 
 const float* CudaCall::floats(const Tensor& t, int64_t numel, const char* name) {
-  return static_cast<const float*>(read(float_weight(t, numel, name)));
+  Tensor weight = float_weight(t, numel, name);
+  // kernels read 16 bytes at once; a view may begin anywhere
+  if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16) weight = clone(weight);
+  return static_cast<const float*>(read(weight));
 }
 
 void* CudaCall::write(Tensor& t) {
