@@ -16,9 +16,9 @@ struct ProjectionParams {
   int64_t rows, c_in;
   int projections;
   Projection projection[kMaxEdges];
-  const float* gate;      // (rows / image_rows, c_in), or null
-  int64_t image_rows;     // of one image
-  const void* residual;   // like the output of the only projection, or null
+  const float* gate;     // (rows / image_rows, c_in), or null
+  int64_t image_rows;    // of one image
+  const void* residual;  // like the output of the only projection, or null
 };
 
 // Launches on `stream` of the current device; no output may overlap the input.

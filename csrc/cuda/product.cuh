@@ -178,9 +178,9 @@ class Product<float, kTilesM, kTilesN> {
   float sum_[kM][kN][4];
 };
 
-// The columns of a block in units of 32, and how many blocks share the output channels. A block that
-// has all of them reads its rows once; up to 384 columns fit the registers. Floats have no tensor
-// cores, and more sums than of 128 columns would leave no registers.
+// The columns of a block in units of 32, and how many blocks share the output channels. A block
+// that has all of them reads its rows once; up to 384 columns fit the registers. Floats have no
+// tensor cores, and more sums than of 128 columns would leave no registers.
 struct ProductShape {
   int tiles_n;
   int64_t slices;
@@ -249,10 +249,9 @@ EDET_DEVICE Affine load_affine(const float* scale, const float* shift, int64_t c
 // result; pixel(row) is the first of its c_out channels, or null. `aligned` when 16 bytes may be
 // written at once.
 template <class P, class Change, class Pixel>
-EDET_DEVICE void store_product(const P& product, Shared<typename P::Type> stage,
-                               const float* scale, const float* shift, int n, int columns,
-                               int64_t c_out, bool aligned, const Change& change,
-                               const Pixel& pixel) {
+EDET_DEVICE void store_product(const P& product, Shared<typename P::Type> stage, const float* scale,
+                               const float* shift, int n, int columns, int64_t c_out, bool aligned,
+                               const Change& change, const Pixel& pixel) {
   using T = typename P::Type;
   block_barrier();  // the operands, in whose place the result comes, are no longer read
   product.each([&](int column) { return load_affine(scale, shift, n + column, c_out); },

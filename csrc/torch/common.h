@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -53,6 +54,17 @@ int64_t coefficient_floats(int edges, int64_t channels);
 // An edge that brings a map of (in_h, in_w) to (h, w).
 Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t w, Pool pool,
                int source);
+
+// Gives the floats of a weight of `numel` elements; an error names it.
+using WeightReader = std::function<const float*(const Tensor&, int64_t numel, const char* name)>;
+
+// Checks an inverted residual block's arguments and describes it, but for the memory.
+// expand: [] or [packed, scale, shift]; depthwise: [packed, scale, shift];
+// squeeze: [] or [reduce, reduce_bias, excite, excite_bias]; project: [packed, scale, shift].
+MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Tensors& depthwise,
+                           const Tensors& squeeze, const Tensors& project, int64_t stride,
+                           const Ints& padding, const Ints& size, int64_t activation, bool residual,
+                           const WeightReader& weight);
 
 // torch's thread pool.
 cpu::Runtime runtime();

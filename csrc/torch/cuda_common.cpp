@@ -55,6 +55,16 @@ const void* CudaCall::read(const Tensor& t) {
   return t.const_data_ptr();
 }
 
+Tensor CudaCall::strided(const Tensor& t) {
+#ifdef EDET_EMULATION
+  const Tensor array = clone(t);
+#else
+  const Tensor& array = t;
+#endif
+  read(array);
+  return array;
+}
+
 const void* CudaCall::map(const Tensor& t) { return read(channels_last(t)); }
 
 const float* CudaCall::floats(const Tensor& t, int64_t numel, const char* name) {

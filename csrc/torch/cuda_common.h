@@ -30,8 +30,11 @@ class CudaCall {
 
   // A map for kernels to read, in channels_last memory.
   const void* map(const Tensor& t);
-  // Any tensor to read, as it is.
+  // A contiguous tensor to read.
   const void* read(const Tensor& t);
+  // A tensor to read by its strides: itself, or in the emulation, which knows memory by arrays
+  // without gaps, a copy of its contents.
+  Tensor strided(const Tensor& t);
   // A weight of `numel` floats to read; an error names it.
   const float* floats(const Tensor& t, int64_t numel, const char* name);
   // A tensor for kernels to write.
