@@ -17,7 +17,7 @@ namespace edet::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;  // per multiprocessor, which leaves a thread 80 registers
+constexpr int kBlocks = 3;               // per multiprocessor, which leaves a thread 80 registers
 constexpr int kHeight = 4, kWidth = 16;  // of a block's output tile
 constexpr int kRows = 2 * kHeight + 1, kColumns = 2 * kWidth + 1;
 constexpr int kTaps = 27;

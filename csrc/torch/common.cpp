@@ -1,6 +1,7 @@
 // Checks, memory, threads and coefficients shared by the ops' glue.
 #include "common.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -171,6 +172,49 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   p.project = weight(project[0], packed(p.c_out, p.c_mid), "project[0]");
   p.project_scale = weight(project[1], p.c_out, "project[1]");
   p.project_shift = weight(project[2], p.c_out, "project[2]");
+  return p;
+}
+
+NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
+                         int64_t max_detections) {
+  STD_TORCH_CHECK(max_detections >= 1, "max_detections must be at least 1, got ", max_detections);
+  return {enumerator<NmsMethod>(method, 2, "method"), static_cast<float>(iou_threshold),
+          static_cast<float>(sigma), static_cast<float>(score_threshold), max_detections};
+}
+
+DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outputs,
+                           const Tensor& anchors, const std::optional<Tensor>& limits,
+                           int64_t max_candidates, const MapReader& map,
+                           const WeightReader& weight) {
+  const size_t levels = class_outputs.size();
+  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels && box_outputs.size() == levels,
+                  "class_outputs and box_outputs must be 1 to ", kMaxLevels, " maps each");
+  STD_TORCH_CHECK(max_candidates >= 1, "max_candidates must be at least 1, got ", max_candidates);
+  DetectParams p{};
+  p.dtype = map_dtype(class_outputs[0]);
+  p.levels = static_cast<int>(levels);
+  p.n = class_outputs[0].size(0);
+  p.cell_anchors = box_outputs[0].size(1) / 4;
+  STD_TORCH_CHECK(p.cell_anchors >= 1 && class_outputs[0].size(1) % p.cell_anchors == 0,
+                  "class_outputs and box_outputs must have A·classes and A·4 channels");
+  p.num_classes = class_outputs[0].size(1) / p.cell_anchors;
+  int64_t total = 0;
+  for (size_t l = 0; l < levels; l++) {
+    const Tensor &c = class_outputs[l], &b = box_outputs[l];
+    STD_TORCH_CHECK(c.dim() == 4 && b.dim() == 4 && c.size(0) == p.n && b.size(0) == p.n &&
+                        c.size(1) == p.cell_anchors * p.num_classes &&
+                        b.size(1) == p.cell_anchors * 4 && c.size(2) == b.size(2) &&
+                        c.size(3) == b.size(3) && map_dtype(c) == p.dtype &&
+                        map_dtype(b) == p.dtype,
+                    "class_outputs and box_outputs must agree in batch, size, channels and dtype");
+    p.classes[l] = map(c);
+    p.boxes[l] = map(b);
+    p.pixels[l] = c.size(2) * c.size(3);
+    total += p.pixels[l] * p.cell_anchors;
+  }
+  p.anchors = weight(anchors, total * 4, "anchors");
+  if (limits) p.limits = weight(*limits, p.n * 2, "limits");
+  p.candidates = std::min(max_candidates, total * p.num_classes);
   return p;
 }
 

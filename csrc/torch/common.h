@@ -66,6 +66,18 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
                            const Ints& padding, const Ints& size, int64_t activation, bool residual,
                            const WeightReader& weight);
 
+NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
+                         int64_t max_detections);
+
+// Gives the NHWC bytes of a map.
+using MapReader = std::function<const void*(const Tensor&)>;
+
+// Checks the head outputs and describes them, but for settings and results.
+DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outputs,
+                           const Tensor& anchors, const std::optional<Tensor>& limits,
+                           int64_t max_candidates, const MapReader& map,
+                           const WeightReader& weight);
+
 // torch's thread pool.
 cpu::Runtime runtime();
 
