@@ -5,6 +5,7 @@
 // second-level cache). Logits and their indices make keys, no two equal, whose larger is better;
 // each pass counts the next 11 bits of those keys that begin like the k-th largest. No pass waits
 // for the host: what a pass found is worked out again by every block of the next.
+// Budget: 64 registers.
 #include "detect.h"
 
 #include <algorithm>
@@ -204,11 +205,11 @@ rank(EDET_PARAMS(SelectParams) s) {
           box.value[3 - axis] = ends[1];
         }
         // the bits below the order's are zeros of the logit, which in a negative's order are ones
-    const int below = 32 - s.order_bits;
-    uint32_t order = uint32_t(key >> s.index_bits) << below;
-    if (!(order & 0x80000000u)) order |= uint32_t((uint64_t(1) << below) - 1);
-    const float logit = ordered(order);
-    return 1.0f / (1.0f + exp(-logit));
+        const int below = 32 - s.order_bits;
+        uint32_t order = uint32_t(key >> s.index_bits) << below;
+        if (!(order & 0x80000000u)) order |= uint32_t((uint64_t(1) << below) - 1);
+        const float logit = ordered(order);
+        return 1.0f / (1.0f + exp(-logit));
       });
 }
 

@@ -5,6 +5,7 @@
 // With 16-bit maps of 64 channels that is 37 operations a byte: bandwidth, or at batch 1, where all
 // maps lie in the second-level cache, the latency of a launch. From C = 384 the weights, streamed
 // once for every tile of 64 pixels, are the most bytes.
+// Budget: 255 registers, tensor cores.
 //
 // A block owns tiles of 8×8 (or 4×8) pixels and a slice of the output channels. For each chunk of
 // 128 bytes of channels it fuses the tile and its halo into shared memory, convolves depthwise into
@@ -257,15 +258,17 @@ Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& devic
   return launch(node<P>, grid, Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
 }
 
-// Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 times; but a map of few tiles
-// is sooner done by many blocks.
+// Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 times; but a narrow map of
+// few tiles is sooner done by many blocks (a wide one streams its weights for every tile).
 template <class T, int kTilesN>
 Error launch_columns(const FusionNodeParams& p, int64_t slices, const Device& device,
                      Stream stream) {
-  int64_t pixels = 0;
-  for (int l = 0; l < p.levels; l++) pixels += p.n * p.level[l].h * p.level[l].w;
-  if (pixels * slices < int64_t(64) * 2 * device.multiprocessors) {
-    return launch_node<Product<T, 1, kTilesN>>(p, slices, device, stream);
+  if constexpr (kTilesN <= 4) {
+    int64_t pixels = 0;
+    for (int l = 0; l < p.levels; l++) pixels += p.n * p.level[l].h * p.level[l].w;
+    if (pixels * slices < int64_t(64) * 2 * device.multiprocessors) {
+      return launch_node<Product<T, 1, kTilesN>>(p, slices, device, stream);
+    }
   }
   return launch_node<Product<T, 2, kTilesN>>(p, slices, device, stream);
 }

@@ -3,6 +3,7 @@
 //
 // Floors. Bytes: the input, the outputs and the weights once. Operations: 2·rows·C_in·ΣC_out, at
 // C_in = 320 and 3·64 outputs 120 a byte: bandwidth, except for the widest models.
+// Budget: 255 registers, tensor cores.
 #include "lateral.h"
 
 #include <algorithm>
@@ -144,12 +145,14 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
   return launch(multiply<P>, grid, Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
 }
 
-// Few rows are sooner done in tiles of 32 by many blocks.
+// Few rows of few columns are sooner done in tiles of 32 by many blocks.
 template <class T, int kTilesN>
 Error launch_columns(const ProjectionParams& p, int64_t columns, const Device& device,
                      Stream stream) {
-  if (p.rows < int64_t(64) * device.multiprocessors) {
-    return launch_multiply<Product<T, 1, kTilesN>>(p, columns, device, stream);
+  if constexpr (kTilesN <= 4) {
+    if (p.rows < int64_t(64) * device.multiprocessors) {
+      return launch_multiply<Product<T, 1, kTilesN>>(p, columns, device, stream);
+    }
   }
   return launch_multiply<Product<T, 2, kTilesN>>(p, columns, device, stream);
 }

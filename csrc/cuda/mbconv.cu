@@ -4,6 +4,7 @@
 // Floors. Bytes: the input, the expanded map once written and once read, the output, the weights:
 // the expansion itself never leaves the chip before the depthwise convolution has shrunk it.
 // Operations: 2·pixels·C_mid·(C_in + k² + C_out).
+// Budget: 128 registers, tensor cores.
 //
 // A block owns a tile of output pixels and 64 channels of the middle. It expands the tile and its
 // halo, 64 pixels at a time, into shared memory, convolves, adds up; the last block of an image to

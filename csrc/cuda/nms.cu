@@ -2,6 +2,7 @@
 //
 // Floors: next to no bytes or operations; the time is that of at most K dependent steps, one for
 // each detection of an image, about two barriers each.
+// Budget: 64 registers.
 #include "nms.h"
 
 #include <algorithm>

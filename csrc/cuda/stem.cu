@@ -3,6 +3,7 @@
 // Floors. Bytes: the image and the output once; with 32 channels of 16 bits the output is 64 bytes
 // a pixel and the image 12 (of uint8). Operations: 2·27·C_out a pixel, 23 a byte: bandwidth, so FMA
 // is enough.
+// Budget: 80 registers.
 //
 // A block brings the image's part below its 4×16 output pixels and all weights to shared memory; a
 // thread computes one vector of channels of a pixel at a time.

@@ -17,7 +17,9 @@ def test_channels(channels, dtype):
 @dtypes
 @pytest.mark.parametrize("pooled", [0, 1, 3])
 @pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize("outs", [(16,), (24, 24, 24), (7, 64, 112), (160, 384), (8,) * 16], ids=str)
+@pytest.mark.parametrize(
+    "outs", [(16,), (24, 24, 24), (7, 64, 112), (160, 384), (8,) * 16], ids=str
+)
 def test_projections(outs, pool, pooled, dtype):
     call = sample("lateral", dtype, channels=40, out_channels=outs, pooled=pooled, pool=pool)
     call.check(dtype)
