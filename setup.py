@@ -4,6 +4,7 @@ Environment variables (docs/build.md explains each):
     EDET_CUDA        1: compile the CUDA kernels; 0: do not; auto (default): when nvcc works
     EDET_CUDA_ARCHS  compute capabilities to compile for, e.g. "90" or "75;80;90+PTX"
     EDET_SANITIZE    sanitizers to compile with, e.g. "address,undefined"
+    EDET_EMULATION   1: also build the module that runs the CUDA kernels on the host, for the tests
     EDET_BUILD       0: install without the op library (every op then runs its PyTorch reference)
     MAX_JOBS         how many compilers run at once
 """
@@ -162,6 +163,8 @@ def build_library(env: Mapping[str, str]) -> Path:
         f"-DEDET_SANITIZE={','.join(names)}",
         *cuda_options(env),
     ]
+    if env.get("EDET_EMULATION") == "1":
+        options += ["-DEDET_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     cmake, ninja = find_tool("cmake", env), find_tool("ninja", env)
     folder = ROOT / "build" / "-".join(["cpu" if options[2].endswith("OFF") else "cuda", *names])
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]

@@ -1,7 +1,11 @@
-// The only door to CUDA's dialect: indices, barriers, shared memory, vector accesses, number types
-// and launches. A kernel includes this file and nothing else of CUDA's, so that the same source can
-// be compiled for another implementation of the door.
+// The only door to CUDA's dialect: indices, barriers, shared memory, vector accesses, tensor cores,
+// atomics, number types and launches. A kernel includes this file and nothing else of CUDA's, so
+// that the same source is compiled for the host, where emulation/device.h is the door.
 #pragma once
+
+#ifdef EDET_EMULATION
+#include "../emulation/device.h"
+#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,25 +14,24 @@
 #include <cstdint>
 
 #define EDET_DEVICE __device__ __forceinline__
+#include "door.h"
+
 // A kernel for blocks of at most `threads` threads, of which a multiprocessor holds at least
 // `blocks`.
 #define EDET_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // Parameter structs are read where the launch put them, in constant memory, instead of being
 // copied.
 #define EDET_PARAMS(type) const __grid_constant__ type
-// The block's dynamic shared memory as an array, aligned for 16-byte accesses.
+// The block's dynamic shared memory, aligned for 16-byte accesses.
 #define EDET_SHARED(type, name)                      \
   extern __shared__ __align__(16) char name##_raw[]; \
-  type* const name = reinterpret_cast<type*>(name##_raw)
+  const Shared<type> name { reinterpret_cast<type*>(name##_raw) }
+#define EDET_UNROLL _Pragma("unroll")
 
 namespace edet::cuda {
 
 using f16 = __half;
 using bf16 = __nv_bfloat16;
-
-struct Index {
-  int x, y, z;
-};
 
 EDET_DEVICE Index thread() { return {int(threadIdx.x), int(threadIdx.y), int(threadIdx.z)}; }
 EDET_DEVICE Index block() { return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)}; }
@@ -37,10 +40,26 @@ EDET_DEVICE Index grid_size() { return {int(gridDim.x), int(gridDim.y), int(grid
 
 // Waits until every thread of the block is here; shared memory written before is seen after.
 EDET_DEVICE void block_barrier() { __syncthreads(); }
+// The same for the threads of a warp.
+EDET_DEVICE void warp_barrier() { __syncwarp(); }
+// What this thread wrote to global memory before is seen by whoever sees what it writes after.
+EDET_DEVICE void global_fence() { __threadfence(); }
+
+// Every lane of the warp calls these together.
+template <class T>
+EDET_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+template <class T>
+EDET_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+EDET_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
 
 EDET_DEVICE float to_float(float x) { return x; }
 EDET_DEVICE float to_float(f16 x) { return __half2float(x); }
 EDET_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+EDET_DEVICE float to_float(uint8_t x) { return x; }
 
 // Rounds to nearest, ties to even.
 template <class T>
@@ -58,15 +77,12 @@ EDET_DEVICE bf16 from_float<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+EDET_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+EDET_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
+EDET_DEVICE int first_set(uint32_t x) { return __ffs(int(x)) - 1; }  // of a number that is not 0
+
 // e^x to 2 units in the last place, infinities and NaN included.
 EDET_DEVICE float exp(float x) { return expf(x); }
-
-// V neighbours, accessed at once: 16 bytes must be aligned to 16.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Vector {
-  static_assert(sizeof(T) * V <= 16, "the widest access is 16 bytes");
-  T value[V];
-};
 
 // Reads what nothing writes during the launch (through the read-only cache).
 template <class T, int V>
@@ -82,31 +98,192 @@ EDET_DEVICE Vector<T, V> load_constant(const T* p) {
   return v;
 }
 
+// Reads what another block may have written during the launch.
+template <class T>
+EDET_DEVICE T load_shared_by_blocks(const T* p) {
+  return __ldcg(p);
+}
+
 template <class T, int V>
 EDET_DEVICE void store(T* p, const Vector<T, V>& v) {
   *reinterpret_cast<Vector<T, V>*>(p) = v;
+}
+template <class T>
+EDET_DEVICE void store(T* p, T v) {
+  *p = v;
+}
+
+template <int V = 1, class T>
+EDET_DEVICE Vector<T, V> load(Shared<T> s) {
+  return *reinterpret_cast<const Vector<T, V>*>(s.at);
+}
+template <class T>
+EDET_DEVICE T get(Shared<T> s) {
+  return *s.at;
+}
+template <class T, int V>
+EDET_DEVICE void store(Shared<T> s, const Vector<T, V>& v) {
+  *reinterpret_cast<Vector<T, V>*>(s.at) = v;
+}
+template <class T>
+EDET_DEVICE void store(Shared<T> s, T v) {
+  *s.at = v;
+}
+
+// Adds and returns what was there before.
+template <class T>
+EDET_DEVICE T atomic_add(T* p, T v) {
+  return atomicAdd(p, v);
+}
+template <class T>
+EDET_DEVICE T atomic_add(Shared<T> s, T v) {
+  return atomicAdd(s.at, v);
+}
+
+// Copies 16 bytes of global memory, or zeros, past the registers (from sm_80; through them before).
+// They are there after await_copies() and a barrier.
+template <class T>
+EDET_DEVICE void copy_async(Shared<T> to, const T* from, bool real) {
+#if __CUDA_ARCH__ >= 800
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(real ? 16 : 0));
+#else
+  *reinterpret_cast<uint4*>(to.at) =
+      real ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+#endif
+}
+EDET_DEVICE void await_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Four 8×8 matrices of 16-bit numbers. Lane i points at row i % 8 of matrix i / 8; result r holds
+// of matrix r, with g = lane / 4 and t = lane % 4, the elements (g, 2t) and (g, 2t + 1).
+template <class T>
+EDET_DEVICE void load_matrices(Shared<T> row, uint32_t (&r)[4]) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row.at));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// The same, but the elements (2t, g) and (2t + 1, g).
+template <class T>
+EDET_DEVICE void load_transposed_matrices(Shared<T> row, uint32_t (&r)[4]) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row.at));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// d += a·b on the tensor cores: a is 16×16 (four results of load_matrices: rows 0–7 and 8–15 of
+// columns 0–7, then of columns 8–15), b is 16×8 (two transposed matrices, rows 0–7 and 8–15), d is
+// 16×8: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). T is the type of a and b.
+template <class T>
+EDET_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+EDET_DEVICE void multiply_add<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                   uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // Turing multiplies 16×8 by 8×8
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+template <>
+EDET_DEVICE void multiply_add<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  // Turing's tensor cores know no bf16: each lane gathers the rows of a and the columns of b that
+  // its four sums need, from the lanes that hold them.
+  const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+  const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+  const int lane = threadIdx.x % kWarp, row = lane & ~3, column = lane % 4 * 8;
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t upper = shuffle(a[2 * half], row + k),
+                     lower = shuffle(a[2 * half + 1], row + k);
+      const uint32_t b = half ? b1 : b0;
+      const uint32_t first = shuffle(b, column + k), second = shuffle(b, column + 4 + k);
+      d[0] += low(upper) * low(first) + high(upper) * high(first);
+      d[1] += low(upper) * low(second) + high(upper) * high(second);
+      d[2] += low(lower) * low(first) + high(lower) * high(first);
+      d[3] += low(lower) * low(second) + high(lower) * high(second);
+    }
+  }
+#endif
 }
 
 // ---- host ----
 
 using Stream = cudaStream_t;
 using Error = cudaError_t;
+using Dim3 = dim3;
 constexpr Error kSuccess = cudaSuccess;
+constexpr Error kInvalidValue = cudaErrorInvalidValue;
 
-// Streaming multiprocessors of the current device.
-inline Error multiprocessors(int* count) {
-  int device = 0;
-  const Error error = cudaGetDevice(&device);
-  return error == kSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device)
-                           : error;
+// What launchers ask of the current device.
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // that one block may have
+};
+inline Error current_device(Device* device) {
+  int id = 0;
+  Error error = cudaGetDevice(&id);
+  if (error == kSuccess) {
+    error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, id);
+  }
+  if (error == kSuccess) {
+    error =
+        cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  }
+  return error;
+}
+
+// Sets bytes of the device's memory to zero, in the stream's order.
+inline Error clear(void* data, size_t bytes, Stream stream) {
+  return cudaMemsetAsync(data, 0, bytes, stream);
 }
 
 // Starts kernel(params) on `stream`; returns the launch's own error, not the kernel's.
 template <class Params>
-Error launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, Stream stream,
              const Params& params) {
+  if (shared_bytes > 48 * 1024) {  // what every kernel has without asking
+    const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    if (error != kSuccess) return error;
+  }
+  // clang-format off
   kernel<<<grid, block, shared_bytes, stream>>>(params);
+  // clang-format on
   return cudaGetLastError();
 }
 
 }  // namespace edet::cuda
+
+#endif

@@ -1,11 +1,12 @@
 // The CUDA kernel for weighted fusion. Floor: each input and the output once through memory; there
 // is next to no arithmetic, so that time is bytes / bandwidth from batch 8 or so and launch latency
 // below.
+// Budget: 64 registers.
 #include "weighted_fusion.h"
 
 #include <algorithm>
 
-#include "device.cuh"
+#include "fusion.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -14,77 +15,6 @@ constexpr int kThreads = 256;           // of one block
 constexpr int kBlocks = 4;              // per multiprocessor, which leaves a thread 64 registers
 constexpr int kLanes = 32;              // most vectors of one pixel that one block handles
 constexpr int64_t kMostImages = 65535;  // the grid's third dimension
-
-EDET_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // a NaN stays
-
-EDET_DEVICE float clamp(float x, float low, float high) {
-  return x < low ? low : x > high ? high : x;
-}
-
-EDET_DEVICE float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::swish: return x / (1.0f + exp(-x));
-    case Activation::relu: return relu(x);
-    case Activation::relu6: return clamp(x, 0.0f, 6.0f);
-    case Activation::hard_swish: return x * (clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
-    case Activation::none: break;
-  }
-  return x;
-}
-
-// Writes the factor of every edge for one channel to a[edge · pitch].
-EDET_DEVICE void normalise(const WeightedFusionParams& p, int64_t channel, float* a, int pitch) {
-  if (p.fusion == Fusion::sum) {
-    for (int e = 0; e < p.edges; e++) a[e * pitch] = 1.0f;
-    return;
-  }
-  const float* w = p.edge_weights + (p.per_channel ? channel : 0);
-  const int64_t next = p.per_channel ? p.c : 1;
-  if (p.fusion == Fusion::unbounded) {
-    for (int e = 0; e < p.edges; e++) a[e * pitch] = w[e * next];
-    return;
-  }
-  const bool softmax = p.fusion == Fusion::softmax;
-  float largest = w[0];
-  for (int e = 1; e < p.edges; e++) largest = w[e * next] > largest ? w[e * next] : largest;
-  float total = softmax ? 0.0f : kFastEpsilon;
-  for (int e = 0; e < p.edges; e++) {
-    const float part = softmax ? exp(w[e * next] - largest) : relu(w[e * next]);
-    a[e * pitch] = part;
-    total += part;
-  }
-  for (int e = 0; e < p.edges; e++) a[e * pitch] /= total;
-}
-
-// V channels of one edge, resized to pixel (y, x) of the output; `map` is the image's first pixel
-// at those channels.
-template <class T, int V>
-EDET_DEVICE Vector<T, V> sample(const WeightedFusionParams& p, const Edge& edge, const T* map,
-                                uint32_t y, uint32_t x) {
-  if (edge.resize != Resize::max_pool) {
-    if (edge.resize == Resize::nearest) {
-      y = y * uint32_t(edge.h) / uint32_t(p.h);
-      x = x * uint32_t(edge.w) / uint32_t(p.w);
-    }
-    return load_constant<T, V>(map + (y * edge.w + x) * p.c);
-  }
-  const int top = int(y * edge.rows.stride - edge.rows.before);
-  const int left = int(x * edge.columns.stride - edge.columns.before);
-  const int bottom = min(top + int(edge.rows.kernel), int(edge.h));
-  const int right = min(left + int(edge.columns.kernel), int(edge.w));
-  Vector<T, V> largest;
-  for (int i = 0; i < V; i++) largest.value[i] = from_float<T>(-INFINITY);
-  for (int r = max(top, 0); r < bottom; r++) {
-    for (int k = max(left, 0); k < right; k++) {
-      const Vector<T, V> v = load_constant<T, V>(map + (r * edge.w + k) * p.c);
-      for (int i = 0; i < V; i++) {
-        const float next = to_float(v.value[i]);
-        if (next > to_float(largest.value[i]) || next != next) largest.value[i] = v.value[i];
-      }
-    }
-  }
-  return largest;
-}
 
 // A block covers block_size().x vectors of V channels; its rows of threads walk over the pixels of
 // an image. kEdges is the number of edges where it is known, else 0.
@@ -96,14 +26,14 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
   const int64_t first = int64_t(block().y) * channels;
   for (int i = thread().y * block_size().x + thread().x; i < channels;
        i += block_size().x * block_size().y) {
-    if (first + i < p.c) normalise(p, first + i, a + i, channels);
+    if (first + i < p.c) normalise(p.weights, p.edges, p.c, first + i, a + i, channels);
   }
   block_barrier();
 
   const int lane = thread().x * V;
   const int64_t channel = first + lane;
   if (channel >= p.c) return;
-  const uint32_t width = static_cast<uint32_t>(p.w);
+  const uint32_t height = static_cast<uint32_t>(p.h), width = static_cast<uint32_t>(p.w);
   const int64_t pixels = p.h * p.w;
   for (int64_t image = block().z; image < p.n; image += grid_size().z) {
     T* const out = static_cast<T*>(p.out) + image * pixels * p.c + channel;
@@ -113,13 +43,14 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
       const uint32_t x = static_cast<uint32_t>(pixel) - y * width;
       const auto read = [&](int e) {
         const Edge& edge = p.edge[e];
-        const int64_t start = image * edge.h * edge.w * p.c + channel;
-        return sample<T, V>(p, edge, static_cast<const T*>(edge.data) + start, y, x);
+        const T* map = static_cast<const T*>(edge.data) + image * edge.h * edge.w * p.c + channel;
+        return sample<T, V>(edge, height, width, y, x,
+                            [&](int64_t at) { return load_constant<T, V>(map + at * p.c); });
       };
       float sum[V];
       const auto add = [&](int e, const Vector<T, V>& v) {
         for (int i = 0; i < V; i++) {
-          const float term = a[e * channels + lane + i] * to_float(v.value[i]);
+          const float term = get(a + (e * channels + lane + i)) * to_float(v.value[i]);
           sum[i] = e ? sum[i] + term : term;
         }
       };
@@ -139,8 +70,8 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
 
 template <class T, int V>
 Error launch_fuse(const WeightedFusionParams& p, Stream stream) {
-  int processors = 0;
-  const Error error = multiprocessors(&processors);
+  Device device;
+  const Error error = current_device(&device);
   if (error != kSuccess) return error;
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   // as many lanes as share the vectors of a pixel evenly among the blocks
@@ -149,11 +80,11 @@ Error launch_fuse(const WeightedFusionParams& p, Stream stream) {
   const int lanes = static_cast<int>(ceil_div(vectors, spans));
   const int rows = kThreads / lanes;
   const int64_t images = std::min(p.n, kMostImages);
-  const int64_t resident = ceil_div(int64_t(processors) * kBlocks, images);
+  const int64_t resident = ceil_div(int64_t(device.multiprocessors) * kBlocks, images);
   const int64_t steps = std::min(ceil_div(p.h * p.w, rows), resident);
-  const dim3 grid(static_cast<unsigned>(steps), static_cast<unsigned>(spans),
+  const Dim3 grid(static_cast<unsigned>(steps), static_cast<unsigned>(spans),
                   static_cast<unsigned>(images));
-  const dim3 block(lanes, rows);
+  const Dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(rows));
   const size_t shared_bytes = sizeof(float) * p.edges * lanes * V;
   if constexpr (V > 1) {
     if (p.edges == 2) return launch(fuse<T, V, 2>, grid, block, shared_bytes, stream, p);
@@ -176,13 +107,13 @@ Error launch_type(const WeightedFusionParams& p, Stream stream) {
 
 Error weighted_fusion(const WeightedFusionParams& p, Stream stream) {
   if (p.n * p.c * p.h * p.w == 0) return kSuccess;
-  if (p.h > kMostSide || p.w > kMostSide) return cudaErrorInvalidValue;
+  if (p.h > kMostSide || p.w > kMostSide) return kInvalidValue;
   switch (p.dtype) {
     case DType::f32: return launch_type<float>(p, stream);
     case DType::f16: return launch_type<f16>(p, stream);
     case DType::bf16: return launch_type<bf16>(p, stream);
   }
-  return cudaErrorInvalidValue;
+  return kInvalidValue;
 }
 
 }  // namespace edet::cuda

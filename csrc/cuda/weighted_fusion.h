@@ -7,20 +7,25 @@
 
 namespace edet::cuda {
 
-// Rows and columns of the output at most, so that (row · rows of an input) fits 32 bits; memory
-// offsets have 64.
+// Rows and columns of a fusion's output at most, so that (row · rows of an input) fits 32 bits;
+// memory offsets have 64.
 constexpr int64_t kMostSide = 65535;
+
+// Edge weights as they are given: (edges) or (edges, C); null for Fusion::sum.
+struct EdgeWeights {
+  Fusion fusion;
+  const float* values;
+  bool per_channel;
+};
 
 // activation(Σ aᵢ·resize(edgeᵢ)) as a map (N, h, w, C). All pointers are to the device's memory.
 struct WeightedFusionParams {
   DType dtype;
-  Fusion fusion;
   Activation activation;
-  int edges;
   int64_t n, c, h, w;
+  int edges;
   Edge edge[kMaxEdges];
-  const float* edge_weights;  // (edges) or (edges, C); not read for Fusion::sum
-  bool per_channel;
+  EdgeWeights weights;
   void* out;
 };
 

@@ -1,6 +1,7 @@
 // Checks, memory, threads and coefficients shared by the ops' glue.
 #include "common.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -113,6 +114,108 @@ Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t 
                   "a map must grow or shrink along both axes, got (", in_h, ", ", in_w, ") for (",
                   h, ", ", w, ")");
   return {data, in_h, in_w, kind, pool_window(in_h, h, pool), pool_window(in_w, w, pool), source};
+}
+
+MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Tensors& depthwise,
+                           const Tensors& squeeze, const Tensors& project, int64_t stride,
+                           const Ints& padding, const Ints& size, int64_t activation, bool residual,
+                           const WeightReader& weight) {
+  STD_TORCH_CHECK(expand.empty() || expand.size() == 3, "expand must be [] or three tensors");
+  STD_TORCH_CHECK(depthwise.size() == 3 && project.size() == 3,
+                  "depthwise and project must be three tensors each");
+  STD_TORCH_CHECK(squeeze.empty() || squeeze.size() == 4, "squeeze must be [] or four tensors");
+  MbconvParams p{};
+  p.dtype = map_dtype(input);
+  p.n = input.size(0), p.c_in = input.size(1), p.h = input.size(2), p.w = input.size(3);
+  p.c_mid = depthwise[1].numel();
+  p.c_out = project[1].numel();
+  STD_TORCH_CHECK(!expand.empty() || p.c_mid == p.c_in, "depthwise must have ", p.c_in,
+                  " channels");
+  const int64_t taps = depthwise[0].numel() / p.c_mid;
+  STD_TORCH_CHECK(taps == 9 || taps == 25, "the depthwise kernel must be 3×3 or 5×5, got ", taps,
+                  " taps");
+  p.kernel = taps == 9 ? 3 : 5;
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  p.stride = static_cast<int>(stride);
+  p.pad_top = padding[0], p.pad_left = padding[1];
+  p.out_h = size[0], p.out_w = size[1];
+  STD_TORCH_CHECK(
+      p.pad_top >= 0 && p.pad_top < p.kernel && p.pad_left >= 0 && p.pad_left < p.kernel,
+      "padding must be 0 to ", p.kernel - 1);
+  const auto reaches = [&](int64_t out, int64_t pad, int64_t in) {
+    const int64_t last = (out - 1) * p.stride - pad;  // first input of the last output
+    return out > 0 && last < in && last + p.kernel <= in + p.kernel;
+  };
+  STD_TORCH_CHECK(reaches(p.out_h, p.pad_top, p.h) && reaches(p.out_w, p.pad_left, p.w),
+                  "size does not fit the input");
+  p.activation = activation_of(activation);
+  p.residual = residual;
+  STD_TORCH_CHECK(!residual || (p.c_in == p.c_out && p.h == p.out_h && p.w == p.out_w),
+                  "a residual needs an output of the input's shape");
+
+  const auto packed = [](int64_t out, int64_t in) { return coefficient_floats(1, out) * in; };
+  if (!expand.empty()) {
+    p.expand = weight(expand[0], packed(p.c_mid, p.c_in), "expand[0]");
+    p.expand_scale = weight(expand[1], p.c_mid, "expand[1]");
+    p.expand_shift = weight(expand[2], p.c_mid, "expand[2]");
+  }
+  p.dw = weight(depthwise[0], taps * p.c_mid, "depthwise[0]");
+  p.dw_scale = weight(depthwise[1], p.c_mid, "depthwise[1]");
+  p.dw_shift = weight(depthwise[2], p.c_mid, "depthwise[2]");
+  if (!squeeze.empty()) {
+    p.c_reduced = squeeze[1].numel();
+    p.reduce = weight(squeeze[0], packed(p.c_reduced, p.c_mid), "squeeze[0]");
+    p.reduce_bias = weight(squeeze[1], p.c_reduced, "squeeze[1]");
+    p.excite = weight(squeeze[2], packed(p.c_mid, p.c_reduced), "squeeze[2]");
+    p.excite_bias = weight(squeeze[3], p.c_mid, "squeeze[3]");
+  }
+  p.project = weight(project[0], packed(p.c_out, p.c_mid), "project[0]");
+  p.project_scale = weight(project[1], p.c_out, "project[1]");
+  p.project_shift = weight(project[2], p.c_out, "project[2]");
+  return p;
+}
+
+NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
+                         int64_t max_detections) {
+  STD_TORCH_CHECK(max_detections >= 1, "max_detections must be at least 1, got ", max_detections);
+  return {enumerator<NmsMethod>(method, 2, "method"), static_cast<float>(iou_threshold),
+          static_cast<float>(sigma), static_cast<float>(score_threshold), max_detections};
+}
+
+DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outputs,
+                           const Tensor& anchors, const std::optional<Tensor>& limits,
+                           int64_t max_candidates, const MapReader& map,
+                           const WeightReader& weight) {
+  const size_t levels = class_outputs.size();
+  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels && box_outputs.size() == levels,
+                  "class_outputs and box_outputs must be 1 to ", kMaxLevels, " maps each");
+  STD_TORCH_CHECK(max_candidates >= 1, "max_candidates must be at least 1, got ", max_candidates);
+  DetectParams p{};
+  p.dtype = map_dtype(class_outputs[0]);
+  p.levels = static_cast<int>(levels);
+  p.n = class_outputs[0].size(0);
+  p.cell_anchors = box_outputs[0].size(1) / 4;
+  STD_TORCH_CHECK(p.cell_anchors >= 1 && class_outputs[0].size(1) % p.cell_anchors == 0,
+                  "class_outputs and box_outputs must have A·classes and A·4 channels");
+  p.num_classes = class_outputs[0].size(1) / p.cell_anchors;
+  int64_t total = 0;
+  for (size_t l = 0; l < levels; l++) {
+    const Tensor &c = class_outputs[l], &b = box_outputs[l];
+    STD_TORCH_CHECK(c.dim() == 4 && b.dim() == 4 && c.size(0) == p.n && b.size(0) == p.n &&
+                        c.size(1) == p.cell_anchors * p.num_classes &&
+                        b.size(1) == p.cell_anchors * 4 && c.size(2) == b.size(2) &&
+                        c.size(3) == b.size(3) && map_dtype(c) == p.dtype &&
+                        map_dtype(b) == p.dtype,
+                    "class_outputs and box_outputs must agree in batch, size, channels and dtype");
+    p.classes[l] = map(c);
+    p.boxes[l] = map(b);
+    p.pixels[l] = c.size(2) * c.size(3);
+    total += p.pixels[l] * p.cell_anchors;
+  }
+  p.anchors = weight(anchors, total * 4, "anchors");
+  if (limits) p.limits = weight(*limits, p.n * 2, "limits");
+  p.candidates = std::min(max_candidates, total * p.num_classes);
+  return p;
 }
 
 cpu::Runtime runtime() {

@@ -7,11 +7,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <functional>
 #include <optional>
 #include <vector>
 
 #include "../core/params.h"
 #include "../cpu/schedule.h"
+
+// The namespace of the ops in torch.ops; the emulation has one of its own.
+#ifndef EDET_OPS
+#define EDET_OPS edet_kernels
+#endif
 
 namespace edet::torch_ops {
 
@@ -48,6 +54,29 @@ int64_t coefficient_floats(int edges, int64_t channels);
 // An edge that brings a map of (in_h, in_w) to (h, w).
 Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t w, Pool pool,
                int source);
+
+// Gives the floats of a weight of `numel` elements; an error names it.
+using WeightReader = std::function<const float*(const Tensor&, int64_t numel, const char* name)>;
+
+// Checks an inverted residual block's arguments and describes it, but for the memory.
+// expand: [] or [packed, scale, shift]; depthwise: [packed, scale, shift];
+// squeeze: [] or [reduce, reduce_bias, excite, excite_bias]; project: [packed, scale, shift].
+MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Tensors& depthwise,
+                           const Tensors& squeeze, const Tensors& project, int64_t stride,
+                           const Ints& padding, const Ints& size, int64_t activation, bool residual,
+                           const WeightReader& weight);
+
+NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
+                         int64_t max_detections);
+
+// Gives the NHWC bytes of a map.
+using MapReader = std::function<const void*(const Tensor&)>;
+
+// Checks the head outputs and describes them, but for settings and results.
+DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outputs,
+                           const Tensor& anchors, const std::optional<Tensor>& limits,
+                           int64_t max_candidates, const MapReader& map,
+                           const WeightReader& weight);
 
 // torch's thread pool.
 cpu::Runtime runtime();

@@ -1,16 +1,60 @@
-// What the CUDA glue of every op shares: the current stream and the reporting of launch errors.
+// What the CUDA glue of every op shares: one call's device, stream, memory and errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <memory>
+
 #include "common.h"
+
+// The dispatch key of the CUDA kernels; emulated ones take the CPU's tensors.
+#ifdef EDET_EMULATION
+#define EDET_CUDA_KEY CPU
+#else
+#define EDET_CUDA_KEY CUDA
+#endif
 
 namespace edet::torch_ops {
 
-// torch's current stream on `device`.
-cudaStream_t current_stream(torch::stable::accelerator::DeviceIndex device);
+// One op's call: its device is the current one meanwhile, and what its kernels read and write is
+// kept until they are launched (after that torch's allocator keeps memory in the stream's order).
+class CudaCall {
+ public:
+  // `op` is named in errors; `map` is on the call's device.
+  CudaCall(const char* op, const Tensor& map);
+  ~CudaCall();
+  CudaCall(const CudaCall&) = delete;
+  CudaCall& operator=(const CudaCall&) = delete;
 
-// Raises when a launch failed; `op` is named in the message.
-void check_launch(cudaError_t error, const char* op);
+  cudaStream_t stream() const { return stream_; }
+
+  // A map for kernels to read, in channels_last memory.
+  const void* map(const Tensor& t);
+  // A contiguous tensor to read.
+  const void* read(const Tensor& t);
+  // A tensor to read by its strides: itself, or in the emulation, which knows memory by arrays
+  // without gaps, a copy of its contents.
+  Tensor strided(const Tensor& t);
+  // A weight of `numel` floats to read; an error names it.
+  const float* floats(const Tensor& t, int64_t numel, const char* name);
+  // A tensor for kernels to write.
+  void* write(Tensor& t);
+  // Memory for this call alone.
+  void* scratch(int64_t bytes);
+
+  // Raises when a launch failed.
+  void check(cudaError_t error) const;
+
+ private:
+  const char* op_;
+  Tensor like_;
+  std::shared_ptr<void> guard_;
+  cudaStream_t stream_ = nullptr;
+  Tensors kept_;
+};
+
+// Factors of the fusion node's edges are computed by the kernels, from these.
+const float* fusion_weights(CudaCall& call, const std::optional<Tensor>& edge_weights,
+                            Fusion fusion, int64_t numel);
 
 }  // namespace edet::torch_ops

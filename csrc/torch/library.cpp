@@ -3,7 +3,7 @@
 
 // Enumerations are integers, numbered in core/params.h. Weights are packed
 // (edet_kernels/packing.py).
-STABLE_TORCH_LIBRARY(edet_kernels, m) {
+STABLE_TORCH_LIBRARY(EDET_OPS, m) {
   m.def(
       "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, int[] size, int fusion, int pool, "
       "int activation) -> Tensor");

@@ -1,28 +1,62 @@
-"""The CUDA kernels as ptxas sees them, without a GPU: no spills, no local memory, few registers."""
+"""The CUDA kernels as ptxas sees them, without a GPU, for every architecture of the wheel.
+
+No spills, no local memory, registers within the budget at the top of each file, and tensor cores
+where it says so.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_REGISTERS = 64  # 4 blocks of 256 threads on a multiprocessor
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+
+
+def budget(source: Path) -> tuple[int, bool]:
+    """The most registers of a thread, and whether the kernels use tensor cores."""
+    found = re.search(r"^// Budget: (\d+) registers(, tensor cores)?\.$", source.read_text(), re.M)
+    assert found, f"{source.name} must say '// Budget: N registers[, tensor cores].'"
+    return int(found[1]), bool(found[2])
+
+
+def find_cuobjdump(nvcc: str) -> str | None:
+    """The disassembler: of CUDA, or of the package triton."""
+    beside = Path(nvcc).resolve().with_name("cuobjdump")
+    if beside.is_file():
+        return str(beside)
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        packed = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if packed.is_file():
+            return str(packed)
+    return shutil.which("cuobjdump")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_every_file_has_a_budget(source):
+    registers, _ = budget(source)
+    assert registers <= 255
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["75", "90", "120"])
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_kernels_stay_in_registers(source, arch, tmp_path, script):
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_kernels_stay_in_their_budget(source, arch, tmp_path, script):
     nvcc = script.find_nvcc(os.environ)
     if nvcc is None:
         pytest.skip("needs nvcc")
+    cubin = tmp_path / "a.cubin"
     compiled = subprocess.run(
         [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", str(source),
-         "-o", str(tmp_path / "a.cubin")],
+         "-o", str(cubin)],
         capture_output=True,
         text=True,
         check=False,
@@ -30,8 +64,23 @@ def test_kernels_stay_in_registers(source, arch, tmp_path, script):
     if "Unsupported gpu architecture" in compiled.stderr:
         pytest.skip(f"this nvcc does not know sm_{arch}")
     assert compiled.returncode == 0, compiled.stderr
+    most, tensor_cores = budget(source)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) .*stores, (\d+) .*loads", compiled.stderr)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", compiled.stderr)]
     assert frames and len(frames) == len(registers)
     assert set(frames) == {("0", "0", "0")}
-    assert max(registers) <= MOST_REGISTERS
+    assert max(registers) <= most
+    assert not re.search(r"\d+ bytes smem", compiled.stderr)  # shared memory is the launcher's
+
+    cuobjdump = find_cuobjdump(nvcc) if tensor_cores else None
+    if cuobjdump is None:
+        return
+    sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
+    assert sass.returncode == 0, sass.stderr
+    kernels = re.split(r"^\s*Function : ", sass.stdout, flags=re.M)[1:]
+    assert len(kernels) == len(registers)
+    for kernel in kernels:
+        name = kernel.split("\n", 1)[0]
+        # floats are multiplied by FMA, and Turing's tensor cores know no bfloat16
+        wanted = "__half" in name or ("bfloat16" in name and arch != "75")
+        assert ("HMMA" in kernel) == wanted, name

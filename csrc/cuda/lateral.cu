@@ -1,0 +1,193 @@
+// The CUDA kernel for 1×1 projections: all of one map in one launch, with an optional gate per
+// image and channel before and an optional residual after (the last layer of mbconv).
+//
+// Floors. Bytes: the input, the outputs and the weights once. Operations: 2·rows·C_in·ΣC_out, at
+// C_in = 320 and 3·64 outputs 120 a byte: bandwidth, except for the widest models.
+// Budget: 255 registers, tensor cores.
+#include "lateral.h"
+
+#include <algorithm>
+
+#include "product.cuh"
+
+namespace edet::cuda {
+namespace {
+
+// What the launcher adds to the op's parameters.
+struct Plan {
+  ProjectionParams p;
+  int columns;    // of a block
+  bool resident;  // all weights of the slice stay in shared memory
+  bool aligned_in, aligned_out;
+};
+
+// Where a block's shared memory holds the weights, and its bytes.
+struct Memory {
+  int w, bytes;
+};
+template <class P>
+constexpr EDET_DEVICE Memory memory_of(int chunks, bool resident) {
+  Memory m{};
+  m.w = resident && P::kBytesOut > P::kBytesA ? P::kBytesOut : P::kBytesA;
+  m.bytes = m.w + P::kBytesW * (resident ? chunks : 1);
+  if (m.bytes < P::kBytesOut) m.bytes = P::kBytesOut;
+  return m;
+}
+
+// Rows [row0, row0 + kRows) and channels [k, k + depth) of the input; zeros where there are none.
+template <class P>
+EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
+                           Shared<typename P::Type> a) {
+  using T = typename P::Type;
+  constexpr int V = kVector<T>;
+  const ProjectionParams& p = plan.p;
+  for (int i = thread().x; i < P::kRows * kVectors; i += kProductThreads) {
+    const int vector = i % kVectors, row = i / kVectors, channel = k + vector * V;
+    if (vector * V >= depth) continue;
+    const bool real = row0 + row < p.rows && channel < p.c_in;
+    const T* from = static_cast<const T*>(p.input) + (row0 + row) * p.c_in + channel;
+    const Shared<T> to = a + (row * P::kPitchA + vector * V);
+    if (plan.aligned_in && !p.gate) {
+      copy_async(to, from, real);
+      continue;
+    }
+    Vector<T, V> v{};
+    if (real) v = load_pixel(from, p.c_in - channel, plan.aligned_in);
+    if (real && p.gate) {
+      const float* gate = p.gate + (row0 + row) / p.image_rows * p.c_in + channel;
+      EDET_UNROLL
+      for (int j = 0; j < V; j++) {
+        if (channel + j >= p.c_in) break;
+        const float factor = load_constant<float, 1>(gate + j).value[0];
+        v.value[j] = from_float<T>(factor * to_float(v.value[j]));
+      }
+    }
+    store(to, v);
+  }
+  await_copies();
+}
+
+template <class P>
+EDET_KERNEL(kProductThreads, P::kBlocks)
+multiply(EDET_PARAMS(Plan) plan) {
+  using T = typename P::Type;
+  const ProjectionParams& p = plan.p;
+  const int c = int(p.c_in), chunks = (c + kChunk<T> - 1) / kChunk<T>;
+  EDET_SHARED(char, memory);
+  const Shared<T> a = as<T>(memory);
+  const Shared<T> w = as<T>(memory + memory_of<P>(chunks, plan.resident).w);
+  // the slice's projection and first column
+  int which = 0, n = int(block().y) * plan.columns;
+  for (; n >= p.projection[which].c_out; which++) {
+    n -= round_up(int(p.projection[which].c_out), plan.columns);
+  }
+  const Projection& to = p.projection[which];
+  const int columns = int(to.c_out - n < plan.columns ? to.c_out - n : plan.columns);
+  bool first = true;
+
+  for (int64_t row0 = int64_t(block().x) * P::kRows; row0 < p.rows;
+       row0 += int64_t(grid_size().x) * P::kRows) {
+    P product;
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const int k = chunk * kChunk<T>;
+      const int depth = round_up(min(kChunk<T>, c - k), kDepth);
+      const Shared<T> weights = w + (plan.resident ? chunk * (P::kBytesW / int(sizeof(T))) : 0);
+      block_barrier();  // the chunk before, or the tile before, is no longer read
+      if (first || !plan.resident) {
+        load_weights<P>(to.pw, c, to.c_out, k, n, depth, columns, weights);
+      }
+      load_rows<P>(plan, row0, k, depth, a);
+      block_barrier();
+      product.step(a, weights, depth, columns);
+    }
+    first = false;
+    store_product(
+        product, a, to.scale, to.shift, n, columns, to.c_out, plan.aligned_out,
+        [&](float x, int row, int column) {
+          if (p.residual && row0 + row < p.rows && column < to.c_out) {
+            const T* from = static_cast<const T*>(p.residual) + (row0 + row) * to.c_out + column;
+            x += to_float(load_constant<T, 1>(from).value[0]);
+          }
+          return from_float<T>(x);
+        },
+        [&](int row) -> T* {
+          if (row0 + row >= p.rows) return nullptr;
+          return static_cast<T*>(to.out) + (row0 + row) * to.c_out;
+        });
+  }
+}
+
+template <class P>
+Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& device,
+                      Stream stream) {
+  using T = typename P::Type;
+  Plan plan{};
+  plan.p = p;
+  plan.columns = static_cast<int>(columns);
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  plan.aligned_in = p.c_in % kVector<T> == 0 && aligned(p.input);
+  plan.aligned_out = true;
+  int64_t slices = 0;
+  for (int i = 0; i < p.projections; i++) {
+    const Projection& to = p.projection[i];
+    slices += (to.c_out + columns - 1) / columns;
+    plan.aligned_out = plan.aligned_out && to.c_out % kVector<T> == 0 && aligned(to.out);
+  }
+  const int chunks = static_cast<int>((p.c_in + kChunk<T> - 1) / kChunk<T>);
+  plan.resident = memory_of<P>(chunks, true).bytes <= device.shared_bytes;
+  const int bytes = memory_of<P>(chunks, plan.resident).bytes;
+  if (bytes > device.shared_bytes) return kInvalidValue;
+  const int64_t held = std::max(1, std::min(P::kBlocks, device.shared_bytes / bytes));
+  const int64_t tiles = (p.rows + P::kRows - 1) / P::kRows;
+  const int64_t blocks =
+      std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
+  const Dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(slices));
+  return launch(multiply<P>, grid, Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
+}
+
+// Few rows of few columns are sooner done in tiles of 32 by many blocks.
+template <class T, int kTilesN>
+Error launch_columns(const ProjectionParams& p, int64_t columns, const Device& device,
+                     Stream stream) {
+  if constexpr (kTilesN <= 4) {
+    if (p.rows < int64_t(64) * device.multiprocessors) {
+      return launch_multiply<Product<T, 1, kTilesN>>(p, columns, device, stream);
+    }
+  }
+  return launch_multiply<Product<T, 2, kTilesN>>(p, columns, device, stream);
+}
+
+template <class T>
+Error launch_type(const ProjectionParams& p, Stream stream) {
+  Device device;
+  const Error error = current_device(&device);
+  if (error != kSuccess) return error;
+  int64_t widest = 0;
+  for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
+  const ProductShape shape = product_shape(sizeof(T) == 2, widest, device.shared_bytes);
+  const int64_t columns =
+      ((widest + shape.slices - 1) / shape.slices + kPanel - 1) / kPanel * kPanel;
+  switch (shape.tiles_n) {
+    case 2: return launch_columns<T, 2>(p, columns, device, stream);
+    case 4: return launch_columns<T, 4>(p, columns, device, stream);
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (shape.tiles_n == 8) return launch_columns<T, 8>(p, columns, device, stream);
+    return launch_columns<T, 12>(p, columns, device, stream);
+  }
+  return kInvalidValue;
+}
+
+}  // namespace
+
+Error project(const ProjectionParams& p, Stream stream) {
+  if (p.rows * p.c_in == 0) return kSuccess;
+  switch (p.dtype) {
+    case DType::f32: return launch_type<float>(p, stream);
+    case DType::f16: return launch_type<f16>(p, stream);
+    case DType::bf16: return launch_type<bf16>(p, stream);
+  }
+  return kInvalidValue;
+}
+
+}  // namespace edet::cuda

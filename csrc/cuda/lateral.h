@@ -1,0 +1,27 @@
+// Parameters and launcher of the CUDA kernel for 1×1 projections, lateral's and the last layer of
+// mbconv; plain enough for a host compiler.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../core/params.h"
+
+namespace edet::cuda {
+
+// For each projection, scale · W(gate · input) + shift (+ residual), (rows, c_out). All pointers
+// are to the device's memory; packed weights are aligned to 16 bytes.
+struct ProjectionParams {
+  DType dtype;
+  const void* input;  // (rows, c_in), rows being pixels
+  int64_t rows, c_in;
+  int projections;
+  Projection projection[kMaxEdges];
+  const float* gate;     // (rows / image_rows, c_in), or null
+  int64_t image_rows;    // of one image
+  const void* residual;  // like the output of the only projection, or null
+};
+
+// Launches on `stream` of the current device; no output may overlap the input.
+cudaError_t project(const ProjectionParams& params, cudaStream_t stream);
+
+}  // namespace edet::cuda

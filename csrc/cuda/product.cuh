@@ -1,0 +1,282 @@
+// One block's product of rows (pixels) by packed pointwise weights, accumulated in registers over
+// chunks of input channels in shared memory: on tensor cores for 16-bit maps, by FMA for floats.
+#pragma once
+
+#include "../core/params.h"
+#include "device.cuh"
+
+namespace edet::cuda {
+
+constexpr int kProductThreads = 256;
+
+// Channels of a chunk: 128 bytes of a pixel, which 8 lanes move at once, 16 bytes each. An eighth
+// of a warp's 16-byte accesses is served at a time: these 8 lanes touch every bank once.
+template <class T>
+constexpr int kChunk = 128 / int(sizeof(T));
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));  // channels of a 16-byte access
+constexpr int kVectors = 8;                   // of a chunk
+// Depth a product's step is a multiple of; operands are padded to it with zeros.
+constexpr int kDepth = 32;
+
+EDET_DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// T: of the operands. The block owns kRows rows and kColumns columns: 8 warps, 2 along the rows and
+// 4 along the columns, whose tiles of 8 columns take turns so that a narrow product keeps all warps
+// busy. Both operands' rows are padded by 16 bytes or more, which keeps 8 rows in different banks.
+template <class T, int kTilesM, int kTilesN>
+class Product {
+ public:
+  using Type = T;
+  static constexpr int kRows = 32 * kTilesM, kColumns = 32 * kTilesN;
+  static constexpr int kPitchA = kChunk<T> + kVector<T>, kPitchW = kColumns + 8;
+  static constexpr int kBytesA = kRows * kPitchA * int(sizeof(T));
+  static constexpr int kBytesW = kChunk<T> * kPitchW * int(sizeof(T));
+  static constexpr int kBytesOut = kRows * kPitchW * int(sizeof(T));
+  // Blocks that a multiprocessor must hold: with up to 128 columns a thread gets 128 registers and
+  // two blocks hide each other's latency; more sums than that leave room for one block.
+  static constexpr int kBlocks = kTilesN <= 4 ? 2 : 1;
+
+  EDET_DEVICE Product() { clear(); }
+  EDET_DEVICE void clear() {
+    EDET_UNROLL
+    for (int m = 0; m < kTilesM; m++) {
+      EDET_UNROLL
+      for (int n = 0; n < kTilesN; n++) {
+        EDET_UNROLL
+        for (int i = 0; i < 4; i++) sum_[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  // Adds a (kRows, depth) · w (depth, columns); depth is a multiple of kDepth.
+  EDET_DEVICE void step(Shared<T> a, Shared<T> w, int depth, int columns) {
+    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
+    const Shared<T> right = w + (lane * kPitchW + warp / 2 * 8);
+    for (int k = 0; k < depth; k += kDepth) {
+      uint32_t rows[2][kTilesM][4];
+      EDET_UNROLL
+      for (int half = 0; half < 2; half++) {
+        EDET_UNROLL
+        for (int m = 0; m < kTilesM; m++) {
+          load_matrices(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
+        }
+      }
+      EDET_UNROLL
+      for (int n = 0; n < kTilesN; n++) {
+        if ((n * 4 + warp / 2) * 8 >= columns) break;
+        uint32_t b[4];
+        load_transposed_matrices(right + (k * kPitchW + n * 32), b);
+        EDET_UNROLL
+        for (int half = 0; half < 2; half++) {
+          EDET_UNROLL
+          for (int m = 0; m < kTilesM; m++) {
+            multiply_add<T>(sum_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Calls put(factors(column), row, column, sum, sum of column + 1) for all sums of this thread.
+  template <class Factors, class Put>
+  EDET_DEVICE void each(const Factors& factors, const Put& put) const {
+    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    EDET_UNROLL
+    for (int n = 0; n < kTilesN; n++) {
+      const int column = (n * 4 + warp / 2) * 8 + lane % 4 * 2;
+      const auto f = factors(column);
+      EDET_UNROLL
+      for (int m = 0; m < kTilesM; m++) {
+        const int row = (warp % 2 * kTilesM + m) * 16 + lane / 4;
+        put(f, row, column, sum_[m][n][0], sum_[m][n][1]);
+        put(f, row + 8, column, sum_[m][n][2], sum_[m][n][3]);
+      }
+    }
+  }
+
+ private:
+  float sum_[kTilesM][kTilesN][4];
+};
+
+// Floats: 16 × 16 threads, each with every 16th row and groups of 4 neighbouring columns.
+template <int kTilesM, int kTilesN>
+class Product<float, kTilesM, kTilesN> {
+  static_assert(kTilesN % 2 == 0, "a thread owns groups of 4 columns");
+
+ public:
+  using Type = float;
+  static constexpr int kRows = 32 * kTilesM, kColumns = 32 * kTilesN;
+  static constexpr int kPitchA = kChunk<float> + 4, kPitchW = kColumns + 8;
+  static constexpr int kBytesA = kRows * kPitchA * 4;
+  static constexpr int kBytesW = kChunk<float> * kPitchW * 4;
+  static constexpr int kBytesOut = kRows * kPitchW * 4;
+  static constexpr int kBlocks = 2;
+
+  EDET_DEVICE Product() { clear(); }
+  EDET_DEVICE void clear() {
+    EDET_UNROLL
+    for (int m = 0; m < kM; m++) {
+      EDET_UNROLL
+      for (int n = 0; n < kN; n++) {
+        EDET_UNROLL
+        for (int i = 0; i < 4; i++) sum_[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  EDET_DEVICE void step(Shared<float> a, Shared<float> w, int depth, int) {
+    const Shared<float> left = a + thread().x / 16 * kPitchA;
+    const Shared<float> right = w + thread().x % 16 * 4;
+    float part[kM][kN][4] = {};  // a sum of few terms: long sums in one register round too often
+    for (int k = 0; k < depth; k += 4) {
+      Vector<float, 4> rows[kM];
+      EDET_UNROLL
+      for (int m = 0; m < kM; m++) rows[m] = load<4>(left + (m * 16 * kPitchA + k));
+      EDET_UNROLL
+      for (int i = 0; i < 4; i++) {
+        EDET_UNROLL
+        for (int n = 0; n < kN; n++) {
+          const Vector<float, 4> b = load<4>(right + ((k + i) * kPitchW + n * 64));
+          EDET_UNROLL
+          for (int m = 0; m < kM; m++) {
+            EDET_UNROLL
+            for (int j = 0; j < 4; j++) part[m][n][j] += rows[m].value[i] * b.value[j];
+          }
+        }
+      }
+    }
+    EDET_UNROLL
+    for (int m = 0; m < kM; m++) {
+      EDET_UNROLL
+      for (int n = 0; n < kN; n++) {
+        EDET_UNROLL
+        for (int j = 0; j < 4; j++) sum_[m][n][j] += part[m][n][j];
+      }
+    }
+  }
+
+  template <class Factors, class Put>
+  EDET_DEVICE void each(const Factors& factors, const Put& put) const {
+    EDET_UNROLL
+    for (int n = 0; n < kN; n++) {
+      EDET_UNROLL
+      for (int pair = 0; pair < 4; pair += 2) {
+        const int column = n * 64 + thread().x % 16 * 4 + pair;
+        const auto f = factors(column);
+        EDET_UNROLL
+        for (int m = 0; m < kM; m++) {
+          put(f, m * 16 + thread().x / 16, column, sum_[m][n][pair], sum_[m][n][pair + 1]);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kM = 2 * kTilesM, kN = kTilesN / 2;
+  float sum_[kM][kN][4];
+};
+
+// The columns of a block in units of 32, and how many blocks share the output channels. A block
+// that has all of them reads its rows once; up to 384 columns fit the registers. Floats have no
+// tensor cores, and more sums than of 128 columns would leave no registers.
+struct ProductShape {
+  int tiles_n;
+  int64_t slices;
+};
+constexpr ProductShape product_shape(bool tensor_cores, int64_t c_out, int64_t shared_bytes) {
+  // 64 KiB (Turing) do not hold a chunk of 384 columns
+  const int64_t most = !tensor_cores ? 128 : shared_bytes < 80 * 1024 ? 256 : 384;
+  const int64_t slices = (c_out + most - 1) / most;
+  const int64_t columns = ((c_out + slices - 1) / slices + kPanel - 1) / kPanel * kPanel;
+  return {columns <= 64 ? 2 : columns <= 128 ? 4 : columns <= 256 ? 8 : 12, slices};
+}
+
+// Brings rows [k, k + depth) and `columns` columns from column n (a multiple of 16) of packed
+// weights (⌈c_out/16⌉, c, 16) to shared memory, as T; zeros past the weights. Four lanes read 64
+// neighbouring bytes, and four panels' parts of a row fill all banks when they are stored.
+template <class P>
+EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int k, int n,
+                              int depth, int columns, Shared<typename P::Type> w) {
+  using T = typename P::Type;
+  const int panels = round_up(columns, kPanel) / kPanel;
+  for (int i = thread().x; i < depth * panels * 4; i += kProductThreads) {
+    const int quarter = i % 4, panel = i / 4 % panels, row = i / 4 / panels;
+    const int column = panel * kPanel + quarter * 4;
+    Vector<float, 4> v{};
+    if (k + row < c && n + panel * kPanel < c_out) {
+      const int64_t at = (int64_t(n / kPanel + panel) * c + k + row) * kPanel + quarter * 4;
+      v = load_constant<float, 4>(packed + at);
+    }
+    Vector<T, 4> rounded;
+    EDET_UNROLL
+    for (int j = 0; j < 4; j++) rounded.value[j] = from_float<T>(v.value[j]);
+    store(w + (row * P::kPitchW + column), rounded);
+  }
+}
+
+// V channels of a pixel that `c` are left of; `aligned` when 16 bytes may be read at once.
+template <class T>
+EDET_DEVICE Vector<T, kVector<T>> load_pixel(const T* p, int64_t c, bool aligned) {
+  if (aligned) return load_constant<T, kVector<T>>(p);
+  Vector<T, kVector<T>> v;
+  EDET_UNROLL
+  for (int i = 0; i < kVector<T>; i++) {
+    v.value[i] = i < c ? load_constant<T, 1>(p + i).value[0] : from_float<T>(0.0f);
+  }
+  return v;
+}
+
+struct Affine {
+  float scale[2], shift[2];
+};
+// Scale and shift of two columns, of which those from c_out on do not exist.
+EDET_DEVICE Affine load_affine(const float* scale, const float* shift, int64_t column,
+                               int64_t c_out) {
+  Affine f{};
+  EDET_UNROLL
+  for (int i = 0; i < 2; i++) {
+    if (column + i >= c_out) break;
+    f.scale[i] = load_constant<float, 1>(scale + column + i).value[0];
+    f.shift[i] = load_constant<float, 1>(shift + column + i).value[0];
+  }
+  return f;
+}
+
+// Writes a product by way of shared memory, so that whole 16-byte parts of pixels are stored.
+// change(value, row, column) makes of scale · sum + shift, in the columns' scales and shifts, the
+// result; pixel(row) is the first of its c_out channels, or null. `aligned` when 16 bytes may be
+// written at once.
+template <class P, class Change, class Pixel>
+EDET_DEVICE void store_product(const P& product, Shared<typename P::Type> stage, const float* scale,
+                               const float* shift, int n, int columns, int64_t c_out, bool aligned,
+                               const Change& change, const Pixel& pixel) {
+  using T = typename P::Type;
+  block_barrier();  // the operands, in whose place the result comes, are no longer read
+  product.each([&](int column) { return load_affine(scale, shift, n + column, c_out); },
+               [&](const Affine& f, int row, int column, float first, float second) {
+                 Vector<T, 2> v;
+                 v.value[0] = change(f.scale[0] * first + f.shift[0], row, n + column);
+                 v.value[1] = change(f.scale[1] * second + f.shift[1], row, n + column + 1);
+                 store(stage + (row * P::kPitchW + column), v);
+               });
+  block_barrier();
+  const int real = int(c_out - n < columns ? c_out - n : columns);
+  if (aligned) {
+    const int vectors = real / kVector<T>;
+    for (int i = thread().x; i < P::kRows * vectors; i += kProductThreads) {
+      const int row = i / vectors, column = i % vectors * kVector<T>;
+      T* const to = pixel(row);
+      if (to) store(to + n + column, load<kVector<T>>(stage + (row * P::kPitchW + column)));
+    }
+  } else {
+    for (int i = thread().x; i < P::kRows * real; i += kProductThreads) {
+      const int row = i / real, column = i % real;
+      T* const to = pixel(row);
+      if (to) store(to + n + column, get(stage + (row * P::kPitchW + column)));
+    }
+  }
+}
+
+}  // namespace edet::cuda

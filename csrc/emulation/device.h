@@ -1,0 +1,250 @@
+// The door of cuda/device.cuh, implemented on the host: the same functions, so that the same
+// kernels compile, but every thread is a fiber and every access is checked and counted.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_runtime_api.h"
+#include "emulator.h"
+#include "number.h"
+
+#define EDET_DEVICE inline
+#include "../cuda/door.h"
+
+#define EDET_KERNEL(threads, blocks) void
+#define EDET_PARAMS(type) const type&
+#define EDET_SHARED(type, name) \
+  const Shared<type> name { reinterpret_cast<type*>(emulation::shared_memory()) }
+#define EDET_UNROLL
+
+namespace edet::cuda {
+
+inline Index thread() {
+  const emulation::Thread& t = emulation::thread();
+  return {t.x, t.y, t.z};
+}
+inline Index index_of(emulation::Extent e) { return {e.x, e.y, e.z}; }
+inline Index block() { return index_of(emulation::block()); }
+inline Index block_size() { return index_of(emulation::block_size()); }
+inline Index grid_size() { return index_of(emulation::grid_size()); }
+inline int lane() { return emulation::thread().linear % kWarp; }
+
+inline void block_barrier(int line = __builtin_LINE()) { emulation::barrier(line); }
+inline void warp_barrier(int line = __builtin_LINE()) {
+  emulation::together(line, nullptr, [](void**, int) {});
+}
+inline void global_fence() {}  // blocks follow each other
+
+template <class T>
+T shuffle(T value, int from, int line = __builtin_LINE()) {
+  struct Lane {
+    T value, result;
+    int from;
+  } mine{value, value, from};
+  emulation::together(line, &mine, [](void** lanes, int count) {
+    for (int i = 0; i < count; i++) {
+      auto& lane = *static_cast<Lane*>(lanes[i]);
+      lane.result = static_cast<Lane*>(lanes[(lane.from % kWarp + kWarp) % kWarp % count])->value;
+    }
+  });
+  return mine.result;
+}
+template <class T>
+T shuffle_xor(T value, int mask, int line = __builtin_LINE()) {
+  return shuffle(value, lane() ^ mask, line);
+}
+inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
+  struct Lane {
+    bool vote;
+    uint32_t result;
+  } mine{vote, 0};
+  emulation::together(line, &mine, [](void** lanes, int count) {
+    uint32_t votes = 0;
+    for (int i = 0; i < count; i++) votes |= uint32_t(static_cast<Lane*>(lanes[i])->vote) << i;
+    for (int i = 0; i < count; i++) static_cast<Lane*>(lanes[i])->result = votes;
+  });
+  return mine.result;
+}
+
+inline int first_set(uint32_t x) { return __builtin_ctz(x); }
+inline float exp(float x) { return std::exp(x); }
+
+template <class T, int V>
+Vector<T, V> load_constant(const T* p) {
+  static_assert(sizeof(Vector<T, V>) == 16 || V == 1, "an access is 16 bytes or one element");
+  emulation::global_access(p, sizeof(Vector<T, V>), false);
+  Vector<T, V> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+T load_shared_by_blocks(const T* p) {
+  return load_constant<T, 1>(p).value[0];
+}
+template <class T, int V>
+void store(T* p, const Vector<T, V>& v) {
+  emulation::global_access(p, sizeof v, true);
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+void store(T* p, T v) {
+  store<T, 1>(p, {{v}});
+}
+
+template <int V = 1, class T>
+Vector<T, V> load(Shared<T> s) {
+  emulation::shared_access(s.at, sizeof(Vector<T, V>), false);
+  Vector<T, V> v;
+  std::memcpy(&v, s.at, sizeof v);
+  return v;
+}
+template <class T>
+T get(Shared<T> s) {
+  return load<1>(s).value[0];
+}
+template <class T, int V>
+void store(Shared<T> s, const Vector<T, V>& v) {
+  emulation::shared_access(s.at, sizeof v, true);
+  std::memcpy(s.at, &v, sizeof v);
+}
+template <class T>
+void store(Shared<T> s, T v) {
+  store<T, 1>(s, {{v}});
+}
+
+template <class T>
+T atomic_add(T* p, T v) {
+  emulation::global_access(p, sizeof v, true);
+  const T before = *p;
+  *p = static_cast<T>(before + v);
+  return before;
+}
+template <class T>
+T atomic_add(Shared<T> s, T v) {
+  emulation::shared_atomic(s.at, sizeof v);
+  const T before = *s.at;
+  *s.at = static_cast<T>(before + v);
+  return before;
+}
+
+// Arrives at once: that a wait is missing is seen as a missing barrier only.
+template <class T>
+void copy_async(Shared<T> to, const T* from, bool real) {
+  Vector<T, 16 / sizeof(T)> v{};
+  if (real) v = load_constant<T, 16 / sizeof(T)>(from);
+  store(to, v);
+}
+inline void await_copies() {}
+
+namespace detail {
+
+struct Matrices {
+  const uint16_t* row;
+  uint32_t* result;
+};
+
+template <bool kTransposed>
+void give_matrices(void** lanes, int count) {
+  for (int i = 0; i < count; i++) {
+    for (int m = 0; m < 4; m++) {
+      const auto element = [&](int row, int column) -> uint32_t {
+        return static_cast<Matrices*>(lanes[(8 * m + row) % count])->row[column];
+      };
+      const int g = i / 4, t = i % 4;
+      static_cast<Matrices*>(lanes[i])->result[m] =
+          kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                      : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+    }
+  }
+}
+
+// A lane's part of a product on the tensor cores.
+struct Product {
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+template <class T>
+float half_of(uint32_t pair, int half) {
+  return to_float(T{uint16_t(pair >> 16 * half)});
+}
+
+}  // namespace detail
+
+template <class T>
+void load_matrices(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LINE()) {
+  emulation::shared_access(row.at, 16, false);
+  detail::Matrices mine{reinterpret_cast<const uint16_t*>(row.at), r};
+  emulation::together(line, &mine, detail::give_matrices<false>);
+}
+template <class T>
+void load_transposed_matrices(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LINE()) {
+  emulation::shared_access(row.at, 16, false);
+  detail::Matrices mine{reinterpret_cast<const uint16_t*>(row.at), r};
+  emulation::together(line, &mine, detail::give_matrices<true>);
+}
+
+template <class T>
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  int line = __builtin_LINE()) {
+  detail::Product mine{d, a, {b0, b1}};
+  emulation::together(line, &mine, [](void** lanes, int count) {
+    const auto lane = [&](int i) { return static_cast<detail::Product*>(lanes[i]); };
+    float left[16][16], right[16][8];
+    for (int row = 0; row < 16; row++)
+      for (int k = 0; k < 16; k++)
+        left[row][k] =
+            detail::half_of<T>(lane(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2], k % 2);
+    for (int k = 0; k < 16; k++)
+      for (int column = 0; column < 8; column++)
+        right[k][column] = detail::half_of<T>(lane(column * 4 + k % 8 / 2)->b[k / 8], k % 2);
+    for (int i = 0; i < count; i++) {
+      for (int j = 0; j < 4; j++) {
+        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 16; k++) sum += left[row][k] * right[k][column];
+        lane(i)->d[j] += sum;
+      }
+    }
+  });
+}
+
+// ---- host ----
+
+using Stream = cudaStream_t;
+using Error = cudaError_t;
+struct Dim3 {
+  unsigned x, y, z;
+  Dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+constexpr Error kSuccess = cudaSuccess;
+constexpr Error kInvalidValue = cudaErrorInvalidValue;
+
+struct Device {
+  int multiprocessors;
+  int shared_bytes;
+};
+inline Error current_device(Device* device) {
+  *device = {emulation::multiprocessors(), emulation::most_shared_bytes()};
+  return kSuccess;
+}
+
+inline Error clear(void* data, size_t bytes, Stream) { return emulation::clear(data, bytes); }
+
+template <class Params>
+Error launch(void (*kernel)(const Params&), Dim3 grid, Dim3 block, size_t shared_bytes, Stream,
+             const Params& params) {
+  const auto extent = [](Dim3 d) { return emulation::Extent{int(d.x), int(d.y), int(d.z)}; };
+  return emulation::run(
+      __PRETTY_FUNCTION__, extent(grid), extent(block), shared_bytes,
+      [](const void* kernel, const void* params) {
+        (*static_cast<void (*const*)(const Params&)>(kernel))(*static_cast<const Params*>(params));
+      },
+      &kernel, &params);
+}
+
+}  // namespace edet::cuda

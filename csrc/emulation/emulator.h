@@ -1,0 +1,69 @@
+// Runs the blocks of a kernel on the host: each thread of a block is a fiber, blocks follow each
+// other. Watches memory, barriers and races; docs/cuda.md explains what is and is not checked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime_api.h"
+
+namespace edet::emulation {
+
+struct Extent {
+  int x, y, z;
+};
+
+// What one launch did. A kernel is named by its source; sectors are 32 bytes long, each counted
+// once per block, as if every block had a first-level cache of its own.
+struct Launch {
+  std::string kernel;
+  int64_t blocks = 0, shared_bytes = 0;
+  int64_t bytes_read = 0, bytes_written = 0;      // that threads asked for
+  int64_t sectors_read = 0, sectors_written = 0;  // that blocks asked for
+  int64_t bank_conflicts = 0;                     // extra cycles of shared memory accesses
+};
+
+// ---- for tests; everything here is per host thread ----
+
+void set_seed(uint64_t seed);  // of the order in which fibers and blocks run
+// The device launchers believe in.
+void set_device(int multiprocessors, int shared_bytes);
+void count_launches(bool on);  // begins a new list, or ends counting
+const std::vector<Launch>& launches();
+const std::string& last_error();
+
+// Memory that kernels may touch until forget_memory().
+void know_memory(const void* data, size_t bytes, bool writable);
+void forget_memory();
+
+// ---- for the door, device.h ----
+
+struct Thread {
+  int x, y, z, linear;
+};
+const Thread& thread();
+Extent block();
+Extent block_size();
+Extent grid_size();
+
+// `line` is the call's, which must be the same for all threads that meet.
+void barrier(int line);
+// All lanes of the warp bring an argument; when the last is here, `meet` is called with all of
+// them, in order of lanes.
+void together(int line, void* mine, void (*meet)(void** lanes, int count));
+
+void global_access(const void* p, size_t bytes, bool write);
+void shared_access(const void* p, size_t bytes, bool write);
+void shared_atomic(const void* p, size_t bytes);
+char* shared_memory();
+
+int multiprocessors();
+int most_shared_bytes();
+cudaError_t clear(void* data, size_t bytes);
+cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes,
+                void (*body)(const void* kernel, const void* params), const void* kernel,
+                const void* params);
+
+}  // namespace edet::emulation

@@ -1,0 +1,114 @@
+// The Python module edet_emulation: loading it registers the ops, with emulated CUDA kernels, in
+// torch.ops.edet_emulation; its functions steer and read the emulator and run probes on arrays.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "emulator.h"
+#include "probe.cuh"
+
+namespace py = pybind11;
+using namespace edet;
+
+namespace {
+
+// What a probe may touch is its arrays.
+class Memory {
+ public:
+  ~Memory() { emulation::forget_memory(); }
+  template <class T>
+  const T* in(const py::array_t<T>& array) {
+    emulation::know_memory(array.data(), static_cast<size_t>(array.nbytes()), false);
+    return array.data();
+  }
+  template <class T>
+  T* out(py::array_t<T>& array) {
+    emulation::know_memory(array.mutable_data(), static_cast<size_t>(array.nbytes()), true);
+    return array.mutable_data();
+  }
+};
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+py::array_t<float> reverse(const py::array_t<float>& numbers, int threads,
+                           const std::string& fault) {
+  static const char* const names[] = {"none",
+                                      "missing_barrier",
+                                      "missing_warp_barrier",
+                                      "missing_last_barrier",
+                                      "divergent_barrier",
+                                      "early_exit",
+                                      "divergent_warp",
+                                      "global_overrun",
+                                      "global_misaligned",
+                                      "input_written",
+                                      "shared_overrun"};
+  int number = -1;
+  for (int i = 0; i < static_cast<int>(std::size(names)); i++)
+    if (fault == names[i]) number = i;
+  if (number < 0) throw std::invalid_argument("fault is unknown: " + fault);
+  py::array_t<float> result(numbers.size());
+  Memory memory;
+  const cuda::ReverseParams p{static_cast<cuda::Fault>(number), memory.in(numbers),
+                              memory.out(result)};
+  const auto blocks = static_cast<unsigned>(numbers.size() / threads);
+  check(cuda::launch(cuda::reverse, blocks, static_cast<unsigned>(threads),
+                     sizeof(float) * static_cast<size_t>(threads), nullptr, p));
+  return result;
+}
+
+void product(const py::array_t<uint16_t>& a, const py::array_t<uint16_t>& b, py::array_t<float> d,
+             bool half) {
+  Memory memory;
+  const cuda::ProductParams p{half, memory.in(a), memory.in(b), memory.out(d)};
+  check(cuda::launch(cuda::product, 1u, 32u, 1024, nullptr, p));
+}
+
+py::tuple warp(const py::array_t<int>& numbers) {
+  const auto threads = static_cast<unsigned>(numbers.size());
+  py::array_t<int> shuffled(threads), exchanged(threads), votes(threads), sums(2);
+  sums.mutable_at(0) = 0;
+  Memory memory;
+  const cuda::WarpParams p{memory.in(numbers), memory.out(shuffled), memory.out(exchanged),
+                           memory.out(votes), memory.out(sums)};
+  check(cuda::launch(cuda::warp, 1u, threads, sizeof(int), nullptr, p));
+  return py::make_tuple(shuffled, exchanged, votes, sums);
+}
+
+void touch(int stride, int vector) {
+  const cuda::StrideParams p{stride, vector};
+  check(cuda::launch(cuda::touch, 1u, 32u, sizeof(float) * static_cast<size_t>(31 * stride + 4),
+                     nullptr, p));
+}
+
+py::list launches() {
+  py::list list;
+  for (const emulation::Launch& l : emulation::launches()) {
+    py::dict d;
+    d["kernel"] = l.kernel;
+    d["blocks"] = l.blocks;
+    d["shared_bytes"] = l.shared_bytes;
+    d["bytes_read"] = l.bytes_read;
+    d["bytes_written"] = l.bytes_written;
+    d["sectors_read"] = l.sectors_read;
+    d["sectors_written"] = l.sectors_written;
+    d["bank_conflicts"] = l.bank_conflicts;
+    list.append(d);
+  }
+  return list;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(edet_emulation, m) {
+  m.def("set_seed", &emulation::set_seed, "Of the order in which threads and blocks run.");
+  m.def("set_device", &emulation::set_device, py::arg("multiprocessors"), py::arg("shared_bytes"));
+  m.def("count_launches", &emulation::count_launches, "Begins a new list, or ends counting.");
+  m.def("launches", &launches, "What each launch since then did.");
+  m.def("reverse", &reverse, py::arg("numbers"), py::arg("threads"), py::arg("fault") = "none");
+  m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("d"), py::arg("half"));
+  m.def("warp", &warp, py::arg("numbers"));
+  m.def("touch", &touch, py::arg("stride"), py::arg("vector"));
+}

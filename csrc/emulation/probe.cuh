@@ -1,0 +1,126 @@
+// Small kernels that try the emulation itself: correct ones, and one for each fault it must catch.
+#pragma once
+
+#include "../cuda/device.cuh"
+
+namespace edet::cuda {
+
+enum class Fault : int {
+  none,
+  missing_barrier,
+  missing_warp_barrier,
+  missing_last_barrier,
+  divergent_barrier,
+  early_exit,
+  divergent_warp,
+  global_overrun,
+  global_misaligned,
+  input_written,
+  shared_overrun,
+};
+
+struct ReverseParams {
+  Fault fault;
+  const float* from;  // (blocks, threads)
+  float* to;
+};
+
+// Turns the numbers of each block around, twice over, through shared memory; commits `fault`.
+EDET_KERNEL(1024, 1)
+reverse(EDET_PARAMS(ReverseParams) p) {
+  EDET_SHARED(float, tile);
+  const int threads = block_size().x, t = thread().x;
+  const int64_t at = int64_t(block().x) * threads + t;
+  const int over = p.fault == Fault::global_overrun && t == threads - 1 ? 1 : 0;
+  if (p.fault == Fault::global_misaligned) load_constant<float, 4>(p.from + 1);
+  if (p.fault == Fault::input_written) store(const_cast<float*>(p.from) + at, 1.0f);
+  if (p.fault == Fault::early_exit && t == 5) return;
+  float x = load_constant<float, 1>(p.from + at + over * grid_size().x * threads).value[0];
+  for (int round = 0; round < 2; round++) {
+    store(tile + t + (p.fault == Fault::shared_overrun && t == 0 ? threads : 0), x);
+    if (p.fault == Fault::divergent_barrier && t == 3) {
+      block_barrier();
+    } else if (p.fault != Fault::missing_barrier) {
+      block_barrier();
+    }
+    x = get(tile + (threads - 1 - t));
+    if (p.fault != Fault::missing_last_barrier) block_barrier();
+  }
+  if (p.fault == Fault::divergent_warp && t % 2) x = shuffle(x, 0);
+  if (p.fault == Fault::missing_warp_barrier) {
+    store(tile + t, x);
+    x = get(tile + (t ^ 1));
+  }
+  store(p.to + at, x);
+}
+
+struct ProductParams {
+  bool half;      // f16, else bf16
+  const void* a;  // (16, 16)
+  const void* b;  // (16, 8)
+  float* d;       // (16, 8), added to
+};
+
+template <class T>
+EDET_DEVICE void product_as(const ProductParams& p) {
+  EDET_SHARED(T, tile);
+  const Shared<T> a = tile, b = tile + 16 * 16;
+  const int lane = thread().x, g = lane / 4, t = lane % 4;
+  copy_async(a + lane * 8, static_cast<const T*>(p.a) + lane * 8, true);
+  copy_async(b + lane * 8, static_cast<const T*>(p.b) + lane % 16 * 8, lane < 16);
+  await_copies();
+  warp_barrier();
+  uint32_t left[4], right[4];
+  load_matrices(a + (lane % 16 * 16 + lane / 16 * 8), left);
+  load_transposed_matrices(b + lane * 8, right);
+  float d[4];
+  for (int i = 0; i < 4; i++) d[i] = p.d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  multiply_add<T>(d, left, right[0], right[1]);
+  for (int i = 0; i < 4; i++) store(p.d + (g + i / 2 * 8) * 8 + 2 * t + i % 2, d[i]);
+}
+
+EDET_KERNEL(32, 1)
+product(EDET_PARAMS(ProductParams) p) { return p.half ? product_as<f16>(p) : product_as<bf16>(p); }
+
+struct WarpParams {
+  const int* from;  // (threads)
+  int* shuffled;    // of lane (lane + 1) % 32
+  int* exchanged;   // of lane lane ^ 5
+  int* votes;       // one bit for each odd number of the warp
+  int* sums;        // (2): of all numbers, by global and by shared atomics
+};
+
+EDET_KERNEL(1024, 1)
+warp(EDET_PARAMS(WarpParams) p) {
+  EDET_SHARED(int, sum);
+  const int t = thread().x;
+  if (t == 0) store(sum, 0);
+  block_barrier();
+  const int x = load_constant<int, 1>(p.from + t).value[0];
+  store(p.shuffled + t, shuffle(x, (t + 1) % kWarp));
+  store(p.exchanged + t, shuffle_xor(x, 5));
+  store(p.votes + t, static_cast<int>(ballot(x % 2 != 0)));
+  atomic_add(p.sums, x);
+  atomic_add(sum, x);
+  block_barrier();
+  if (t == 0) store(p.sums + 1, get(sum));
+}
+
+struct StrideParams {
+  int stride;  // between the words of neighbouring lanes
+  int vector;  // words at once: 1 or 4
+};
+
+// Touches 32 places of shared memory, one instruction.
+EDET_KERNEL(32, 1)
+touch(EDET_PARAMS(StrideParams) p) {
+  EDET_SHARED(float, tile);
+  const Shared<float> at = tile + thread().x * p.stride;
+  if (p.vector == 4) {
+    store(at, Vector<float, 4>{});
+  } else {
+    store(at, 0.0f);
+  }
+}
+
+}  // namespace edet::cuda

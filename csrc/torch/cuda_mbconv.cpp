@@ -1,0 +1,31 @@
+// mbconv on CUDA.
+#include "../cuda/mbconv.h"
+#include "cuda_common.h"
+
+namespace edet::torch_ops {
+
+// The lists are those of the CPU's glue, mbconv.cpp.
+static Tensor mbconv_cuda(const Tensor input, const Tensors expand, const Tensors depthwise,
+                          const Tensors squeeze, const Tensors project, int64_t stride,
+                          const Ints padding, const Ints size, int64_t activation, bool residual) {
+  CudaCall call("mbconv", input);
+  MbconvParams p =
+      mbconv_params(input, expand, depthwise, squeeze, project, stride, padding, size, activation,
+                    residual, [&](const Tensor& t, int64_t numel, const char* name) {
+                      return call.floats(t, numel, name);
+                    });
+  p.input = call.map(input);
+  Tensor out = empty_map(input, p.c_out, p.out_h, p.out_w);
+  p.out = call.write(out);
+  const cuda::MbconvMemory memory = cuda::mbconv_memory(p);
+  p.mid = static_cast<float*>(call.scratch(memory.mid_bytes));
+  p.sums = static_cast<float*>(call.scratch(memory.sums_bytes));
+  p.gate = static_cast<float*>(call.scratch(memory.gate_bytes));
+  auto* counters = static_cast<int*>(call.scratch(memory.counter_bytes));
+  call.check(cuda::mbconv(p, counters, call.stream()));
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EDET_OPS, EDET_CUDA_KEY, m) { m.impl("mbconv", TORCH_BOX(&mbconv_cuda)); }
+
+}  // namespace edet::torch_ops

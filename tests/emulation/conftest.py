@@ -1,0 +1,44 @@
+"""The CUDA kernels on the host: the module that emulates them, and ops that run on it."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]  # for emulated and op_utils
+
+import emulated as emulated_module  # noqa: E402
+
+# Read at the first allocation: a pixel that is never written shows up as NaN.
+os.environ.setdefault("EDET_POISON", "1")
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """The module edet_emulation."""
+    found = emulated_module.module()
+    if found is None:
+        pytest.skip("needs the emulation: EDET_EMULATION=1 python setup.py build_ext --inplace")
+    return found
+
+
+@pytest.fixture
+def emulated(emulation, monkeypatch):
+    """The module, while every op of :mod:`edet_kernels` runs its emulated CUDA kernel."""
+    monkeypatch.setenv("EDET_BACKEND", "cpu")
+    monkeypatch.setattr(torch.ops, "edet_kernels", torch.ops.edet_emulation)
+    emulation.set_device(emulated_module.MULTIPROCESSORS, emulated_module.SHARED_BYTES)
+    emulation.set_seed(0)
+    return emulation
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The maps are small: eager PyTorch wastes most of its time on waking threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
