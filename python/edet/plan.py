@@ -96,20 +96,21 @@ class Plan:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The function's results for ``inputs``."""
         known: list[Any] = [*inputs, *[None] * (self._count - len(inputs))]
-        for func, args, kwargs, _, results in self._steps:
-            filled = [
-                known[a]
-                if type(a) is _Slot
-                else [known[v] if type(v) is _Slot else v for v in a]
-                if type(a) is _Maps
-                else a
-                for a in args
-            ]
-            result = func(*filled, **kwargs)
-            if isinstance(result, Tensor):
-                known[results.start] = result
-            else:
-                known[results.start : results.stop] = result
+        with torch._C._AutoDispatchBelowAutograd():  # where the calls were recorded
+            for func, args, kwargs, _, results in self._steps:
+                filled = [
+                    known[a]
+                    if type(a) is _Slot
+                    else [known[v] if type(v) is _Slot else v for v in a]
+                    if type(a) is _Maps
+                    else a
+                    for a in args
+                ]
+                result = func(*filled, **kwargs)
+                if isinstance(result, Tensor):
+                    known[results.start] = result
+                else:
+                    known[results.start : results.stop] = result
         return [known[slot] for slot in self._outputs]
 
 
