@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,7 @@ from ..packing import PANEL
 from ..reference import pool_geometry
 from .device import NEAREST, NONE, POOL
 
-_MOST_PIXELS = 2**31 - 1
-_NUMBERS = ("BLOCK_P", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+_MOST_PIXELS = 2**31 - 2**16  # a tile may begin before the end and go beyond it
 
 
 def cdiv(a: int, b: int) -> int:
@@ -107,5 +107,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
     # enable_fp_fusion: a·b + c in one rounding, which newer Tritons do only when asked to
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **constants, **options)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,15 +35,16 @@ def forward(
     units,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Projection i has units[i] · UNIT output channels; its tiles start with first[i]."""
-    tile = tl.program_id(0)
+    """Projection i has units[i] · UNIT output channels; its tiles start with first[i] of TILES."""
+    tile = tl.program_id(0) % TILES
     i = find_level(tile, first)
     out, pw, c_out = select(i, outs), select(i, pws), select(i, units) * UNIT
-    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    pixel = tl.program_id(0) // TILES * BLOCK_P + tl.arange(0, BLOCK_P)
     out_channel = (tile - select(i, first)) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = pixel < pixels
     dtype: tl.constexpr = map.dtype.element_ty
@@ -100,7 +100,7 @@ def _project(
     unit = math.gcd(16, *c_outs)  # tells the compiler how aligned a pixel's channels are
     launch(
         forward,
-        (total, cdiv(pixels, config["BLOCK_P"])),
+        (total * cdiv(pixels, config["BLOCK_P"]),),
         outs,
         map,
         tuple(t.contiguous() for t in pws),
@@ -111,6 +111,7 @@ def _project(
         tuple(c_out // unit for c_out in c_outs),
         C=c,
         UNIT=unit,
+        TILES=total,
         **config,
     )
     return list(outs)
@@ -185,7 +186,7 @@ def lateral_backward(
     config = configs.find("pointwise_backward", map, c, pixels)
     config["BLOCK_K"] = tile_width(c, config["BLOCK_K"])
     config["BLOCK_N"] = tile_width(max(s.shape[0] for s in scales), config["BLOCK_N"])
-    d_map = torch.empty_like(map)
+    d_map = empty_map(map, c, h, w)
     launch(
         backward_input,
         (cdiv(pixels, config["BLOCK_P"]), cdiv(c, config["BLOCK_K"])),

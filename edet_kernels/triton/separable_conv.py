@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -210,7 +209,7 @@ def separable_conv_backward(
     if activation:
         out_grads = tuple(_run(maps, out_grads, dw, pw, scale, shift, activation))
     d_pw, d_scale, d_shift = weight_gradients(maps, out_grads, dw, pw, scale)
-    sum_grads = tuple(torch.empty_like(x) for x in maps)
+    sum_grads = tuple(empty_map(x, *x.shape[1:]) for x in maps)
     input_gradients(out_grads, sum_grads, pw, scale)
 
     n, c = maps[0].shape[:2]
@@ -218,7 +217,7 @@ def separable_conv_backward(
     config = configs.find("depthwise_backward", maps[0], c, sum(pixels))
     config["BLOCK_K"] = tile_width(c, config["BLOCK_K"])
     first, total = first_tiles([cdiv(count, config["BLOCK_P"]) for count in pixels])
-    in_grads = tuple(torch.empty_like(x) for x in maps)
+    in_grads = tuple(empty_map(x, *x.shape[1:]) for x in maps)
     weight_sums = dw.new_empty((total, 9, c))
     launch(
         backward_depthwise,

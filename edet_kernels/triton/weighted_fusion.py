@@ -269,7 +269,7 @@ def weighted_fusion(
         out,
         maps,
         *extents(maps),
-        edge_weights,
+        None if edge_weights is None else edge_weights.contiguous(),
         pixels,
         h,
         w,

@@ -51,7 +51,8 @@ def test_wheel_from_a_clean_tree(clean_tree, tmp_path):
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert packages == {"edet", "edet_kernels"}
     assert "edet_kernels/libedet_kernels.so" in names
-    assert {"edet/py.typed", "edet_kernels/py.typed"} <= set(names)
+    data = {"edet/py.typed", "edet_kernels/py.typed", "edet_kernels/triton/configs.json"}
+    assert data <= set(names)
     for name in ("edet", "edet_kernels"):
         source = ROOT / ("python/edet" if name == "edet" else name)
         modules = {f"{name}/{path.relative_to(source)}" for path in source.rglob("*.py")}

@@ -219,6 +219,20 @@ def test_layouts_give_identical_results(op, layout):
     assert_identical(call(map_tree(layout, call.maps)), call())
 
 
+def test_strided_weights():
+    call = small("fusion_node", sizes=[(5, 3), (3, 2)], per_channel=True)
+
+    def strided(t: Tensor) -> Tensor:
+        wide = torch.full((*t.shape, 2), math.nan, device=t.device)
+        wide[..., 0] = t
+        return wide[..., 0]
+
+    weights = map_tree(strided, call.weights)
+    assert_identical(Call(call.op, call.maps, weights, call.options)(), call())
+    fused = Call("weighted_fusion", call.maps, weights[:1], call.options)
+    assert_identical(fused(), Call("weighted_fusion", call.maps, call.weights[:1], call.options)())
+
+
 def test_a_node_in_two_launches():
     call = small("fusion_node", sizes=[(5, 3), (3, 2)])
     config = configs.find("fusion_node", call.maps[0], 24, 15)
@@ -376,7 +390,7 @@ def test_gradients_of_batch_0_are_zero(op):
 
 
 def test_gradients_are_the_same_every_time():
-    call = small("separable_conv", sizes=[(5, 3)])
+    call = small("lateral", size=(5, 3))
     grads = [torch.randn(t.shape, device=DEVICE) for t in tensors(call.reference(torch.float32))]
     assert_identical(gradients(call, grads), gradients(call, grads))
 
