@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -18,9 +19,12 @@ struct Logit {
   int64_t index;  // (anchor, class), the anchors in the order of DetectParams::anchors
 };
 
-bool before(const Logit& a, const Logit& b) {
-  return a.value > b.value || (a.value == b.value && a.index < b.index);
-}
+struct Before {  // a type, not a function, so that the algorithms inline it
+  bool operator()(const Logit& a, const Logit& b) const {
+    return a.value > b.value || (a.value == b.value && a.index < b.index);
+  }
+};
+constexpr Before before;
 
 // Keeps the `most` best, in any order; returns the worst of them.
 float keep_best(std::vector<Logit>& logits, size_t most) {
@@ -100,21 +104,39 @@ void decode(const DetectParams& p, int64_t image, int64_t anchor, float* box) {
   }
 }
 
+// Hard suppression usually has all its detections after a few of these.
+constexpr size_t kBatch = 512;
+
 void finish_image(const DetectParams& p, int64_t image, std::vector<Logit>& logits, size_t most) {
   if (logits.size() > most) keep_best(logits, most);
-  std::sort(logits.begin(), logits.end(), before);
+  const bool hard = p.settings.method == NmsMethod::hard;
   std::vector<float> boxes(4 * logits.size());
-  std::vector<Candidate> candidates;
-  for (size_t i = 0; i < logits.size(); i++) {
-    const float score = 1.0f / (1.0f + std::exp(-logits[i].value));
-    if (!(score > p.settings.score_threshold)) continue;
-    const int64_t anchor = logits[i].index / p.num_classes;
-    float* box = &boxes[4 * i];
-    decode(p, image, anchor, box);
-    candidates.push_back(
-        make_candidate(box, score, logits[i].index % p.num_classes, static_cast<int64_t>(i)));
+  std::vector<Candidate> kept;
+  for (size_t first = 0; first < logits.size();) {
+    // best first, and no further than needed
+    const auto from = logits.begin() + static_cast<std::ptrdiff_t>(first);
+    const size_t count = hard ? std::min(kBatch, logits.size() - first) : logits.size();
+    const auto to = from + static_cast<std::ptrdiff_t>(count);
+    if (to != logits.end()) std::nth_element(from, to - 1, logits.end(), before);
+    std::sort(from, to, before);
+    std::vector<Candidate> candidates;
+    candidates.reserve(count);
+    for (size_t i = first; i < first + count; i++) {
+      const float score = 1.0f / (1.0f + std::exp(-logits[i].value));
+      if (!(score > p.settings.score_threshold)) continue;
+      const int64_t anchor = logits[i].index / p.num_classes;
+      float* box = &boxes[4 * i];
+      decode(p, image, anchor, box);
+      candidates.push_back(
+          make_candidate(box, score, logits[i].index % p.num_classes, static_cast<int64_t>(i)));
+    }
+    if (hard)
+      suppress_hard_next(candidates, p.settings, kept);
+    else
+      kept = suppress(std::move(candidates), p.settings);
+    if (static_cast<int64_t>(kept.size()) == p.settings.most) break;
+    first += count;
   }
-  const std::vector<Candidate> kept = suppress(std::move(candidates), p.settings);
   p.out_counts[image] = static_cast<int64_t>(kept.size());
   for (int64_t i = 0; i < p.settings.most; i++) {
     const bool real = i < p.out_counts[image];
@@ -124,6 +146,38 @@ void finish_image(const DetectParams& p, int64_t image, std::vector<Logit>& logi
     p.out_scores[at] = real ? kept[static_cast<size_t>(i)].score : 0.0f;
     p.out_labels[at] = real ? kept[static_cast<size_t>(i)].label : -1;
   }
+}
+
+}  // namespace
+
+namespace {
+
+// A guess at what the `most` best logits of an image reach, from a sample of about kSample: the
+// value that three times as many should reach, so that it is rarely too high.
+constexpr int64_t kSample = 1 << 15, kSampleRun = 4;
+
+float guess_threshold(const DetectParams& p, int64_t image, int64_t total, size_t most) {
+  const float none = -std::numeric_limits<float>::infinity();
+  if (total < 16 * static_cast<int64_t>(most)) return none;
+  std::vector<float> sample;
+  const int64_t step = std::max<int64_t>(total / kSample, 1) * kSampleRun;
+  for (int l = 0; l < p.levels; l++) {
+    const int64_t size = p.pixels[l] * p.cell_anchors * p.num_classes;
+    const auto* data =
+        static_cast<const char*>(p.classes[l]) + static_cast<size_t>(image * size) * bytes(p.dtype);
+    int32_t index[kSampleRun];
+    float value[kSampleRun];
+    for (int64_t i = 0; i + kSampleRun <= size; i += step) {
+      const auto* at = data + static_cast<size_t>(i) * bytes(p.dtype);
+      const int64_t n = kernels().scan(p.dtype, at, kSampleRun, none, index, value);
+      sample.insert(sample.end(), value, value + n);  // all but NaN
+    }
+  }
+  const size_t rank = 3 * most * sample.size() / static_cast<size_t>(total);
+  if (rank >= sample.size()) return none;
+  const auto nth = sample.begin() + static_cast<std::ptrdiff_t>(rank);
+  std::nth_element(sample.begin(), nth, sample.end(), std::greater<float>());
+  return *nth;
 }
 
 }  // namespace
@@ -141,14 +195,19 @@ void run_detect(const DetectParams& p, const Runtime& runtime) {
   const auto most = static_cast<size_t>(p.candidates);
   std::vector<std::vector<Logit>> found(static_cast<size_t>(p.n * runtime.threads));
   std::vector<std::atomic<float>> thresholds(static_cast<size_t>(p.n));
-  for (auto& t : thresholds) t = -std::numeric_limits<float>::infinity();
 
-  Schedule schedule({p.n * count, p.n});
+  enum Step { guess, scan, finish };
+  Schedule schedule({p.n, p.n * count, p.n});
   const auto ready = [&](int64_t step, int64_t task) {
-    return step == 0 || schedule.done(0, task * count, (task + 1) * count);
+    return step == guess || (step == scan ? schedule.done(guess, task / count, task / count + 1)
+                                          : schedule.done(scan, task * count, (task + 1) * count));
   };
   schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
-    if (step == 0) {
+    if (step == guess) {
+      thresholds[static_cast<size_t>(task)] = guess_threshold(p, task, first, most);
+      return;
+    }
+    if (step == scan) {
       const int64_t image = task / count;
       scan_part(p, parts[static_cast<size_t>(task % count)], image, most,
                 thresholds[static_cast<size_t>(image)],
@@ -159,6 +218,11 @@ void run_detect(const DetectParams& p, const Runtime& runtime) {
     for (int t = 0; t < runtime.threads; t++) {
       const std::vector<Logit>& part = found[static_cast<size_t>(t * p.n + task)];
       all.insert(all.end(), part.begin(), part.end());
+    }
+    if (all.size() < std::min(most, static_cast<size_t>(first))) {  // the guess was too high
+      std::atomic<float> lowest{-std::numeric_limits<float>::infinity()};
+      all.clear();
+      for (const Part& part : parts) scan_part(p, part, task, most, lowest, all);
     }
     finish_image(p, task, all, most);
   });

@@ -8,9 +8,12 @@ namespace edet::cpu {
 
 namespace {
 
-bool better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.index < b.index);
-}
+struct Better {  // a type, not a function, so that the algorithms inline it
+  bool operator()(const Candidate& a, const Candidate& b) const {
+    return a.score > b.score || (a.score == b.score && a.index < b.index);
+  }
+};
+constexpr Better better;
 
 float iou(const Candidate& a, const Candidate& b) {
   const float w = std::min(a.box[2], b.box[2]) - std::max(a.box[0], b.box[0]);
@@ -24,13 +27,7 @@ std::vector<Candidate> suppress_hard(std::vector<Candidate>& left, const NmsSett
   if (!std::is_sorted(left.begin(), left.end(), better))
     std::sort(left.begin(), left.end(), better);
   std::vector<Candidate> kept;
-  for (const Candidate& c : left) {
-    if (static_cast<int64_t>(kept.size()) == s.most) break;
-    const bool suppressed = std::any_of(kept.begin(), kept.end(), [&](const Candidate& k) {
-      return k.label == c.label && iou(k, c) > s.iou_threshold;
-    });
-    if (!suppressed) kept.push_back(c);
-  }
+  suppress_hard_next(left, s, kept);
   return kept;
 }
 
@@ -63,6 +60,17 @@ std::vector<Candidate> suppress_gaussian(std::vector<Candidate>& left, const Nms
 
 Candidate make_candidate(const float* box, float score, int64_t label, int64_t index) {
   return {box, score, (box[2] - box[0]) * (box[3] - box[1]), label, index};
+}
+
+void suppress_hard_next(const std::vector<Candidate>& sorted, const NmsSettings& s,
+                        std::vector<Candidate>& kept) {
+  for (const Candidate& c : sorted) {
+    if (static_cast<int64_t>(kept.size()) == s.most) break;
+    const bool suppressed = std::any_of(kept.begin(), kept.end(), [&](const Candidate& k) {
+      return k.label == c.label && iou(k, c) > s.iou_threshold;
+    });
+    if (!suppressed) kept.push_back(c);
+  }
 }
 
 std::vector<Candidate> suppress(std::vector<Candidate> candidates, const NmsSettings& settings) {

@@ -15,6 +15,11 @@ struct Candidate {
 
 Candidate make_candidate(const float* box, float score, int64_t label, int64_t index);
 
+// Hard suppression a part at a time: adds to `kept`, up to the most, those of the next candidates,
+// best first, that none of it suppresses.
+void suppress_hard_next(const std::vector<Candidate>& sorted, const NmsSettings& settings,
+                        std::vector<Candidate>& kept);
+
 // The kept candidates in the order they were taken, with decayed scores for gaussian.
 std::vector<Candidate> suppress(std::vector<Candidate> candidates, const NmsSettings& settings);
 

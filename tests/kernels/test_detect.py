@@ -132,3 +132,27 @@ def test_layouts_give_identical_results(dtype):
         **call.options,
     )
     assert_identical(planar, call())
+
+
+@pytest.mark.parametrize("where", ["sampled", "not sampled", "everywhere", "nan"])
+@dtypes
+def test_many_logits_whose_sample_misleads(dtype, where):
+    """The kernel guesses from every 24th run of four logits what the best ones reach."""
+    torch.manual_seed(0)
+    side, classes = 16, 90
+    flat = torch.rand(side * side * 9 * classes)
+    sampled = torch.arange(len(flat)) % 24 < 4
+    if where == "nan":  # fewer numbers than candidates
+        flat[1000:] = float("nan")
+    elif where != "everywhere":
+        flat[sampled == (where == "sampled")] += 5
+    logits = flat.view(1, side, side, 9 * classes).permute(0, 3, 1, 2).to(dtype)
+    boxes = (0.1 * torch.randn(1, side, side, 36)).permute(0, 3, 1, 2).to(dtype)
+    corner = 100 * torch.rand(side * side * 9, 2)
+    anchors = torch.cat([corner, corner + 10], 1)
+    options = {"max_candidates": 2000, "max_detections": 2000, "iou_threshold": 1.0}
+    found = edet_kernels.detect([logits], [boxes], anchors, **options)
+    with edet_kernels.backend("reference"):
+        expected = edet_kernels.detect([logits], [boxes], anchors, **options)
+    assert_identical(found[2:], expected[2:])
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-4)
