@@ -2,18 +2,19 @@
 #include "common.h"
 
 // Enumerations are integers, numbered in core/params.h. Weights are packed
-// (edet_kernels/packing.py).
+// (edet_kernels/packing.py). Numbers that follow from an image's size are SymInt, so that a traced
+// graph serves every size; a kernel gets them as integers.
 STABLE_TORCH_LIBRARY(EDET_OPS, m) {
   m.def(
-      "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, int[] size, int fusion, int pool, "
+      "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, SymInt[] size, int fusion, int pool, "
       "int activation) -> Tensor");
   m.def(
       "fusion_node(Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, Tensor pw_weight, "
-      "Tensor scale, Tensor shift, int[] size, int fusion, int pool, int pre_activation, "
+      "Tensor scale, Tensor shift, SymInt[] size, int fusion, int pool, int pre_activation, "
       "int post_activation) -> Tensor");
   m.def(
       "bifpn(Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, Tensor pw_weight, "
-      "Tensor scale, Tensor shift, int[] edges, int[] edge_counts, int[] sizes, int[] outputs, "
+      "Tensor scale, Tensor shift, int[] edges, int[] edge_counts, SymInt[] sizes, int[] outputs, "
       "int fusion, int pool, int pre_activation, int post_activation) -> Tensor[]");
   m.def(
       "separable_conv(Tensor[] inputs, Tensor dw_weight, Tensor pw_weight, Tensor scale, "
@@ -27,10 +28,10 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
   m.def(
       "mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, Tensor[] "
       "project, "
-      "int stride, int[] padding, int[] size, int activation, bool residual) -> Tensor");
+      "int stride, SymInt[] padding, SymInt[] size, int activation, bool residual) -> Tensor");
   m.def(
       "stem(Tensor image, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, Tensor? std, "
-      "int[] padding, int[] size, int activation, ScalarType dtype) -> Tensor");
+      "SymInt[] padding, SymInt[] size, int activation, ScalarType dtype) -> Tensor");
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor labels, int method, float iou_threshold, "
       "float sigma, float score_threshold, int max_detections) -> (Tensor, Tensor, Tensor)");
@@ -42,16 +43,16 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
   // statistics.
   m.def(
       "training_node(Tensor[] inputs, Tensor? scales, Tensor? offsets, Tensor? edge_weights, "
-      "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, int[] sizes, "
+      "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, SymInt[] sizes, "
       "int fusion, int pool, int activation, bool statistics) -> Tensor[]");
   // Gradients of the inputs, then of the other tensors in the forward op's order; empty where the
   // tensor is None.
   m.def(
-      "weighted_fusion_backward(Tensor grad, Tensor[] inputs, Tensor? edge_weights, int[] size, "
+      "weighted_fusion_backward(Tensor grad, Tensor[] inputs, Tensor? edge_weights, SymInt[] size, "
       "int fusion, int pool, int activation) -> Tensor[]");
   m.def(
       "fusion_node_backward(Tensor grad, Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, "
-      "Tensor pw_weight, Tensor scale, Tensor shift, int[] size, int fusion, int pool, "
+      "Tensor pw_weight, Tensor scale, Tensor shift, SymInt[] size, int fusion, int pool, "
       "int pre_activation, int post_activation) -> Tensor[]");
   m.def(
       "separable_conv_backward(Tensor[] grads, Tensor[] inputs, Tensor dw_weight, "
@@ -59,6 +60,6 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
   m.def(
       "training_node_backward(Tensor[] grads, Tensor grad_mean, Tensor grad_m2, Tensor[] outputs, "
       "Tensor? mean, Tensor[] inputs, Tensor? scales, Tensor? offsets, Tensor? edge_weights, "
-      "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, int[] sizes, "
+      "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, SymInt[] sizes, "
       "int fusion, int pool, int activation) -> Tensor[]");
 }

@@ -100,9 +100,11 @@ def generate_anchors(
     )
     if not ratios or not all(x > 0 for r in ratios for x in (r if isinstance(r, tuple) else (r,))):
         raise ValueError(f"aspect_ratios must be positive and not empty, got {aspect_ratios}")
+    # while a graph is traced tensors are not real: they must not get into the cache
+    make = _anchors.__wrapped__ if torch.compiler.is_compiling() else _anchors
     # a tensor made in inference mode could never again be used where gradients are recorded
     with torch.inference_mode(False):
-        return _anchors(
+        return make(
             (int(height), int(width)),
             min_level,
             max_level,
