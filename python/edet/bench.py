@@ -399,7 +399,6 @@ def run_bench(
     check("post-processing", difference, 0.0, torch.float32)
     differences["post-processing"] = difference, 0.0
     variants["ours"] |= {"pre-processing": before, "post-processing": after}
-    variants[f"eager {fusion}"]["post-processing"] = by_references
 
     times: dict[str, dict[str, list[float]]] = {part: {v: [] for v in variants} for part in PARTS}
     turns = [
