@@ -174,7 +174,11 @@ def get_config(name: str) -> ModelConfig:
     """
     if name in _CONFIGS:
         return _CONFIGS[name]
-    near = difflib.get_close_matches(str(name), _CONFIGS, n=3, cutoff=0.4)
+    # compared without the family, so that "d0" is near to tf_efficientdet_d0
+    given = str(name).lower().replace("-", "_")
+    short = {config.split("efficientdet_")[-1]: config for config in reversed(_CONFIGS)}
+    found = difflib.get_close_matches(given.split("efficientdet_")[-1], short, n=3, cutoff=0.5)
+    near = [short[match] for match in found]
     hint = f"did you mean {', '.join(near)}?" if near else "edet.list_models() lists them"
     raise ValueError(f"name must be a known model, got {name!r}: {hint}")
 

@@ -346,6 +346,16 @@ def _figure(width: float, height: float) -> Any:
     )
 
 
+def _colour(name: str, names: Sequence[str]) -> str:
+    """Ours is red in every picture; the others are greys and blues."""
+    others = [n for n in names if n != OURS]
+    return (
+        "#d1495b"
+        if name == OURS
+        else ("#7d7d7d", "#2e86ab", "#b8b8b8", "#1b4965", "#62b6cb")[others.index(name) % 5]
+    )
+
+
 def _clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -376,7 +386,7 @@ def plot_size(result: dict[str, Any]) -> Any:
         ("parameters, millions", "multiply-adds of the convolutions, billions"),
         strict=True,
     ):
-        for k, name in enumerate(names):
+        for name in names:
             mine = sorted(
                 (row for row in rows if name in row["times"]), key=lambda row: row["macs"]
             )
@@ -384,7 +394,7 @@ def plot_size(result: dict[str, Any]) -> Any:
                 [row[key] / scale for row in mine],
                 [row["times"][name]["median_ms"] for row in mine],
                 marker="o",
-                color=f"C{k}",
+                color=_colour(name, names),
                 linewidth=2 if name == OURS else 1.2,
                 label="edet-kernels" if name == OURS else name,
             )
@@ -407,6 +417,9 @@ def plot_size(result: dict[str, Any]) -> Any:
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        ticks = sorted({float(f"{row[key] / scale:.3g}") for row in rows})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        axes.minorticks_off()
         axes.set_xlabel(label)
         _clean(axes)
     figure.axes[0].set_ylabel("milliseconds")
@@ -472,14 +485,14 @@ def plot_roofline(result: dict[str, Any]) -> Any:
     axes.text(reach[-1], peak, f"{peak:.0f} GFLOP/s ", ha="right", va="bottom", fontsize=9)
     axes.text(reach[0], bandwidth * reach[0] * 1.3, f" {bandwidth:.0f} GB/s", fontsize=9)
     names = [n for n in dict.fromkeys(n for r in rows for n in r["times"])]
-    for k, name in enumerate(names):
+    for name in names:
         points = [
             (x, 2e-6 * row["macs"] / row["times"][name]["median_ms"])
             for x, row in zip(intensities, rows, strict=True)
             if name in row["times"]
         ]
         label = "edet-kernels" if name == OURS else name
-        axes.plot(*zip(*points, strict=True), "o", color=f"C{k}", label=label)
+        axes.plot(*zip(*points, strict=True), "o", color=_colour(name, names), label=label)
     for x, row in zip(intensities, rows, strict=True):
         if OURS in row["times"]:
             y = 2e-6 * row["macs"] / row["times"][OURS]["median_ms"]
@@ -506,9 +519,6 @@ def plot_fusion(result: dict[str, Any]) -> Any:
         if "eager softmax" in times and "eager fast" in times:
             name = short(row["model"]).upper()
             groups.append((f"{name}\neager", times["eager softmax"], times["eager fast"]))
-            if OURS in times:
-                both = times.get("ours softmax", times[OURS]), times[OURS]
-                groups.append((f"{name}\nedet-kernels", *both))
     if not groups:
         return None
     figure = _figure(max(5, 1.3 * len(groups) + 1), 4)

@@ -112,8 +112,14 @@ def test_versions_agree():
     assert f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md",
-                                  "docs/build.md", "docs/design.md"])  # fmt: skip
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "csrc/*.md", "edet_kernels/*.md", "tests/golden/*.md")
+    for page in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_the_projects_files_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text)

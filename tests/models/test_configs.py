@@ -56,6 +56,26 @@ def test_table(name: str) -> None:
     assert config.num_anchors == 9
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("d0", "tf_efficientdet_d0"),
+        ("D7x", "tf_efficientdet_d7x"),
+        ("lite3x", "tf_efficientdet_lite3x"),
+        ("efficientdet-d3", "tf_efficientdet_d3"),
+    ],
+)
+def test_short_names_suggest_the_whole_one(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"did you mean {near}[,?]"):
+        get_config(name)
+
+
+@pytest.mark.parametrize("name", ["resnet50", ""])
+def test_unlike_names_are_told_where_the_list_is(name: str) -> None:
+    with pytest.raises(ValueError, match=r"edet.list_models\(\) lists them"):
+        get_config(name)
+
+
 def test_unknown_name_gives_the_nearest_ones() -> None:
     with pytest.raises(
         ValueError, match=r"got 'tf_efficientdet_d8': did you mean tf_efficient.*\?"
