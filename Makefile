@@ -36,6 +36,10 @@ build: $(VENV)/.torch ## compile the op library (only what has changed)
 bench-cpu: $(VENV)/.extra-bench build ## time the models against other CPU runtimes; an hour or more
 	$(PY) benchmarks/cpu.py $(BENCH)
 
+.PHONY: gpu-check
+gpu-check: ## with an NVIDIA GPU: build for it, test, sanitize and time the CUDA kernels; writes gpu-check/
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
 lint: $(VENV)/.extra-dev ## check style, types and formatting; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

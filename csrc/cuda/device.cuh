@@ -221,7 +221,7 @@ EDET_DEVICE void multiply_add<bf16>(float (&d)[4], const uint32_t (&a)[4], uint3
   const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
   const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
   const int lane = threadIdx.x % kWarp, row = lane & ~3, column = lane % 4 * 8;
-#pragma unroll
+#pragma unroll 1  // registers are scarce
   for (int k = 0; k < 4; k++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
