@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
 
 import edet_kernels  # noqa: E402
-from benchmarks import report  # noqa: E402
 from benchmarks.cpu import GateError, gate, gate_detections  # noqa: E402
-from benchmarks.report import OURS  # noqa: E402
+from edet import report  # noqa: E402
 from edet.bench import machine_name, relative_difference  # noqa: E402
 from edet.configs import ModelConfig, get_config  # noqa: E402
+from edet.report import OURS  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
 SCHEMA = "edet-bench-gpu/1"

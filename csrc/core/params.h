@@ -120,9 +120,9 @@ struct MbconvParams {
   // How the work is cut: tasks of band_rows rows and chunk_panels panels of middle channels.
   int64_t band_rows, bands, chunk_panels, chunks;
   // Memory for one call; c_mid rounded up to kPanel is the pitch.
-  float* mid;   // (n, out_h·out_w, pitch): after the depthwise convolution
-  float* sums;  // (n, out_h, pitch): of mid over a row's pixels, so that no cut changes a sum
-  float* gate;  // (n, pitch)
+  float* mid;    // (n, out_h·out_w, pitch): after the depthwise convolution
+  float* sums;   // (n, out_h, pitch): of mid over a row's pixels, so that no cut changes a sum
+  float* gate;   // (n, pitch)
   float* gated;  // (n, ⌈c_out/16⌉, c_mid, 16): project times gate; null: mid is gated instead
 };
 
