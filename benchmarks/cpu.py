@@ -76,10 +76,11 @@ def log(message: str) -> None:
 
 
 #: The error rule: a part may differ from the float64 reference by twice as much as eager layers.
-#: The whole network's error is another matter: the layers amplify the first rounding errors all
-#: together, so that eager's own error differs tenfold from one set of random weights to another
-#: (D0: 3.8e-6 and 3.7e-5 with seeds 0 and 1; ours 1.0e-5 and 7.0e-6). Its parts are held to the
-#: rule one by one; the whole is only to show that they are put together rightly.
+#: The error of a deep chain, the backbone or the whole network, is another matter: the layers
+#: amplify the first rounding errors all together, so that eager's own error differs tenfold from
+#: one set of random weights to another (D0's network: 3.8e-6 and 3.7e-5 with seeds 0 and 1; ours
+#: 1.0e-5 and 7.0e-6). Each op is held to the rule by its tests; a chain is only to show that they
+#: are put together rightly. A rival beyond the limit is left out of the row, with the reason.
 PART_FACTOR, NETWORK_FACTOR = 2, 8
 
 
@@ -330,7 +331,7 @@ class Case:
         """The calls of the variants that run, their errors, and why the others do not.
 
         Raises:
-            GateError: a variant computes something else.
+            GateError: ours or eager computes something else.
         """
         calls: dict[str, Call] = {}
         unavailable: dict[str, str] = {}
@@ -355,8 +356,15 @@ class Case:
         exact = self.part(stage, copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part(stage, self.eager)(), exact)
         errors = {name: relative_difference(found, exact) for name, found in outputs.items()}
-        factor = NETWORK_FACTOR if stage == "network" else PART_FACTOR
+        factor = NETWORK_FACTOR if stage in ("backbone", "network") else PART_FACTOR
         what = f"{self.ours.config.name}, {self.dtype_name}, {stage}"
+        for name in [n for n in calls if n not in (OURS, "eager")]:
+            try:
+                gate(what, {name: errors[name]}, eager, self.dtype, factor)
+            except GateError as error:
+                unavailable[name] = str(error)
+                log(f"  {error}")
+                del calls[name], errors[name]
         gate(what, errors, eager, self.dtype, factor)
         return calls, errors, unavailable
 

@@ -153,32 +153,45 @@ def test_gate_names_the_errors_of_all_variants():
         cpu.gate("m", {"a": 1e-6, "b": 1.0}, 1e-6, torch.float32)
 
 
-@pytest.mark.parametrize("stage", ["network", "network+post"])
-def test_wrong_rival_is_refused(monkeypatch, stage):
-    compiled = "torch.compile"
+SMALL = {"size": 128, "threads": 1, "rounds": 1, "seconds": 0.0, "memory": False, "fusion": False}
+
+
+def test_wrong_rival_is_left_out(monkeypatch):
     monkeypatch.setattr(
         rivals, "compiled", lambda name, call: lambda: [x + 0.01 * x.abs().max() for x in call()]
     )
-    if stage == "network+post":  # whose network is right, and whose boxes are not
-        monkeypatch.setattr(rivals, "compiled", lambda name, call: call)
-        right = cpu.Case.detections
-        monkeypatch.setattr(
-            cpu.Case, "detections", lambda self, outputs: [right(self, outputs)[0] + 1,
-                                                           *right(self, outputs)[1:]]
-        )  # fmt: skip
-        monkeypatch.setattr(
-            cpu.Case, "reference_detections", lambda self, outputs: right(self, outputs)
-        )
+    names = ["eager", "torch.compile", "ours"]
+    found = cpu.run(["tf_efficientdet_lite0"], stages=["network"], names=names, **SMALL)
+    row = found["rows"][0]
+    assert set(row["times"]) == {"eager", "ours"}
+    assert "must differ" in row["unavailable"]["torch.compile"]
+
+
+def test_wrong_results_of_ours_are_not_timed(monkeypatch):
+    own = cpu.Case.part
+
+    def wrong(self, stage, model):
+        call = own(self, stage, model)
+        return (lambda: [1.1 * x for x in call()]) if model is self.ours else call
+
+    monkeypatch.setattr(cpu.Case, "part", wrong)
+    with pytest.raises(cpu.GateError, match=r"ours must differ .* no times are reported"):
+        cpu.run(["tf_efficientdet_lite0"], stages=["heads"], names=["eager", "ours"], **SMALL)
+
+
+def test_wrong_boxes_are_not_timed(monkeypatch):
+    monkeypatch.setattr(rivals, "compiled", lambda name, call: call)
+    right = cpu.Case.detections
+    monkeypatch.setattr(
+        cpu.Case, "detections", lambda self, outputs: [right(self, outputs)[0] + 1,
+                                                       *right(self, outputs)[1:]]
+    )  # fmt: skip
+    monkeypatch.setattr(
+        cpu.Case, "reference_detections", lambda self, outputs: right(self, outputs)
+    )
+    names = ["eager", "torch.compile", "ours"]
     with pytest.raises(cpu.GateError, match="no times are reported"):
-        cpu.run(
-            ["tf_efficientdet_lite0"],
-            stages=[stage],
-            names=["eager", compiled, "ours"],
-            size=128,
-            threads=1,
-            rounds=1,
-            seconds=0.0,
-        )
+        cpu.run(["tf_efficientdet_lite0"], stages=["network+post"], names=names, **SMALL)
 
 
 def test_a_rival_that_cannot_run_is_listed(monkeypatch):
