@@ -20,7 +20,8 @@ int64_t padded(int64_t channels) { return coefficient_floats(1, channels); }
 
 Tensor zeros(const Ints& size) {
   Tensor t = torch::stable::empty({size.data(), size.size()}, ScalarType::Float);
-  std::memset(t.mutable_data_ptr(), 0, sizeof(float) * static_cast<size_t>(t.numel()));
+  if (t.numel())  // an empty tensor has no memory
+    std::memset(t.mutable_data_ptr(), 0, sizeof(float) * static_cast<size_t>(t.numel()));
   return t;
 }
 

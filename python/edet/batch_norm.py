@@ -25,7 +25,9 @@ def training_maps(module: nn.Module, maps: Sequence[Tensor]) -> list[Tensor] | N
     Its layers must run outside of training and in torch.export, where ``training_node`` has no
     kernel, and where there is a hook on them or another kind of layer in their place.
     """
-    if not module.training or torch.compiler.is_exporting():
+    if not module.training or not getattr(module, "fused", True):
+        return None
+    if torch.compiler.is_exporting():
         return None
     maps = [x.to(autocast_dtype(x) or x.dtype) for x in maps]
     if runs_reference("training_node", maps[:1]):

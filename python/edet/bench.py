@@ -219,7 +219,7 @@ def eager_copy(model: EfficientDet) -> EfficientDet:
     copied = copy.deepcopy(model).eval()
     for module in copied.modules():
         if isinstance(module, PackedModule):
-            module.training = True  # these choose between layers and fused ops; batch norms do not
+            module.fused = False
     return copied
 
 

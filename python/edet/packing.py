@@ -204,6 +204,8 @@ class PackedModule(nn.Module):
     """
 
     _frozen: _Frozen | None = None
+    #: False: PyTorch's own layers always run, as for a benchmark's baseline.
+    fused = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +263,7 @@ class PackedModule(nn.Module):
         kernels is asked for by name. torch.compile and torch.export pack inside their graph, so
         that the weights stay inputs of it.
         """
-        if self.training or (torch.compiler.is_exporting() and _exports_layers()):
+        if not self.fused or self.training or (torch.compiler.is_exporting() and _exports_layers()):
             return None
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())

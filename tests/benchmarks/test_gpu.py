@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, report
+from benchmarks import gpu, gpu_check
+from edet import report
 from edet.configs import get_config
 
 

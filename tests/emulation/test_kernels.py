@@ -29,6 +29,6 @@ def run(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["test_nms.py", "test_detect.py", "test_ops.py"])
 def test_kernels(file):
-    # "threads": the emulation has none; "strips": large maps
-    result = run(file, "-k", "not maps_of_many_strips and not threads")
+    # "threads": the emulation has none; "strips": large maps; training_node: no CUDA kernel yet
+    result = run(file, "-k", "not maps_of_many_strips and not threads and not training_node")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr

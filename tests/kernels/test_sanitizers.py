@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FILES = ("test_ops.py", "test_bifpn.py", "test_nms.py", "test_detect.py", "test_autograd.py")
+FILES = ("test_ops.py", "test_bifpn.py", "test_nms.py", "test_detect.py")
 
 
 def _runtimes() -> list[str]:
