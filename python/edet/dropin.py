@@ -33,7 +33,7 @@ from .describe import (
 from .packing import PackedModule, _Cache
 
 #: Attributes that a fused module needs for itself.
-_RESERVED = ("pack", "packed", "repack", "freeze", "unfreeze", "_cache", "_frozen")
+_RESERVED = ("pack", "packed", "repack", "freeze", "unfreeze", "fused", "_cache", "_frozen")
 
 #: Class names of activations, in lower case, that the kernels compute.
 _ACTIVATIONS = {
