@@ -415,7 +415,7 @@ def nms(
 def _first_best(values: Tensor, count: int) -> Tensor:
     """Indices (B, count) of the largest of ``values`` (B, N), the first of equal ones first.
 
-    That is the beginning of a stable sort, which takes twenty times as long; topk alone would take
+    That is the beginning of a stable sort, which takes four times as long; topk alone would take
     any of equal ones.
     """
     if count == 0:
