@@ -119,6 +119,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.plan = plan
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, the default, imports torch.compile's machinery: 130 MiB and a second
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,19 @@ def _flat(outputs):
 
 def _parts(model):
     return [m for m in model.modules() if isinstance(m, PackedModule)]
+
+
+def test_freezing_imports_no_compiler():
+    """torch.compile's machinery takes a second and more memory than the network."""
+    code = f"""
+import sys, torch, edet
+model = edet.create_model("{MODEL}", image_size=64).eval().freeze()
+with torch.inference_mode():
+    model(torch.randn(1, 3, 64, 64))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @torch.no_grad()
