@@ -153,8 +153,8 @@ void conv_backward_as(const NodeBackwardParams& b, int64_t image, int64_t y_begi
   std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
   std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
   // whole panels, the padding included
-  const PointwiseWeights forward{p.pw, scale, shift, f.c, op, Activation::none};
-  const PointwiseWeights backward{b.pw, b.ones, b.zeros, p.c_out, cp, Activation::none};
+  const PointwiseWeights<float> forward{p.pw, scale, shift, f.c, op, Activation::none};
+  const PointwiseWeights<float> backward{b.pw, b.ones, b.zeros, p.c_out, cp, Activation::none};
 
   const auto ring_row = [&](int64_t y) { return ring + (y + 1) % 3 * pitch; };
   for (int r = 0; r < 3; r++) {

@@ -16,7 +16,8 @@ constexpr int64_t kStripPixels = 48;
 // Floats of scratch that one thread needs for a node.
 inline int64_t node_scratch(const NodeParams& p) {
   const int64_t cp = round_up(p.fusion.c, kPanel), op = round_up(p.c_out, kPanel);
-  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op);
+  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op) +
+         operand_scratch(p.fusion.c, op / kPanel);
 }
 
 // Mean and sum of squared deviations of each channel, kept while rows of pixels come in. Everything
@@ -71,15 +72,22 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   float* dw = ring + 3 * pitch;
   float* scale = dw + 9 * cp;
   float* shift = scale + op;
-  float* strip = shift + op;                // (kStripPixels, cp)
-  float* tile = strip + kStripPixels * cp;  // (kStripPixels, op), for the statistics
+  float* tile = shift + op;  // (kStripPixels, op), for the statistics
+  using In = Operand<T>;
+  In* strip = reinterpret_cast<In*>(tile + kStripPixels * op);  // (kStripPixels, cp)
+  float* operands = tile + kStripPixels * (op + cp);
 
   std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
   for (int k = 0; k < 9; k++)
     std::memcpy(dw + k * cp, p.dw + k * f.c, sizeof(float) * static_cast<size_t>(f.c));
   std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
   std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
-  const PointwiseWeights weights{p.pw, scale, shift, f.c, p.c_out, p.activation};
+  const PointwiseWeights<In> weights{operand_weights<In>(p.pw, f.c, op / kPanel, operands),
+                                     scale,
+                                     shift,
+                                     whole_steps<In>(f.c),
+                                     p.c_out,
+                                     p.activation};
 
   // Row y of the map lives in ring row (y + 1) % 3; the columns −1 and w are zero.
   const auto ring_row = [&](int64_t y) { return ring + (y + 1) % 3 * pitch; };
@@ -100,7 +108,7 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   Statistics statistics(moments, op);
   const auto flush = [&] {
     if (moments) {
-      PointwiseWeights padded = weights;  // whole panels, as the statistics are kept
+      PointwiseWeights<In> padded = weights;  // whole panels, as the statistics are kept
       padded.c_out = op;
       pointwise<float>(strip, cp, filled, padded, {tile, op, nullptr});
       statistics.add(tile, op, filled);
@@ -120,7 +128,7 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
     for (int64_t x = 0; x < f.w;) {
       const int64_t count = f.w - x < kStripPixels - filled ? f.w - x : kStripPixels - filled;
       const float* rows[3] = {above + x * cp, here + x * cp, below + x * cp};
-      float* to = strip + filled * cp;
+      In* to = strip + filled * cp;
       depthwise_row<3, 1>(rows, dw, cp, count, [to, cp](int64_t at, int64_t i, const auto& sum) {
         for (const vf& s : sum) store(to + at++ * cp + i, s);
       });

@@ -38,7 +38,7 @@ void stem_rows_as(const StemParams& p, int64_t image, int64_t y_begin, int64_t y
   std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
   std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
   std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
-  const PointwiseWeights weights{p.weight, scale, shift, kStemTaps, p.c_out, p.activation};
+  const PointwiseWeights<float> weights{p.weight, scale, shift, kStemTaps, p.c_out, p.activation};
   const I* base = static_cast<const I*>(p.image) + image * p.stride[0];
 
   for (int64_t y = y_begin; y < y_end; y++) {
