@@ -146,7 +146,7 @@ EDET_INLINE void fuse_row_with(const FusionParams& p, int64_t image, int64_t y, 
 }
 
 // Writes pixels [x_begin, x_end) of output row y as floats, C rounded up to kPanel apart. Lanes
-// past C are zero.
+// past C are zero to the end of their register; what is beyond has no weight and is not written.
 template <class T>
 inline void fuse_row(const FusionParams& p, int64_t image, int64_t y, int64_t x_begin,
                      int64_t x_end, float* out) {

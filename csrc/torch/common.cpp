@@ -57,6 +57,24 @@ Tensor channels_last(const Tensor& map) {
   return torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
 }
 
+Tensors graph_inputs(const Tensors& inputs) {
+  STD_TORCH_CHECK(!inputs.empty(), "inputs must be a non-empty list of maps");
+  Tensors maps;
+  for (const Tensor& x : inputs) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == inputs[0].size(0) &&
+                        x.size(1) == inputs[0].size(1) &&
+                        x.scalar_type() == inputs[0].scalar_type(),
+                    "inputs must be maps (N, C, H, W) of one batch, channel count and dtype");
+    maps.push_back(channels_last(x));
+  }
+  return maps;
+}
+
+Pair pair_of(const Ints& value, const char* name) {
+  STD_TORCH_CHECK(value.size() == 2, name, " must be two numbers, got ", value.size());
+  return {value[0], value[1]};
+}
+
 Tensor float_weight(const Tensor& weight, int64_t numel, const char* name) {
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, name, " must be float32, got ",
                   torch::headeronly::toString(weight.scalar_type()));
@@ -79,6 +97,7 @@ int64_t coefficient_floats(int edges, int64_t channels) {
 
 void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
                        Fusion fusion, float* coefficients) {
+  STD_TORCH_CHECK(edge_weights || fusion == Fusion::sum, "edge_weights must be given, got None");
   const int64_t pitch = coefficient_floats(1, channels);
   std::memset(coefficients, 0, sizeof(float) * static_cast<size_t>(edges * pitch));
   const int64_t distinct = per_channel ? channels : 1;
@@ -129,6 +148,7 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   p.n = input.size(0), p.c_in = input.size(1), p.h = input.size(2), p.w = input.size(3);
   p.c_mid = depthwise[1].numel();
   p.c_out = project[1].numel();
+  STD_TORCH_CHECK(p.c_mid >= 1 && p.c_out >= 1, "depthwise and project must have channels");
   STD_TORCH_CHECK(!expand.empty() || p.c_mid == p.c_in, "depthwise must have ", p.c_in,
                   " channels");
   const int64_t taps = depthwise[0].numel() / p.c_mid;
@@ -137,14 +157,15 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   p.kernel = taps == 9 ? 3 : 5;
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
   p.stride = static_cast<int>(stride);
-  p.pad_top = padding[0], p.pad_left = padding[1];
-  p.out_h = size[0], p.out_w = size[1];
+  const Pair pad = pair_of(padding, "padding"), out = pair_of(size, "size");
+  p.pad_top = pad.y, p.pad_left = pad.x;
+  p.out_h = out.y, p.out_w = out.x;
   STD_TORCH_CHECK(
       p.pad_top >= 0 && p.pad_top < p.kernel && p.pad_left >= 0 && p.pad_left < p.kernel,
       "padding must be 0 to ", p.kernel - 1);
   const auto reaches = [&](int64_t out, int64_t pad, int64_t in) {
     const int64_t last = (out - 1) * p.stride - pad;  // first input of the last output
-    return out > 0 && last < in && last + p.kernel <= in + p.kernel;
+    return out > 0 && last < in;
   };
   STD_TORCH_CHECK(reaches(p.out_h, p.pad_top, p.h) && reaches(p.out_w, p.pad_left, p.w),
                   "size does not fit the input");
@@ -195,7 +216,8 @@ DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outp
   p.levels = static_cast<int>(levels);
   p.n = class_outputs[0].size(0);
   p.cell_anchors = box_outputs[0].size(1) / 4;
-  STD_TORCH_CHECK(p.cell_anchors >= 1 && class_outputs[0].size(1) % p.cell_anchors == 0,
+  STD_TORCH_CHECK(p.cell_anchors >= 1 && class_outputs[0].size(1) >= p.cell_anchors &&
+                      class_outputs[0].size(1) % p.cell_anchors == 0,
                   "class_outputs and box_outputs must have A·classes and A·4 channels");
   p.num_classes = class_outputs[0].size(1) / p.cell_anchors;
   int64_t total = 0;

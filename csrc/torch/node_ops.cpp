@@ -42,20 +42,6 @@ void set_fusion(NodeParams& p, const Tensor& like, int64_t h, int64_t w, int edg
   p.fusion.edges = edges;
 }
 
-// Checks that maps agree with the first in batch, channels and dtype, and lays them out.
-Tensors graph_inputs(const Tensors& inputs) {
-  STD_TORCH_CHECK(!inputs.empty(), "inputs must be a non-empty list of maps");
-  Tensors maps;
-  for (const Tensor& x : inputs) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == inputs[0].size(0) &&
-                        x.size(1) == inputs[0].size(1) &&
-                        x.scalar_type() == inputs[0].scalar_type(),
-                    "inputs must be maps (N, C, H, W) of one batch, channel count and dtype");
-    maps.push_back(channels_last(x));
-  }
-  return maps;
-}
-
 Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
               const Tensor dw_weight, const Tensor pw_weight, const Tensor scale,
               const Tensor shift, const Ints edges, const Ints edge_counts, const Ints sizes,
@@ -65,6 +51,7 @@ Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
   const int64_t c = maps[0].size(1), c_out = scale.size(-1);
   const auto first = static_cast<int64_t>(maps.size());
   const auto count = static_cast<int64_t>(edge_counts.size());
+  STD_TORCH_CHECK(count >= 1, "edge_counts must name at least one node");
   STD_TORCH_CHECK(static_cast<int64_t>(sizes.size()) == 2 * count, "sizes must be (H, W) per node");
   STD_TORCH_CHECK(c == c_out || count == 1, "nodes must keep the channel count");
   const NodeWeights weights(dw_weight, pw_weight, scale, shift, count, count, c, c_out);

@@ -28,6 +28,11 @@ class _Step(NamedTuple):
     results: range  # its slots
 
 
+def _address(x: Tensor) -> int | None:
+    """Where the memory of ``x`` begins, by whichever tensor it is reached; None without memory."""
+    return x.untyped_storage().data_ptr() or None
+
+
 class Plan:
     """The operator calls of a function of tensors, to be repeated on tensors like those it saw.
 
@@ -38,7 +43,9 @@ class Plan:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._slots = {id(x): _Slot(i) for i, x in enumerate(inputs)}
-        self._alive: list[Any] = list(inputs)  # an id means nothing once its tensor is gone
+        # neither an id nor an address means anything once its tensor is gone
+        self._alive: list[Any] = list(inputs)
+        self._addresses = set(map(_address, inputs))
         self._steps: list[_Step] = []
         self._count = len(inputs)
         self._outputs: list[_Slot] = []
@@ -50,7 +57,10 @@ class Plan:
             slot = self._slots.get(id(value))
             if slot is not None:
                 used.add(slot)
-            return value if slot is None else slot
+                return slot
+            if _address(value) in self._addresses:
+                self.refusal = self.refusal or "an argument is another view of a recorded tensor"
+            return value
         if isinstance(value, (list, tuple)):
             values = [self._template(v, used) for v in value]
             if any(type(v) is _Maps for v in values):
@@ -77,6 +87,7 @@ class Plan:
         self._count += len(results)
         for i, r in enumerate(results):
             self._slots[id(r)] = _Slot(first + i)
+            self._addresses.add(_address(r))
         self._steps.append(_Step(func, template, kwargs, used, range(first, self._count)))
 
     def _finish(self, outputs: Sequence[Tensor]) -> None:
@@ -91,7 +102,7 @@ class Plan:
                 needed |= step.used
                 steps.append(step)
         self._steps = steps[::-1]
-        self._slots, self._alive = {}, []
+        self._slots, self._alive, self._addresses = {}, [], set()
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The function's results for ``inputs``."""

@@ -44,16 +44,21 @@ def test_ops(instruction_set):
 def test_an_unknown_instruction_set_is_refused():
     code = """
 import torch, edet_kernels
-for _ in range(2):  # not only the first time
+maps = [torch.zeros(1, 8, 4, 4)]
+calls = (
+    lambda: edet_kernels.weighted_fusion(maps, fusion="sum"),
+    lambda: edet_kernels.detect(maps, maps, torch.zeros(32, 4)),  # throws inside its tasks
+)
+for call in calls * 2:  # not only the first time
     try:
-        edet_kernels.weighted_fusion([torch.ones(1, 8, 4, 4)], fusion="sum")
+        call()
     except ValueError as error:
         print(error)
 """
     result = run("avx1024", "-c", code)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 4
     for line in lines:
         assert line.startswith("EDET_CPU_ISA must be one of ")
         assert line.endswith("baseline on this CPU, got 'avx1024'")

@@ -204,3 +204,11 @@ def test_what_cannot_be_repeated_is_refused(function):
     x = torch.randn(3)
     _, plan = record(lambda: function(x), [x])
     assert plan.refusal
+
+
+@torch.no_grad()
+def test_another_view_of_an_input_is_no_constant():
+    x = torch.randn(3)
+    view = x[:]  # made where no plan sees it
+    _, plan = record(lambda: [x + view], [x])
+    assert "another view" in plan.refusal
