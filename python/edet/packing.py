@@ -246,10 +246,10 @@ class PackedModule(nn.Module):
         """Makes the weights constants: they are packed once and not looked at any more.
 
         Switches to eval mode and to parameters without gradients; the op calls for each shape of
-        the inputs are recorded and replayed. Undone by :meth:`unfreeze` and by ``train()``, ``.to()``
-        and ``load_state_dict()`` of this module or one that holds it. Any other write to a weight
-        is not seen until :meth:`repack`, nor are the weights of ``torch.func.functional_call``.
-        A copy is frozen too.
+        the inputs are recorded and replayed. Undone by :meth:`unfreeze` and by ``train()``,
+        ``.to()`` and ``load_state_dict()`` of this module or one that holds it. Any other write to
+        a weight is not seen until :meth:`repack`, nor are the weights of
+        ``torch.func.functional_call``. A copy is frozen too.
         """
         self.unfreeze()
         self.eval()

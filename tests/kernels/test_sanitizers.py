@@ -72,7 +72,8 @@ def test_ops_under_sanitizers(sanitized: Path, isa: str | None) -> None:
     files = [str(Path(__file__).parent / name) for name in FILES[isa]]
     done = subprocess.run(
         [*command, *files],
-        env=_environment(sanitized) | ({"EDET_CPU_ISA": isa} if isa else {}), cwd=ROOT, capture_output=True, text=True, check=False,
+        env=_environment(sanitized) | ({"EDET_CPU_ISA": isa} if isa else {}),
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
