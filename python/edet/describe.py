@@ -495,6 +495,8 @@ class BackboneBlocks:
         stem, bn = self.stem
         if (stem.kernel_size, stem.stride, stem.groups) != ((3, 3), (2, 2), 1):
             raise Mismatch("the stem is not a 3×3 convolution of stride 2")
+        if stem.bias is not None:
+            raise Mismatch("stem: a convolution before a batch norm has a bias")
         check_norm("stem", bn)
         for i, block in enumerate(self.blocks):
             name = f"blocks[{i}]"
