@@ -12,8 +12,8 @@ inline int64_t lateral_scratch(const LateralParams& p) {
   int64_t widest = 0;
   for (int i = 0; i < p.projections; i++)
     if (p.projection[i].c_out > widest) widest = p.projection[i].c_out;
-  const int64_t op = round_up(widest, kPanel);
-  return kLateralPixels * round_up(p.c_in, kPanel) + 2 * op + operand_scratch(p.c_in, op / kPanel);
+  const int64_t op = padded(widest);
+  return kLateralPixels * padded(p.c_in) + 2 * op + operand_scratch(p.c_in, op / kPanel);
 }
 
 template <class T>
@@ -24,12 +24,11 @@ void lateral_block_as(const LateralParams& p, int64_t begin, int64_t end, float*
       operand_rows(static_cast<const T*>(p.input) + begin * p.c_in, rows, p.c_in, scratch);
   for (int i = 0; i < p.projections; i++) {
     const Projection& q = p.projection[i];
-    const int64_t op = round_up(q.c_out, kPanel);
-    float* scale = scratch + kLateralPixels * round_up(p.c_in, kPanel);
+    const int64_t op = padded(q.c_out);
+    float* scale = scratch + kLateralPixels * padded(p.c_in);
     float* shift = scale + op;
-    std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
-    std::memcpy(scale, q.scale, sizeof(float) * static_cast<size_t>(q.c_out));
-    std::memcpy(shift, q.shift, sizeof(float) * static_cast<size_t>(q.c_out));
+    copy_padded(q.scale, q.c_out, op, scale);
+    copy_padded(q.shift, q.c_out, op, shift);
     const PointwiseWeights<In> weights{operand_weights<In>(q.pw, p.c_in, op / kPanel, shift + op),
                                        scale,
                                        shift,

@@ -15,19 +15,13 @@ inline int64_t mbconv_scratch(const MbconvParams& p) {
   const int64_t columns = (p.out_w - 1) * p.stride + p.kernel;
   const int64_t expand =
       p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
-      p.kernel * p.kernel * channels + 3 * channels + p.w * round_up(p.c_in, kPanel) +
+      p.kernel * p.kernel * channels + 3 * channels + p.w * padded(p.c_in) +
       operand_scratch(p.c_in, p.chunk_panels);
-  const int64_t op = round_up(p.c_out, kPanel), mp = round_up(p.c_mid, kPanel);
+  const int64_t op = padded(p.c_out), mp = padded(p.c_mid);
   const int64_t project = kLateralPixels * mp + 2 * op + operand_scratch(p.c_mid, op / kPanel);
-  const int64_t squeeze = 2 * mp + 4 * round_up(p.c_reduced, kPanel) + 2 * mp;
+  const int64_t squeeze = 2 * mp + 4 * padded(p.c_reduced) + 2 * mp;
   const int64_t most = expand > project ? expand : project;
   return most > squeeze ? most : squeeze;
-}
-
-// to[0, padded) = from[0, n), then zeros.
-inline void copy_padded(const float* from, int64_t n, int64_t padded, float* to) {
-  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
-  std::memset(to + n, 0, sizeof(float) * static_cast<size_t>(padded - n));
 }
 
 // Input row y as it enters the depthwise convolution: expanded and activated, or as it is.
@@ -82,11 +76,11 @@ void mbconv_expand_as(const MbconvParams& p, int64_t image, int64_t band, int64_
                       float* scratch) {
   using In = Operand<T>;
   const int K = p.kernel, S = p.stride;
-  const int64_t pitch = round_up(p.c_mid, kPanel);
+  const int64_t pitch = padded(p.c_mid);
   const int64_t first = chunk * p.chunk_panels * kPanel;
   const int64_t left = p.c_mid - first;
   const int64_t c = left < p.chunk_panels * kPanel ? left : p.chunk_panels * kPanel;
-  const int64_t cp = round_up(c, kPanel);
+  const int64_t cp = padded(c);
   const int64_t columns = (p.out_w - 1) * S + K;  // that the depthwise convolution reads of a row
   const int64_t row_floats = (columns > p.w + K ? columns : p.w + K) * cp;
 
@@ -149,7 +143,7 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
 
 // gate = σ(excite · activation(reduce · mean + reduce_bias) + excite_bias) of one image.
 inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch) {
-  const int64_t pitch = round_up(p.c_mid, kPanel), rp = round_up(p.c_reduced, kPanel);
+  const int64_t pitch = padded(p.c_mid), rp = padded(p.c_reduced);
   float* mean = scratch;       // (pitch)
   float* ones = mean + pitch;  // (max(pitch, rp))
   float* bias = ones + pitch + rp;
@@ -175,9 +169,9 @@ inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch)
 
 // One panel of the projection times the gate of an image.
 inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
-  const float* gate = p.gate + image * round_up(p.c_mid, kPanel);
+  const float* gate = p.gate + image * padded(p.c_mid);
   const float* from = p.project + panel * p.c_mid * kPanel;
-  float* to = p.gated + (image * (round_up(p.c_out, kPanel) / kPanel) + panel) * p.c_mid * kPanel;
+  float* to = p.gated + (image * (padded(p.c_out) / kPanel) + panel) * p.c_mid * kPanel;
   for (int64_t k = 0; k < p.c_mid; k++)
     for (int64_t i = 0; i < kPanel; i += kWidth)
       store(to + k * kPanel + i, load(from + k * kPanel + i) * gate[k]);
@@ -186,7 +180,7 @@ inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
 template <class T>
 void mbconv_project_as(const MbconvParams& p, int64_t image, int64_t begin, int64_t end,
                        float* scratch) {
-  const int64_t mp = round_up(p.c_mid, kPanel), op = round_up(p.c_out, kPanel);
+  const int64_t mp = padded(p.c_mid), op = padded(p.c_out);
   const int64_t area = p.out_h * p.out_w, rows = end - begin;
   using In = Operand<T>;
   float* scale = scratch + kLateralPixels * mp;

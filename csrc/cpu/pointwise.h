@@ -223,7 +223,7 @@ constexpr int64_t kWidePanels = 16;
 template <Activation A, class In, class T>
 void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
                   const PointwiseOut<T>& out) {
-  const int64_t panels = (w.c_out + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(w.c_out, kPanel);
   const auto run = [&](auto count, int64_t p, int64_t row, int64_t height) {
     constexpr int NP = decltype(count)::value;
     const int64_t from = p * kPanel, at = row * out.pitch + from;
@@ -299,7 +299,7 @@ EDET_INLINE void load_pixels(const T* from, int64_t count, int64_t stride, int64
 template <class T>
 EDET_INLINE int64_t operand_pitch(int64_t c) {
   const bool as_they_are = sizeof(T) == sizeof(Operand<T>) && c % Product<Operand<T>>::kStep == 0;
-  return as_they_are ? c : (c + kPanel - 1) / kPanel * kPanel;
+  return as_they_are ? c : padded(c);
 }
 
 // Pixels of a map as operands of a product: as they lie there, or written to scratch.

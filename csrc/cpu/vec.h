@@ -136,6 +136,12 @@ EDET_INLINE void store_tail(float* p, vf v, int n) {
 }
 #endif
 
+// to[0, whole) = from[0, n), then zeros.
+EDET_INLINE void copy_padded(const float* from, int64_t n, int64_t whole, float* to) {
+  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
+  std::memset(to + n, 0, sizeof(float) * static_cast<size_t>(whole - n));
+}
+
 // Running maximum that, like torch's max pool, is NaN once a value was NaN.
 #if defined(__AVX512F__)
 class Maximum {

@@ -91,14 +91,10 @@ Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t w
   return t;
 }
 
-int64_t coefficient_floats(int edges, int64_t channels) {
-  return edges * ((channels + kPanel - 1) / kPanel * kPanel);
-}
-
 void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
                        Fusion fusion, float* coefficients) {
   STD_TORCH_CHECK(edge_weights || fusion == Fusion::sum, "edge_weights must be given, got None");
-  const int64_t pitch = coefficient_floats(1, channels);
+  const int64_t pitch = padded(channels);
   std::memset(coefficients, 0, sizeof(float) * static_cast<size_t>(edges * pitch));
   const int64_t distinct = per_channel ? channels : 1;
   for (int64_t c = 0; c < distinct; c++) {
@@ -174,7 +170,7 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   STD_TORCH_CHECK(!residual || (p.c_in == p.c_out && p.h == p.out_h && p.w == p.out_w),
                   "a residual needs an output of the input's shape");
 
-  const auto packed = [](int64_t out, int64_t in) { return coefficient_floats(1, out) * in; };
+  const auto packed = [](int64_t out, int64_t in) { return padded(out) * in; };
   if (!expand.empty()) {
     p.expand = weight(expand[0], packed(p.c_mid, p.c_in), "expand[0]");
     p.expand_scale = weight(expand[1], p.c_mid, "expand[1]");

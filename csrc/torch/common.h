@@ -59,7 +59,6 @@ inline Activation activation_of(int64_t v) { return enumerator<Activation>(v, 5,
 // a sum.
 void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
                        Fusion fusion, float* coefficients);
-int64_t coefficient_floats(int edges, int64_t channels);
 
 // An edge that brings a map of (in_h, in_w) to (h, w).
 Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t w, Pool pool,

@@ -30,7 +30,7 @@ static Tensor stem(const Tensor image, const Tensor weight, const Tensor scale, 
                       2 * (p.out_w - 1) - p.pad_left < p.w,
                   "size does not fit the image");
   p.activation = activation_of(activation);
-  const Tensor w = float_weight(weight, coefficient_floats(1, p.c_out) * 27, "weight");
+  const Tensor w = float_weight(weight, padded(p.c_out) * 27, "weight");
   const Tensor a = float_weight(scale, p.c_out, "scale"), b = float_weight(shift, p.c_out, "shift");
   p.weight = w.const_data_ptr<float>();
   p.scale = a.const_data_ptr<float>();

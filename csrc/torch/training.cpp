@@ -16,8 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using Floats = std::vector<float>;
 
-int64_t padded(int64_t channels) { return coefficient_floats(1, channels); }
-
 Tensor zeros(const Ints& size) {
   Tensor t = torch::stable::empty({size.data(), size.size()}, ScalarType::Float);
   if (t.numel())  // an empty tensor has no memory

@@ -15,10 +15,10 @@ static Tensor weighted_fusion(const Tensors inputs, const std::optional<Tensor> 
   const Tensors maps = graph_inputs(inputs);
   const Tensor& first = maps[0];
   const Pair out_size = pair_of(size, "size");
-  const int64_t c = first.size(1), cp = coefficient_floats(1, c);
+  const int64_t c = first.size(1), cp = padded(c);
   const cpu::Runtime threads = runtime();
   Layout layout;
-  const int64_t coefficients = layout.add(4 * coefficient_floats(edges, c));
+  const int64_t coefficients = layout.add(4 * edges * padded(c));
   const int64_t scratch = layout.add(4 * out_size.x * cp * threads.threads);
   const Workspace workspace(layout.size());
 
