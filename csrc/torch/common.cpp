@@ -248,9 +248,18 @@ cpu::Runtime runtime() {
 
 namespace {
 
+// Buffers between calls. One that nobody took for kMostAge calls is given back, and none is taken
+// for a call that needs kMostExcess times less: a training step's memory does not stay for ever.
+constexpr int64_t kMostAge = 256, kMostExcess = 8, kSmall = 1 << 20;
+
 struct Pooled {
+  struct Buffer {
+    Tensor tensor;
+    int64_t call;  // the last one it served
+  };
   std::mutex mutex;
-  Tensors free;
+  std::vector<Buffer> free;
+  int64_t calls = 0;
 };
 // Never destroyed: torch may be gone when static objects are.
 Pooled& pooled() {
@@ -261,18 +270,24 @@ Pooled& pooled() {
 Tensor take(int64_t bytes) {
   Pooled& p = pooled();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  size_t best = p.free.size();
-  for (size_t i = 0; i < p.free.size(); i++)
-    if (p.free[i].numel() >= bytes &&
-        (best == p.free.size() || p.free[i].numel() < p.free[best].numel()))
-      best = i;
-  if (best < p.free.size()) {
-    Tensor t = p.free[best];
-    p.free.erase(p.free.begin() + static_cast<std::ptrdiff_t>(best));
-    return t;
+  p.calls++;
+  const auto old = [&](const Pooled::Buffer& b) { return p.calls - b.call > kMostAge; };
+  p.free.erase(std::remove_if(p.free.begin(), p.free.end(), old), p.free.end());
+  auto best = p.free.end(), outgrown = p.free.end();  // the smallest that fits; one too small
+  for (auto b = p.free.begin(); b != p.free.end(); b++) {
+    const int64_t size = b->tensor.numel();
+    if (size < bytes && bytes / kMostExcess <= size) outgrown = b;
+    if (size >= bytes && (size <= kSmall || size / kMostExcess <= bytes) &&
+        (best == p.free.end() || size < best->tensor.numel()))
+      best = b;
   }
-  if (!p.free.empty()) p.free.pop_back();  // too small: the new one takes its place
-  return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
+  if (best == p.free.end()) {
+    if (outgrown != p.free.end()) p.free.erase(outgrown);  // the new one serves its calls too
+    return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
+  }
+  Tensor t = best->tensor;
+  p.free.erase(best);
+  return t;
 }
 
 }  // namespace
@@ -282,7 +297,7 @@ Workspace::Workspace(int64_t bytes) : buffer_(take(bytes > 0 ? bytes : 1)) { poi
 Workspace::~Workspace() {
   Pooled& p = pooled();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  p.free.push_back(buffer_);
+  p.free.push_back({buffer_, p.calls});
 }
 
 }  // namespace edet::torch_ops
