@@ -67,7 +67,9 @@ class Fpn(nn.Module):
     def forward(self, maps):
         fused = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         for level in (1, 0):
-            fused[level] = fused[level] + nn.functional.interpolate(fused[level + 1], scale_factor=2)
+            fused[level] = fused[level] + nn.functional.interpolate(
+                fused[level + 1], scale_factor=2
+            )
         pyramid = [conv(x) for conv, x in zip(self.outputs, fused, strict=True)]
         for conv in self.above:
             pyramid.append(conv(pyramid[-1]))
