@@ -35,7 +35,7 @@ from edet.report import OURS  # noqa: E402
 EFFDET, CHANNELS_LAST = "effdet", "effdet, channels_last"
 
 
-def create(name: str, size: int | None) -> tuple[nn.Module, Tensor]:
+def create(name: str, size: int | None) -> tuple[Any, Tensor]:
     """effdet's model with random weights and edge weights that differ, and an image for it.
 
     Raises:
@@ -90,7 +90,7 @@ def run(
     """
     torch.set_num_threads(threads)
     model, images = create(name, size)
-    moved = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved = copy.deepcopy(model).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(model)
     done = edet.accelerate(fused, images, rounds=0)
     if missing := {"backbone", "fpn", "class_net", "box_net"} - set(done.replaced):

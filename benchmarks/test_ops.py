@@ -37,12 +37,13 @@ def make_case(op: str, make: Maker, fusion: str) -> Case:
     if op in ("weighted_fusion", "fusion_node"):
         maps = [pyramid[1], pyramid[2], pyramid[0]]  # as it is, enlarged, max-pooled
         convs = make.separable(c, c) if op == "fusion_node" else ()
-        arguments = (maps, 1 + make.weight(3, scale=0.3), *convs)
-        return Case(op, arguments, {"size": sizes[1], "fusion": fusion})
+        return Case(
+            op, (maps, 1 + make.weight(3, scale=0.3), *convs), {"size": sizes[1], "fusion": fusion}
+        )
     if op == "bifpn":
         nodes = bifpn_nodes(len(sizes))
-        dw, pw, scale, shift = zip(*(make.separable(c, c) for _ in nodes), strict=True)
-        parts = map(edet_kernels.pack_depthwise, dw), map(edet_kernels.pack_pointwise, pw)
+        dw, pw, scale, shift = map(list, zip(*(make.separable(c, c) for _ in nodes), strict=True))
+        dw, pw = [*map(edet_kernels.pack_depthwise, dw)], [*map(edet_kernels.pack_pointwise, pw)]
         options = {
             "nodes": [node.edges for node in nodes],
             "sizes": [sizes[node.level] for node in nodes],
@@ -50,11 +51,11 @@ def make_case(op: str, make: Maker, fusion: str) -> Case:
             "fusion": fusion,
         }
         weights = 1 + make.weight(len(nodes), 3, scale=0.3)
-        stacked = [torch.stack(list(part)) for part in (*parts, scale, shift)]
+        stacked = map(torch.stack, (dw, pw, scale, shift))
         return Case(op, (pyramid, weights, *stacked), options)
     if op == "head":
         layers = [make.separable(c, n) for n in (*[c] * make.config.head_repeats, 9 * 90)]
-        dw, pw, scale, shift = (list(x) for x in zip(*layers, strict=True))
+        dw, pw, scale, shift = map(list, zip(*layers, strict=True))
         for per_level in (scale, shift):
             per_level[:-1] = [x.expand(len(sizes), c).contiguous() for x in per_level[:-1]]
         return Case(op, (pyramid, dw, pw, scale, shift))
@@ -80,8 +81,8 @@ def check_case(name: str, case: Case, found: Any) -> None:
         assert all(torch.equal(x, y) for x, y in zip(results, own, strict=True))
     else:
         exact = case.to(torch.float64).run(reference)
-        errors = [relative_difference(x, exact) for x in (results, own)]
-        check(name, *errors, torch.float32)
+        mine, theirs = (relative_difference(x, exact) for x in (results, own))
+        check(name, mine, theirs, torch.float32)
 
 
 def run(benchmark: Any, op: str, model: str, variant: str, fusion: str = "fast") -> None:
