@@ -36,6 +36,10 @@ build: $(VENV)/.torch ## compile the op library (only what has changed)
 bench-cpu: $(VENV)/.extra-bench build ## time the models against other CPU runtimes; an hour or more
 	$(PY) benchmarks/cpu.py $(BENCH)
 
+.PHONY: bench-dropin
+bench-dropin: $(VENV)-peers/.done build ## time the real effdet before and after edet.accelerate
+	$(VENV)-peers/bin/python benchmarks/dropin.py $(BENCH)
+
 .PHONY: gpu-check
 gpu-check: ## with an NVIDIA GPU: build for it, test, sanitize and time the CUDA kernels; writes gpu-check/
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)

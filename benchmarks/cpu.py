@@ -35,6 +35,8 @@ from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
 from edet.anchors import generate_anchors  # noqa: E402
 from edet.bench import (  # noqa: E402
     Call,
+    CheckFailed,
+    check_detections,
     eager_copy,
     machine_name,
     part_calls,
@@ -62,10 +64,6 @@ PART_OF_BENCH = {"network": "whole"}
 WARM_SECONDS, TURN_SECONDS = 0.005, 0.05
 #: Sides of the square matrices whose fastest product is the measured peak.
 PEAK_SIZES = (1024, 1536, 2048, 3072)
-
-
-class GateError(RuntimeError):
-    """A variant's result is wrong: nothing is reported."""
 
 
 def log(message: str) -> None:
@@ -99,33 +97,17 @@ def gate(
         factor: :data:`PART_FACTOR` or :data:`NETWORK_FACTOR`.
 
     Raises:
-        GateError: an error is larger or not a number; the message gives those of all variants.
+        CheckFailed: an error is larger or not a number; the message gives those of all variants.
     """
     limit = factor * eager + torch.finfo(dtype).eps
     wrong = [name for name, error in errors.items() if not error <= limit]
     if wrong:
         found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        raise GateError(
+        raise CheckFailed(
             f"{what}: {', '.join(wrong)} must differ from the float64 reference by at most "
             f"{limit:.1e} of its largest value (eager: {eager:.1e}), got {found}: "
             "no times are reported"
         )
-
-
-def gate_detections(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Detections must be those of the reference on the same network outputs.
-
-    Boxes and scores may differ by eight units in the last place of the largest: exp and the sigmoid
-    are not rounded alike.
-
-    Raises:
-        GateError: another box, label or count.
-    """
-    boxes, scores, labels, counts = found
-    same = torch.equal(labels, expected[2]) and torch.equal(counts, expected[3])
-    limit = 8 * torch.finfo(torch.float32).eps
-    if not same or not relative_difference((boxes, scores), expected[:2]) <= limit:
-        raise GateError(f"{name} finds other boxes than the reference: no times are reported")
 
 
 # Timing ------------------------------------------------------------------------------------------
@@ -329,7 +311,7 @@ class Case:
         """The calls of the variants that run, their errors, and why the others do not.
 
         Raises:
-            GateError: ours or eager computes something else.
+            CheckFailed: ours or eager computes something else.
         """
         calls: dict[str, Call] = {}
         unavailable: dict[str, str] = {}
@@ -351,7 +333,7 @@ class Case:
                 raw = self.head_outputs
                 if stage == "network+post":
                     raw = [x.clone() for x in self.call(name, "network")()]
-                gate_detections(f"{name}, {stage}", found, self.reference_detections(raw))
+                check_detections(f"{name}, {stage}", found, self.reference_detections(raw))
             return calls, {}, unavailable
         exact = self.part(stage, copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part(stage, self.eager)(), exact)
@@ -361,7 +343,7 @@ class Case:
         for name in [n for n in calls if n not in (OURS, "eager")]:
             try:
                 gate(what, {name: errors[name]}, eager, self.dtype, factor)
-            except GateError as error:
+            except CheckFailed as error:
                 unavailable[name] = str(error)
                 log(f"  {error}")
                 del calls[name], errors[name]
@@ -574,7 +556,7 @@ def check_only(
                     log(f"{model}, {dtype}: checking {stage}")
                     try:
                         _, errors, _ = case.checked_calls(stage, names)
-                    except GateError as error:
+                    except CheckFailed as error:
                         refused.append(str(error))
                         log(f"  refused: {error}")
                     else:
@@ -600,7 +582,7 @@ def run(
     """Measures everything and returns the result; see the command line for the arguments.
 
     Raises:
-        GateError: a variant computes something else than the reference.
+        CheckFailed: a variant computes something else than the reference.
         ValueError: a model, stage or rival is not known.
     """
     for argument, given, known in (
@@ -706,7 +688,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             memory=not args.no_memory,
             fusion=not args.no_fusion,
         )
-    except (GateError, ValueError) as error:
+    except (CheckFailed, ValueError) as error:
         sys.exit(str(error))
     report.write(result, args.output)
     report.plot(result, args.output.with_suffix(".png"))

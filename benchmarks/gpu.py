@@ -23,9 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
 
 import edet_kernels  # noqa: E402
-from benchmarks.cpu import GateError, gate, gate_detections  # noqa: E402
+from benchmarks.cpu import gate  # noqa: E402
 from edet import report  # noqa: E402
-from edet.bench import machine_name, relative_difference  # noqa: E402
+from edet.bench import (  # noqa: E402
+    CheckFailed,
+    check_detections,
+    machine_name,
+    relative_difference,
+)
 from edet.configs import ModelConfig, get_config  # noqa: E402
 from edet.report import OURS  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
@@ -197,11 +202,11 @@ def check(name: str, case: Case, dtype: torch.dtype) -> float:
     """Checks our result by the error rule; the error as a fraction of the largest value.
 
     Raises:
-        GateError: it is wrong.
+        CheckFailed: it is wrong.
     """
     found = case.run(edet_kernels)
     if case.op == "detect":
-        gate_detections(name, found, case.run(reference))
+        check_detections(name, found, case.run(reference))
         return 0.0
     exact = case.to(torch.float64).run(reference)
     eager = relative_difference(case.to(dtype).run(reference), exact)
@@ -374,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                                 rows.append(
                                     row(title, make, args.variants, cache == "cold", args.seconds)
                                 )
-    except GateError as error:
+    except CheckFailed as error:
         sys.exit(str(error))
     result = {
         "schema": SCHEMA,

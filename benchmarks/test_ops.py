@@ -1,97 +1,124 @@
 """Microbenchmarks of the ops with pytest-benchmark: ``pytest benchmarks/test_ops.py``.
 
 Each op as PyTorch's eager layers, as those compiled, and fused; the fusions by softmax, fast and
-unbounded weights. A result that differs from the float64 reference is an error, not a time.
+unbounded weights. A result that differs from the reference is an error, not a time.
 ``--benchmark-json FILE`` keeps the times, ``--benchmark-compare`` compares them.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import edet_kernels
-from edet.bench import check, relative_difference
+from benchmarks.gpu import CASES, Case, Maker
+from edet.bench import check, check_detections, relative_difference
+from edet.configs import get_config
+from edet.layers import bifpn_nodes
 from edet_kernels import reference
 
 VARIANTS = ("eager", "compiled", "fused")
 FUSIONS = ("softmax", "fast", "unbounded")
-#: Channels and the side of P3: D0 at 512×512, D3 at 896×896.
-SIZES = {"d0": (64, 64), "d3": (160, 112)}
+#: Models whose shapes are used, each at its own image size.
+MODELS = ("d0", "d3")
 
 
-def inputs(op: str, size: str) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of an op: a BiFPN node of three maps, a head layer, or a whole head."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    c, side = SIZES[size]
-    same, up, down = (
-        random(1, c, s, s).contiguous(memory_format=torch.channels_last)
-        for s in (side, side // 2, 2 * side)
-    )
-    scale, shift = 1 + 0.1 * random(c), random(c)
-    convs = [random(c, 1, 3, 3) / 3, random(c, c, 1, 1) / c**0.5]
-    if op == "weighted_fusion":
-        return [[same, up, down], 1 + 0.3 * random(3)], {"size": (side, side)}
-    if op == "fusion_node":
-        return [[same, up, down], 1 + 0.3 * random(3), *convs, scale, shift], {"size": (side, side)}
-    levels = [random(1, c, side >> k, side >> k) for k in range(5)]
-    levels = [x.contiguous(memory_format=torch.channels_last) for x in levels]
-    if op == "separable_conv":
-        return [levels, *convs, scale.expand(5, c), shift.expand(5, c)], {}
-    layers = 4
-    return [
-        levels, [convs[0]] * layers, [convs[1]] * layers,
-        [*[scale.expand(5, c).contiguous()] * (layers - 1), scale],
-        [*[shift.expand(5, c).contiguous()] * (layers - 1), shift],
-    ], {}  # fmt: skip
-
-
-def doubled(value: Any) -> Any:
-    """``value`` with all tensors in float64."""
-    if isinstance(value, torch.Tensor):
-        return value.double()
-    return [doubled(v) for v in value] if isinstance(value, list) else value
-
-
-def outputs(value: Any) -> list[torch.Tensor]:
-    """One result or several, as a list."""
-    return [value] if isinstance(value, torch.Tensor) else list(value)
-
-
-def run(benchmark: Any, op: str, size: str, variant: str, **options: Any) -> None:
-    """Checks a variant of an op, then times it."""
-    arguments, keywords = inputs(op, size)
-    keywords |= options
-    eager = getattr(reference, op)
-    call = {"eager": eager, "fused": getattr(edet_kernels, op)}.get(variant)
-    benchmark.group = " ".join([op, size, *options.values()])
-    with torch.inference_mode():
-        if call is None:
-            call = torch.compile(eager, dynamic=False)
-        exact = outputs(eager(*doubled(arguments), **keywords))
-        own, mine = (
-            relative_difference(outputs(f(*arguments, **keywords)), exact) for f in (eager, call)
+def make_case(op: str, make: Maker, fusion: str) -> Case:
+    """A call of ``op``: a node of three maps, a cell, a head layer, the class head, or others."""
+    c, levels = make.config.width, range(make.config.levels)
+    sizes = [make.size(level) for level in levels]
+    pyramid = [make.map(c, size) for size in sizes]
+    if op in ("weighted_fusion", "fusion_node"):
+        maps = [pyramid[1], pyramid[2], pyramid[0]]  # as it is, enlarged, max-pooled
+        convs = make.separable(c, c) if op == "fusion_node" else ()
+        return Case(
+            op, (maps, 1 + make.weight(3, scale=0.3), *convs), {"size": sizes[1], "fusion": fusion}
         )
-        check(f"{op}, {variant}", mine, own, torch.float32)
-        benchmark(call, *arguments, **keywords)
+    if op == "bifpn":
+        nodes = bifpn_nodes(len(sizes))
+        dw, pw, scale, shift = map(list, zip(*(make.separable(c, c) for _ in nodes), strict=True))
+        dw, pw = [*map(edet_kernels.pack_depthwise, dw)], [*map(edet_kernels.pack_pointwise, pw)]
+        options = {
+            "nodes": [node.edges for node in nodes],
+            "sizes": [sizes[node.level] for node in nodes],
+            "outputs": list(range(len(nodes), len(nodes) + len(sizes))),
+            "fusion": fusion,
+        }
+        weights = 1 + make.weight(len(nodes), 3, scale=0.3)
+        stacked = map(torch.stack, (dw, pw, scale, shift))
+        return Case(op, (pyramid, weights, *stacked), options)
+    if op == "head":
+        layers = [make.separable(c, n) for n in (*[c] * make.config.head_repeats, 9 * 90)]
+        dw, pw, scale, shift = map(list, zip(*layers, strict=True))
+        for per_level in (scale, shift):
+            per_level[:-1] = [x.expand(len(sizes), c).contiguous() for x in per_level[:-1]]
+        return Case(op, (pyramid, dw, pw, scale, shift))
+    if op == "nms":
+        corners, sides = 512 * torch.rand(make.batch, 1000, 2), 64 * torch.rand(make.batch, 1000, 2)
+        boxes = torch.cat([corners, corners + sides], dim=-1)
+        labels = torch.randint(90, (make.batch, 1000))
+        return Case(op, (boxes, torch.rand(make.batch, 1000), labels))
+    return CASES[op](make)
+
+
+def check_case(name: str, case: Case, found: Any) -> None:
+    """Checks a result against the reference by the error rule.
+
+    Raises:
+        CheckFailed: it is wrong.
+    """
+    results = [found] if isinstance(found, torch.Tensor) else list(found)
+    own = case.run(reference)
+    if case.op == "detect":
+        check_detections(name, results, own)
+    elif case.op == "nms":
+        assert all(torch.equal(x, y) for x, y in zip(results, own, strict=True))
+    else:
+        exact = case.to(torch.float64).run(reference)
+        mine, theirs = (relative_difference(x, exact) for x in (results, own))
+        check(name, mine, theirs, torch.float32)
+
+
+def run(benchmark: Any, op: str, model: str, variant: str, fusion: str = "fast") -> None:
+    """Checks a variant of an op, then times it."""
+    torch.manual_seed(0)
+    config = get_config(f"tf_efficientdet_{model}")
+    case = make_case(op, Maker(config, 1, torch.float32, torch.device("cpu")), fusion)
+    eager = getattr(reference, op)
+    call = getattr(edet_kernels, op) if variant == "fused" else eager
+    if variant == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(eager, dynamic=False)
+    benchmark.group = " ".join([op, model, case.options.get("fusion", "")])
+    with torch.inference_mode():
+        check_case(f"{op}, {variant}", case, call(*case.arguments, **case.options))
+        benchmark(call, *case.arguments, **case.options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("op", ["weighted_fusion", "fusion_node"])
-def test_fusion(benchmark: Any, op: str, size: str, fusion: str, variant: str) -> None:
-    run(benchmark, op, size, variant, fusion=fusion)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("op", ["weighted_fusion", "fusion_node", "bifpn"])
+def test_fusion(benchmark: Any, op: str, model: str, fusion: str, variant: str) -> None:
+    run(benchmark, op, model, variant, fusion)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("op", ["separable_conv", "head"])
-def test_head(benchmark: Any, op: str, size: str, variant: str) -> None:
-    run(benchmark, op, size, variant)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("op", ["separable_conv", "head", "lateral", "stem", "mbconv"])
+def test_layers(benchmark: Any, op: str, model: str, variant: str) -> None:
+    run(benchmark, op, model, variant)
+
+
+# loops over boxes in Python are not compiled
+@pytest.mark.parametrize("variant", ["eager", "fused"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("op", ["nms", "detect"])
+def test_detection(benchmark: Any, op: str, model: str, variant: str) -> None:
+    run(benchmark, op, model, variant)

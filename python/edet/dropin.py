@@ -7,8 +7,10 @@ fused ops in eval mode without gradients and the module's own layers otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -563,8 +565,18 @@ def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 reason = "it is TorchScript"
             elif taken := [a for a in _RESERVED if hasattr(module, a)]:
                 reason = f"it has an attribute {taken[0]} of its own"
+            elif not reason:
+                reason = _hooked(module)
         inside = f"{name}." if name else ""
         yield name, module, reason
+
+
+def _hooked(module: nn.Module) -> str:
+    """Why hooks of layers keep ``module`` from being fused, which would not run them; or ""."""
+    for name, layer in module.named_modules():
+        if layer is not module and (layer._forward_pre_hooks or layer._forward_hooks):
+            return f"its layer {name} has a forward hook, as pruning sets one"
+    return ""
 
 
 def _is_backbone(module: nn.Module) -> bool:
@@ -693,12 +705,17 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
 
     Raises:
         TypeError: ``model`` is not a module, or ``sample`` not a tensor.
-        ValueError: ``model`` holds no BiFPN and no head that is known, or cannot run ``sample``.
+        ValueError: ``model`` holds no BiFPN and no head that is known, cannot run ``sample``, or is
+            on the meta device; ``rounds`` is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if sample is not None and not isinstance(sample, Tensor):
         raise TypeError(f"sample must be a tensor of images, got {type(sample).__name__}")
+    if rounds < 0:
+        raise ValueError(f"rounds must be 0 or more, got {rounds}")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model must have weights to be compared with, got some on the meta device")
     found = list(_find(model))
     if all(_is_backbone(module) for _, module, _ in found):
         raise ValueError(
@@ -715,6 +732,10 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
     network.eval()
     replaced: list[nn.Module] = []
     whole: dict[str, float] = {}
+    stance = contextlib.ExitStack()
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        # what module.compile() has compiled does not run hooks that are new
+        stance.enter_context(torch.compiler.set_stance("force_eager"))
     try:
         try:
             maps = _capture(network, [module for _, module in candidates], images)
@@ -733,6 +754,7 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
         restore(model)
         raise
     finally:
+        stance.close()
         for module in training:
             module.training = True
     shape = "×".join(map(str, images.shape))
@@ -742,8 +764,9 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
         whole.get("own"),
         whole.get("fused"),
         f"{'random images' if sample is None else 'given images'} {shape}, {dtype}, "
-        f"{images.device}, {torch.get_num_threads()} threads; medians of {rounds} runs, "
-        "differences from float64 as a fraction of the largest value",
+        f"{images.device}, {torch.get_num_threads()} threads; "
+        + (f"medians of {rounds} runs, " if rounds else "")
+        + "differences from float64 as a fraction of the largest value",
         _notes(),
     )
 
@@ -759,6 +782,8 @@ def _try(name: str, module: nn.Module, maps: Any, rounds: int, device: torch.dev
         return Part(name, kind, "the network did not run it on the sample input")
     exact = _exact_result(module, maps)
     own = _difference(_own_result(module, maps), exact)
+    if not math.isfinite(own):
+        return Part(name, kind, "its own result for the sample input is not finite")
     _fuse(module)
     try:
         result = _tensors(module(_copied(maps)))

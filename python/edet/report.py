@@ -147,13 +147,19 @@ def short(model: str) -> str:
 def conditions(result: dict[str, Any]) -> str:
     """The machine and the software of a result on one line."""
     machine, versions = result["machine"], result["versions"]
-    packages = [f"{n} {versions[n]}" for n in ("torch", "onnxruntime", "openvino") if n in versions]
+    names = ("torch", "onnxruntime", "openvino", "effdet", "timm")
+    packages = [f"{name} {versions[name]}" for name in names if name in versions]
     cores = f", {machine['cores']} cores" if machine.get("cores") else ""
     isa = f", {machine['isa']}" if machine.get("isa") else ""
     return (
         f"**{machine['cpu']}**{cores}{isa}; {result['threads']} threads; {', '.join(packages)}; "
         f"{result['date'][:10]}"
     )
+
+
+def throughput(row: dict[str, Any], name: str) -> float:
+    """Images per second of a variant."""
+    return float(1e3 * row.get("batch_size", 1) / row["times"][name]["median_ms"])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -167,6 +173,7 @@ def markdown(result: dict[str, Any]) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         names = list(dict.fromkeys(name for row in rows for name in row["times"] if name != OURS))
+        batches = any(row.get("batch_size", 1) > 1 for row in rows)
         body = []
         for row in rows:
             times, best = row["times"], row["best_rival"]
@@ -180,11 +187,14 @@ def markdown(result: dict[str, Any]) -> str:
                 note = f" ({ratio['of_medians']:.1f}×)" if ratio else ""
                 cells.append(f"{times[name]['median_ms']:.1f}{note}" if name in times else "")
             cells.append(f"**{times[OURS]['median_ms']:.2f}**" if OURS in times else "")
+            if batches:
+                cells.append(f"{throughput(row, OURS):.1f}" if OURS in times else "")
             cells.append(f"**{row['ratios'][best]['of_medians']:.2f}×**" if best else "")
             fraction = row["peak_fraction"].get(OURS)
             cells.append(f"{fraction:.0%}" if fraction else "")
             body.append(cells)
-        header = ["", "", *names, "edet-kernels", "best", "of FMA peak"]
+        images = ["images/s"] if batches else []
+        header = ["", "", *names, "edet-kernels", *images, "best", "of FMA peak"]
         peak = result["peak_gflops"].get(dtype)
         known = f"{peak:.0f} GFLOP/s (largest matrix product of the same run)" if peak else ""
         blocks.append(f"{dtype}, FMA peak {known}:" if known else f"{dtype}:")
@@ -470,6 +480,51 @@ def plot_stages(result: dict[str, Any]) -> Any:
     return figure
 
 
+def plot_throughput(result: dict[str, Any]) -> Any:
+    """Images per second of the network against the batch size, one panel per model."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["stage"] == "network" and row["dtype"] == result["rows"][0]["dtype"]:
+            panels.setdefault(row["model"], []).append(row)
+    panels = {
+        model: sorted(rows, key=lambda row: row.get("batch_size", 1))
+        for model, rows in panels.items()
+        if len({row.get("batch_size", 1) for row in rows}) > 1
+    }
+    if not panels:
+        return None
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = _figure(max(3.6 * columns, 5), 3.4 * lines)
+    names = list(dict.fromkeys(n for rows in panels.values() for r in rows for n in r["times"]))
+    for axes, (model, rows) in zip(
+        figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False
+    ):
+        for name in names:
+            mine = [row for row in rows if name in row["times"]]
+            axes.plot(
+                [row.get("batch_size", 1) for row in mine],
+                [throughput(row, name) for row in mine],
+                marker="o",
+                color=_colour(name, names),
+                label="edet-kernels" if name == OURS else name,
+            )
+        sizes = [row.get("batch_size", 1) for row in rows]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_title(short(model).upper(), fontsize=10, loc="left")
+        axes.set_xlabel("batch")
+        axes.set_ylabel("images per second")
+        _clean(axes)
+    for unused in figure.axes[len(panels) :]:
+        unused.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
 def plot_roofline(result: dict[str, Any]) -> Any:
     """Attained GFLOP/s of each stage against its arithmetic intensity, under the measured roofs."""
     bandwidth = result["settings"].get("bandwidth_gbs")
@@ -547,6 +602,7 @@ def plot_fusion(result: dict[str, Any]) -> Any:
 PLOTS = (
     ("latency", "Latency against size", plot_size),
     ("stages", "Where the time goes", plot_stages),
+    ("throughput", "Throughput over batch sizes", plot_throughput),
     ("roofline", "Roofline", plot_roofline),
     ("fusion", "Softmax against fast fusion", plot_fusion),
 )

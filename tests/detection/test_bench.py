@@ -125,6 +125,35 @@ def test_wrong_results_are_not_timed(model, monkeypatch):
         bench.run_bench(model, images=torch.randn(1, 3, 128, 128), rounds=1)
 
 
+def test_wrong_boxes_are_not_timed(model, monkeypatch):
+    def shifted(*arguments, right=bench.outer_calls):
+        before, after, by_references = right(*arguments)
+        return before, lambda: [after()[0] + 1, *after()[1:]], by_references
+
+    monkeypatch.setattr(bench, "outer_calls", shifted)
+    monkeypatch.setattr(bench, "_timed", lambda *_: pytest.fail("timed"))
+    with pytest.raises(bench.CheckFailed, match=r"post-processing finds other boxes"):
+        bench.run_bench(model, images=torch.randn(1, 3, 128, 128), rounds=1)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_detections_are_compared_whole(wrong):
+    right = [
+        torch.tensor([[[0.0, 0, 10, 10], [5, 5, 9, 9]]]),
+        torch.tensor([[0.9, 0.8]]),
+        torch.tensor([[3, 7]]),
+        torch.tensor([2]),
+    ]
+    assert bench.check_detections("m", right, right) == 0
+    assert bench.check_detections("none", *[[torch.zeros_like(x) for x in right]] * 2) == 0
+    found = [x + 1e-3 if x.is_floating_point() else x.flip(-1) for x in right]
+    found = [a if i == wrong else b for i, (a, b) in enumerate(zip(found, right, strict=True))]
+    if wrong == 3:
+        found[3] = torch.tensor([1])
+    with pytest.raises(bench.CheckFailed, match="m finds other boxes"):
+        bench.check_detections("m", found, right)
+
+
 @pytest.mark.parametrize("error", [float("nan"), 4e-5])
 def test_error_rule(error):
     bench.check("part", 2.9e-5, 1e-5, torch.float32)

@@ -140,6 +140,23 @@ def test_report(tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
 
 
+def test_throughput_over_batch_sizes(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    batches = result(
+        row("network", {"eager": 20.0, "ours": 10.0}, noise=0.0),
+        row("network", {"eager": 120.0, "ours": 64.0}, noise=0.0, batch_size=8),
+    )
+    text = report.markdown(batches)
+    assert "| edet-kernels | images/s | best |" in text
+    assert "| D0 512×512 | network | 20.0 (2.0×) | **10.00** | 100.0 |" in text
+    assert "| D0 512×512, batch 8 | network | 120.0 (1.9×) | **64.00** | 125.0 |" in text
+    assert tmp_path / "throughput.png" in report.write_report(batches, tmp_path)
+    (axes,) = report.plot_throughput(batches).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["edet-kernels"] == [[1, 100], [8, 125]]
+    assert report.plot_throughput(full()) is None
+
+
 def test_text_in_the_page_is_escaped():
     page = report.html(full(), [])
     assert "A CPU &lt;fast&gt; &amp; small" in page and "<fast>" not in page

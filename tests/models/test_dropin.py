@@ -9,6 +9,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import edet
 from edet import dropin
@@ -414,6 +415,45 @@ def test_unknown_model_is_told_of_the_protocol():
         edet.accelerate("tf_efficientdet_d0")
     with pytest.raises(TypeError, match="sample must be"):
         edet.accelerate(Effdet(), 96)
+
+
+def test_negative_rounds_and_missing_weights_are_refused():
+    with pytest.raises(ValueError, match="rounds must be 0 or more, got -1"):
+        edet.accelerate(Effdet(), rounds=-1)
+    with pytest.raises(ValueError, match=r"model must have weights .* meta device"):
+        edet.accelerate(Effdet().to("meta"))
+
+
+def test_hooks_inside_a_part_keep_it_from_being_fused():
+    model = Effdet()
+    pruned = model.fpn.cell[1].fnode[0].after_combine.conv.conv_pw
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    report = edet.accelerate(model, rounds=0)
+    assert report.replaced == ["class_net", "box_net"]
+    assert "cell.1.fnode.0.after_combine.conv.conv_pw has a forward hook" in report.parts[0].reason
+
+
+def test_results_that_are_not_finite_are_named():
+    model = Effdet()
+    model.class_net.bn_rep[0][0].bn.running_var.fill_(float("nan"))
+    report = edet.accelerate(model, rounds=0)
+    assert report.replaced == ["fpn", "box_net"]
+    assert report.parts[1].reason == "its own result for the sample input is not finite"
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_compiled_models(compile_first):
+    model, images = Holder().eval(), torch.randn(1, 3, 16, 24)
+    with torch.no_grad():
+        expected = flat(model(images))
+        if compile_first:
+            model.compile(backend="eager")
+            model(images)
+        assert edet.accelerate(model, images, rounds=0).replaced == ["neck"]
+        if not compile_first:
+            model.compile(backend="eager", fullgraph=True)
+        found = flat(model(images))
+    assert relative_difference(found, [x.double() for x in expected]) < 1e-5
 
 
 def test_own_models_are_left_alone():
