@@ -23,11 +23,11 @@ import edet_kernels
 from . import report as reports
 from .bench import Bench, CheckFailed, count_operations, eager_copy, plot, result, run_bench
 from .configs import get_config, list_models
-from .detector import Detector
 from .draw import draw_detections
 from .efficientdet import Counts, count_macs, count_parameters, create_model
 from .extras import require
 from .files import replacing
+from .predictor import Predictor
 from .preprocess import load_image
 from .results import Detections
 
@@ -208,10 +208,10 @@ def annotated_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return names
 
 
-def load_detector(
+def load_predictor(
     model: str, checkpoint: Path | None, random_weights: bool, num_classes: int, **options: Any
-) -> Detector:
-    """The detector that the options of ``edet detect`` ask for.
+) -> Predictor:
+    """The predictor that the options of ``edet detect`` ask for.
 
     Raises:
         ValueError: neither or both of a checkpoint and random weights.
@@ -225,7 +225,7 @@ def load_detector(
             "the boxes then mean nothing)"
         )
     network = create_model(model, num_classes=num_classes, checkpoint=checkpoint)
-    return Detector(network, **options)
+    return Predictor(network, **options)
 
 
 @app.command(epilog="Example: edet detect photos/ -c tf_efficientdet_d0.pth -o found/")
@@ -286,7 +286,7 @@ def detect(
         if json_file is not None:
             check_writable(json_file.parent, "--json")
         copies = annotated_names(files, output) if output is not None else {}
-        detector = load_detector(
+        predictor = load_predictor(
             model,
             checkpoint,
             random_weights,
@@ -315,7 +315,7 @@ def detect(
                     except (OSError, ValueError) as error:
                         broken += 1
                         typer.echo(f"Skipped: {error}", err=True)
-                found = detector(list(loaded.values())) if loaded else []
+                found = predictor(list(loaded.values())) if loaded else []
                 for (path, pixels), objects in zip(loaded.items(), found, strict=True):
                     report(path, objects)
                     results.append({"file": str(path), **objects.to_plain()})

@@ -14,6 +14,7 @@ import edet_kernels
 from edet_kernels.reference import activate
 
 from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
+from .preprocess import normalise
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -368,12 +369,36 @@ class EfficientNet(PackedModule):
         stages = [[block.pack(dtype) for block in stage] for stage in self._stages()]
         return _Packed((weight, scale.to(dtype), shift.to(dtype)), stages)
 
-    def _forward_fused(self, images: Tensor, weights: _Packed, dtype: torch.dtype) -> list[Tensor]:
+    def forward_pixels(self, pixels: Tensor, mean: Tensor, std: Tensor) -> list[Tensor]:
+        """As :meth:`forward`, from pixels as they are read: the first layer normalises them.
+
+        Args:
+            pixels: (N, 3, H, W) uint8.
+            mean, std: (3,) for values of 0 … 255.
+        """
+        weight = self.conv_stem.weight
+        packed = self.packed(weight)  # the dtype to compute in is the weight's
+        if packed is None:
+            images = normalise(pixels.float(), mean, std, weight.dtype)
+            return cast("list[Tensor]", self(images))
+        return self._forward_fused(pixels, *packed, mean, std)
+
+    def _forward_fused(
+        self,
+        images: Tensor,
+        weights: _Packed,
+        dtype: torch.dtype,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> list[Tensor]:
         x = edet_kernels.stem(
-            images.to(dtype),
+            images.to(dtype) if mean is None else images,
             *weights.stem,
+            mean=mean,
+            std=std,
             padding=self.conv_stem.pad,
             activation=self.activation,
+            dtype=dtype,
         )
         maps = []
         for i, (stage, packed) in enumerate(zip(self._stages(), weights.stages, strict=True)):
