@@ -550,10 +550,27 @@ class PackedBackbone(NamedTuple):
     stem: Parts
     blocks: list[tuple[Parts | None, Parts, Parts | None, Parts]]
 
-    def run(self, images: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """The maps that the backbone makes of ``images`` (N, 3, H, W), computed in ``dtype``."""
+    def run(
+        self,
+        images: Tensor,
+        dtype: torch.dtype,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The maps that the backbone makes of ``images`` (N, 3, H, W), computed in ``dtype``.
+
+        With ``mean`` and ``std``, (3,), the images are pixels to be normalised, for example uint8.
+        """
         padding, activation = self.source.padding, self.source.activation
-        x = edet_kernels.stem(images.to(dtype), *self.stem, padding=padding, activation=activation)
+        x = edet_kernels.stem(
+            images.to(dtype) if mean is None else images,
+            *self.stem,
+            mean=mean,
+            std=std,
+            padding=padding,
+            activation=activation,
+            dtype=dtype,
+        )
         maps = []
         for i, (block, weights) in enumerate(zip(self.source.blocks, self.blocks, strict=True)):
             x = edet_kernels.mbconv(

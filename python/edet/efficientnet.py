@@ -15,6 +15,7 @@ from edet_kernels.reference import activate
 
 from .describe import BackboneBlocks, BlockLayers, PackedBackbone
 from .packing import PackedModule, autocast_dtype, planned
+from .preprocess import normalise
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -312,6 +313,21 @@ class EfficientNet(PackedModule):
             if i in self._returned:
                 maps.append(x)
         return maps
+
+    def forward_pixels(self, pixels: Tensor, mean: Tensor, std: Tensor) -> list[Tensor]:
+        """As :meth:`forward`, from pixels as they are read: the first layer normalises them.
+
+        Args:
+            pixels: (N, 3, H, W) uint8.
+            mean, std: (3,) for values of 0 … 255.
+        """
+        weight = self.conv_stem.weight
+        packed = self.packed(weight)  # the dtype to compute in is the weight's
+        if packed is None:
+            images = normalise(pixels.float(), mean, std, weight.dtype)
+            return cast("list[Tensor]", self(images))
+        weights, dtype = packed
+        return weights.run(pixels, dtype, mean, std)
 
     def as_backbone_blocks(self) -> BackboneBlocks:
         """The backbone's convolutions and batch norms, for :mod:`edet.describe`."""

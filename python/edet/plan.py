@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+#: A function of a list of tensors to the inputs of the next one.
+Stage: TypeAlias = "Callable[[list[Tensor]], list[Tensor]]"
 
 
 class _Slot(int):
@@ -151,3 +156,30 @@ def record(
         outputs = list(function())
     plan._finish(outputs)
     return outputs, plan
+
+
+class CallList:
+    """The operator calls of stages that follow one another, for inputs like those it was made with.
+
+    It holds no memory for maps and can be used by several threads at once.
+
+    Args:
+        stages: each gets the list that the one before returned. One whose calls cannot be repeated
+            runs as it is.
+        inputs: of the first stage.
+    """
+
+    def __init__(self, stages: Sequence[Stage], inputs: list[Tensor]) -> None:
+        self._stages: list[Stage | Plan] = []
+        for stage in stages:
+            inputs, plan = record(partial(stage, inputs), inputs)
+            self._stages.append(stage if plan.refusal else plan)
+
+    def __call__(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """The last stage's result, and the seconds that each stage took."""
+        seconds = []
+        for stage in self._stages:
+            start = time.perf_counter()
+            inputs = stage(inputs)
+            seconds.append(time.perf_counter() - start)
+        return inputs, seconds
