@@ -19,6 +19,13 @@
 // A kernel for blocks of at most `threads` threads, of which a multiprocessor holds at least
 // `blocks`.
 #define EDET_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// The blocks of EDET_KERNEL where a multiprocessor of sm_75, with its 64 KiB of shared memory, holds
+// `turing` of them at most: asking for more would only take registers away.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define EDET_BLOCKS(blocks, turing) (turing)
+#else
+#define EDET_BLOCKS(blocks, turing) (blocks)
+#endif
 // Parameter structs are read where the launch put them, in constant memory, instead of being
 // copied.
 #define EDET_PARAMS(type) const __grid_constant__ type

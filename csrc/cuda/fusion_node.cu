@@ -152,8 +152,9 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
   }
 }
 
+// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
 template <class P>
-EDET_KERNEL(kProductThreads, P::kBlocks)
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
 node(EDET_PARAMS(Plan) plan) {
   using T = typename P::Type;
   const FusionNodeParams& p = plan.p;
