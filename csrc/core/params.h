@@ -103,6 +103,7 @@ struct Projection {
 // An inverted residual block: expand 1×1 → depthwise k×k → squeeze-excite → project 1×1 (+ input).
 struct MbconvParams {
   DType dtype;
+  bool tf32;          // CUDA: whether floats may be multiplied as tf32
   const void* input;  // (n, h, w, c_in)
   int64_t n, h, w, c_in, c_mid, out_h, out_w;
   const float *expand, *expand_scale, *expand_shift;  // packed (c_mid, c_in); null: c_mid is c_in

@@ -14,9 +14,11 @@
 #include "../core/params.h"
 #include "../cpu/schedule.h"
 
-// The namespace of the ops in torch.ops; the emulation has one of its own.
+// The namespaces of the ops in torch.ops: as they are, and those that multiply floats as tf32; the
+// emulation has its own.
 #ifndef EDET_OPS
 #define EDET_OPS edet_kernels
+#define EDET_TF32_OPS edet_kernels_tf32
 #endif
 
 namespace edet::torch_ops {
