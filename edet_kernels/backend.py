@@ -197,6 +197,11 @@ def _multiplies_tf32(op: str, device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
+def _precision(op: str, name: str, dtype: torch.dtype) -> str:
+    """What a :class:`Choice` of the backend ``name`` adds to its reason."""
+    return "; TF32 products" if _multiplies_tf32(op, name, dtype) else ""
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
     """The backend ``op`` runs on for maps of ``dtype`` on ``device``, and why.
 
@@ -210,8 +215,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         refusal = _refusal(op, asked, device.type, dtype)
         if refusal:
             raise BackendError(f"{op} cannot run on backend {asked!r}: {refusal}")
-        tf32 = asked == "cuda" and _multiplies_tf32(op, device.type, dtype)
-        return Choice(op, asked, "asked for; TF32 products" if tf32 else "asked for")
+        return Choice(op, asked, "asked for" + _precision(op, asked, dtype))
     if device.type not in ("cpu", "cuda"):
         return Choice(op, "reference", f"no kernels for device type {device.type}")
     refusal = _refusal(op, device.type, device.type, dtype)
@@ -226,8 +230,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
             _told.add((op, refusal))
             _log.debug("%s runs its reference: %s", op, refusal)
         return Choice(op, "reference", refusal)
-    tf32 = "; TF32 products" if _multiplies_tf32(op, device.type, dtype) else ""
-    return Choice(op, device.type, f"compiled {device.type.upper()} kernel{tf32}")
+    reason = f"compiled {device.type.upper()} kernel" + _precision(op, device.type, dtype)
+    return Choice(op, device.type, reason)
 
 
 def _reference_when_traced(op: str, device: str, dtype: torch.dtype) -> bool:

@@ -35,7 +35,8 @@
   extern __shared__ __align__(16) char name##_raw[]; \
   const Shared<type> name { reinterpret_cast<type*>(name##_raw) }
 #define EDET_UNROLL _Pragma("unroll")
-#define EDET_LOOP _Pragma("unroll 1")  // where registers are scarce
+// Not unrolled, because registers are scarce.
+#define EDET_LOOP _Pragma("unroll 1")
 
 namespace edet::cuda {
 

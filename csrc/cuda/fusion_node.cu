@@ -65,7 +65,7 @@ EDET_DEVICE Vector<float, 4> load_floats(Shared<float> floats, int vector, int g
 // Fills the patch: pixel (y, x) of the level at (0, 0) is its second row and column. Outside of the
 // map it is zero, which is what the depthwise convolution pads with.
 template <class P>
-EDET_DEVICE void fuse_patch(const Plan& plan, const NodeLevel& level, int first_edge, int64_t image,
+EDET_DEVICE void fuse_patch(const Plan& plan, const NodeLevel& level, int first_edge, int image,
                             int y0, int x0, int k, int depth, Shared<float> factors,
                             Shared<typename P::Type> patch) {
   using T = typename P::Type;
@@ -83,7 +83,8 @@ EDET_DEVICE void fuse_patch(const Plan& plan, const NodeLevel& level, int first_
       float sum[V];
       for (int e = 0; e < p.edges; e++) {
         const Edge& edge = p.edge[first_edge + e];
-        const T* map = static_cast<const T*>(edge.data) + image * edge.h * edge.w * p.c + channel;
+        const T* map =
+            static_cast<const T*>(edge.data) + int64_t(image) * edge.h * edge.w * p.c + channel;
         const Vector<T, V> v = sample<T, V>(
             edge, uint32_t(level.h), uint32_t(level.w), uint32_t(y), uint32_t(x),
             [&](int64_t at) { return load_pixel(map + at * p.c, p.c - channel, plan.aligned_in); });
@@ -118,7 +119,8 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
   const int y = thread().x / (kVectors * kTileWidth) * kDown;
   if (vector * V >= depth) return;
   float sum[kDown][V] = {};
-  EDET_UNROLL
+  // the loads of three columns at once would leave no registers
+  EDET_LOOP
   for (int dx = 0; dx < 3; dx++) {
     Vector<T, V> column[kDown + 2];
     EDET_UNROLL
@@ -175,7 +177,7 @@ node(EDET_PARAMS(Plan) plan) {
     const int across = (width + kTileWidth - 1) / kTileWidth;
     const int down = (h + kTileHeight - 1) / kTileHeight;
     const int local = tile - plan.first_tile[l];
-    const int64_t image = local / (across * down);
+    const int image = local / (across * down);
     const int y0 = local / across % down * kTileHeight, x0 = local % across * kTileWidth;
 
     P product;
@@ -184,6 +186,7 @@ node(EDET_PARAMS(Plan) plan) {
       const int depth = round_up(min(kChunk<T>, c - k), kDepth);
       const Shared<T> weights = w + (plan.resident ? chunk * (P::kBytesW / int(sizeof(T))) : 0);
       if (first || chunks > 1) {
+        EDET_LOOP
         for (int i = thread().x; i < 9 * kChunk<T>; i += kProductThreads) {
           const int tap = i / kChunk<T>, channel = i % kChunk<T>;
           const float value = k + channel < c
@@ -214,7 +217,7 @@ node(EDET_PARAMS(Plan) plan) {
         [&](int row) -> T* {
           const int y = y0 + row / kTileWidth, x = x0 + row % kTileWidth;
           if (y >= h || x >= width) return nullptr;
-          return static_cast<T*>(level.out) + ((image * h + y) * width + x) * p.c_out;
+          return static_cast<T*>(level.out) + ((int64_t(image) * h + y) * width + x) * p.c_out;
         });
   }
 }

@@ -68,6 +68,14 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
                            const Ints& padding, const Ints& size, int64_t activation, bool residual,
                            const WeightReader& weight);
 
+// Checks the first layer's arguments, makes its result and describes it, but for the image's
+// memory. inverse_std holds the standard deviations themselves.
+StemParams stem_params(const Tensor& image, const Tensor& weight, const Tensor& scale,
+                       const Tensor& shift, const std::optional<Tensor>& mean,
+                       const std::optional<Tensor>& std, const Ints& padding, const Ints& size,
+                       int64_t activation, torch::headeronly::ScalarType dtype,
+                       const WeightReader& floats, Tensor* out);
+
 NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
                          int64_t max_detections);
 
