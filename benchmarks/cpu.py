@@ -289,9 +289,6 @@ class Case:
         if stage == "post":
             detect = self.detections if name == OURS else self.reference_detections
             return lambda: detect(self.head_outputs)
-        if stage == "network+post":
-            network = self.call(name, "network")
-            return lambda: self.detections(network())
         if name == OURS:
             return self.part(stage, self.ours)
         if name == "eager":
@@ -313,6 +310,8 @@ class Case:
         Raises:
             CheckFailed: ours or eager computes something else.
         """
+        if stage == "network+post":
+            return self._with_detections(*self.checked_calls("network", names))
         calls: dict[str, Call] = {}
         unavailable: dict[str, str] = {}
         if stage == "post":  # the others have none of their own
@@ -328,12 +327,10 @@ class Case:
                 calls.pop(name, None)
                 unavailable[name] = str(error) or type(error).__name__
                 log(f"  {name} is not available: {unavailable[name].splitlines()[0]}")
-        if stage in ("post", "network+post"):
+        if stage == "post":
+            right = self.reference_detections(self.head_outputs)
             for name, found in outputs.items():
-                raw = self.head_outputs
-                if stage == "network+post":
-                    raw = [x.clone() for x in self.call(name, "network")()]
-                check_detections(f"{name}, {stage}", found, self.reference_detections(raw))
+                check_detections(f"{name}, {stage}", found, right)
             return calls, {}, unavailable
         exact = self.part(stage, copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part(stage, self.eager)(), exact)
@@ -349,6 +346,26 @@ class Case:
                 del calls[name], errors[name]
         gate(what, errors, eager, self.dtype, factor)
         return calls, errors, unavailable
+
+    @torch.inference_mode()
+    def _with_detections(
+        self, networks: dict[str, Call], _: dict[str, float], unavailable: dict[str, str]
+    ) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+        """Our post-processing after each checked network, checked on that network's own outputs."""
+        calls = {}
+        for name, network in networks.items():
+            raw = [x.clone() for x in network()]
+            try:
+                right = self.reference_detections(raw)
+                check_detections(f"{name}, network+post", self.detections(raw), right)
+            except CheckFailed as error:
+                if name in (OURS, "eager"):
+                    raise
+                unavailable[name] = str(error)
+                log(f"  {error}")
+                continue
+            calls[name] = lambda network=network: self.detections(network())
+        return calls, {}, unavailable
 
 
 # What is measured --------------------------------------------------------------------------------
