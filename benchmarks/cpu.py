@@ -347,6 +347,9 @@ class Case:
         gate(what, errors, eager, self.dtype, factor)
         return calls, errors, unavailable
 
+    def _then_detections(self, network: Call) -> Call:
+        return lambda: self.detections(network())
+
     @torch.inference_mode()
     def _with_detections(
         self, networks: dict[str, Call], _: dict[str, float], unavailable: dict[str, str]
@@ -364,7 +367,7 @@ class Case:
                 unavailable[name] = str(error)
                 log(f"  {error}")
                 continue
-            calls[name] = lambda network=network: self.detections(network())
+            calls[name] = self._then_detections(network)
         return calls, {}, unavailable
 
 
