@@ -512,6 +512,8 @@ def machine() -> dict[str, Any]:
     info = library.build_info()
     capability = torch.backends.cpu.get_cpu_capability()
     usable = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
+    if usable == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        usable = "avx512_bf16"
     built = info.cpu if info else ()
     best = usable if usable in built else "baseline" if built else "reference"
     return {

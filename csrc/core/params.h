@@ -16,6 +16,12 @@ constexpr float kFastEpsilon = 1e-4f;  // paper section 3.3
 constexpr int kMaxEdges = 16;          // inputs of one fusion node
 constexpr int kPanel = 16;             // output channels in one panel of a packed pointwise weight
 
+constexpr int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return divide_up(n, multiple) * multiple;
+}
+constexpr int64_t padded(int64_t channels) { return round_up(channels, kPanel); }
+
 // Output o of a max pool reads inputs [o·stride − before, o·stride − before + kernel) of its axis.
 struct Window {
   int64_t kernel, stride, before;

@@ -14,9 +14,6 @@ constexpr int64_t kGroupPixels = 512;  // so that recomputing two halo rows is c
 constexpr int64_t kMostGroups = 32;
 constexpr int64_t kSumFloats = 4096;  // of one task that adds up partial sums
 
-int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-int64_t round_up(int64_t n) { return divide_up(n, kPanel) * kPanel; }
-
 // Calls f(image, begin, end) for each image's part of rows [begin, end) of all images.
 template <class F>
 void each_image(int64_t begin, int64_t end, int64_t h, const F& f) {
@@ -35,19 +32,19 @@ RowGroups row_groups(int64_t n, int64_t h, int64_t w) {
 }
 
 int64_t conv_partial_floats(const NodeBackwardParams& node) {
-  const int64_t c = node.node.fusion.c, op = round_up(node.node.c_out);
-  return op * c + 9 * round_up(c) + op;
+  const int64_t c = node.node.fusion.c, op = padded(node.node.c_out);
+  return op * c + 9 * padded(c) + op;
 }
 
 int64_t fusion_partial_floats(const NodeBackwardParams& node) {
-  return (node.node.fusion.edges + 1) * round_up(node.node.fusion.c);
+  return (node.node.fusion.edges + 1) * padded(node.node.fusion.c);
 }
 
 static int64_t thread_scratch(const std::vector<NodeBackwardParams>& nodes) {
   int64_t floats = 0;
   for (const NodeBackwardParams& node : nodes)
     floats = std::max(floats, kernels().node_backward_scratch(node));
-  return round_up(floats);
+  return padded(floats);
 }
 
 int64_t backward_graph_scratch(const std::vector<NodeBackwardParams>& nodes,

@@ -55,8 +55,8 @@ float element(DType dtype, const void* data, int64_t i) {
   return value;
 }
 
-// Adds the part's candidates to what the thread has `found` in the image; `threshold` is known to
-// be reached by `most` logits of the image, and rises with what is found.
+// Adds the part's candidates to what the thread has `found` in the image: logits that reach
+// `threshold`, which rises to what `most` of those found reach.
 void scan_part(const DetectParams& p, const Part& part, int64_t image, size_t most,
                std::atomic<float>& threshold, std::vector<Logit>& found) {
   const Kernels& k = kernels();
@@ -147,10 +147,6 @@ void finish_image(const DetectParams& p, int64_t image, std::vector<Logit>& logi
     p.out_labels[at] = real ? kept[static_cast<size_t>(i)].label : -1;
   }
 }
-
-}  // namespace
-
-namespace {
 
 // A guess at what the `most` best logits of an image reach, from a sample of about kSample: the
 // value that three times as many should reach, so that it is rarely too high.

@@ -21,6 +21,11 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#ifdef EDET_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 
 // Tables that were built and that this CPU can run, the best one first.
 static std::vector<const Kernels*> usable() {
@@ -28,10 +33,15 @@ static std::vector<const Kernels*> usable() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
+#if defined(EDET_HAVE_AVX512) || defined(EDET_HAVE_AVX512_BF16)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef EDET_HAVE_AVX512_BF16
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16::table);
+#endif
 #ifdef EDET_HAVE_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&avx512::table);
+  if (avx512) tables.push_back(&avx512::table);
 #endif
 #ifdef EDET_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -9,10 +9,6 @@ EDET_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-EDET_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 // Where output row y of image b finds its inputs. Edges that read one pixel (same size or nearest)
 // come first, then the max-pooled ones.
 template <class T>
@@ -33,7 +29,7 @@ struct FusionRow {
   Pooled pool[kMaxEdges];
 
   FusionRow(const FusionParams& p, int64_t image, int64_t y) : direct(0), pooled(0) {
-    const int64_t cp = round_up(p.c, kPanel);
+    const int64_t cp = padded(p.c);
     for (int e = 0; e < p.edges; e++) {
       const Edge& edge = p.edge[e];
       const T* map = static_cast<const T*>(edge.data) + image * edge.h * edge.w * p.c;
@@ -66,7 +62,7 @@ void fuse_row_as(const FusionParams& p, const FusionRow<T>& row, int64_t x_begin
                  float* out) {
   const int direct = ND >= 0 ? ND : row.direct;
   const int pooled = NP >= 0 ? NP : row.pooled;
-  const int64_t c = p.c, cp = round_up(c, kPanel);
+  const int64_t c = p.c, cp = padded(c);
   const int64_t whole = c / kWidth * kWidth;
   const int rest = static_cast<int>(c - whole);
   // The nearest column floor(x·w/p.w) is stepped like Bresenham's line: a division per pixel would
@@ -146,7 +142,7 @@ EDET_INLINE void fuse_row_with(const FusionParams& p, int64_t image, int64_t y, 
 }
 
 // Writes pixels [x_begin, x_end) of output row y as floats, C rounded up to kPanel apart. Lanes
-// past C are zero.
+// past C are zero to the end of their register; what is beyond has no weight and is not written.
 template <class T>
 inline void fuse_row(const FusionParams& p, int64_t image, int64_t y, int64_t x_begin,
                      int64_t x_end, float* out) {

@@ -12,37 +12,29 @@ inline int64_t lateral_scratch(const LateralParams& p) {
   int64_t widest = 0;
   for (int i = 0; i < p.projections; i++)
     if (p.projection[i].c_out > widest) widest = p.projection[i].c_out;
-  const int64_t op = round_up(widest, kPanel);
-  return kLateralPixels * round_up(p.c_in, kPanel) + 2 * op;
+  const int64_t op = padded(widest);
+  return kLateralPixels * padded(p.c_in) + 2 * op + operand_scratch(p.c_in, op / kPanel);
 }
 
 template <class T>
 void lateral_block_as(const LateralParams& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t rows = end - begin;
-  int64_t lda = p.c_in;
-  const float* a = scratch;
-  const T* input = static_cast<const T*>(p.input) + begin * p.c_in;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    a = input;
-  } else {
-    lda = round_up(p.c_in, kPanel);
-    const int64_t whole = p.c_in / kWidth * kWidth;
-    const int rest = static_cast<int>(p.c_in - whole);
-    for (int64_t i = 0; i < rows; i++) {
-      float* row = scratch + i * lda;
-      for (int64_t c = 0; c < whole; c += kWidth) store(row + c, load(input + i * p.c_in + c));
-      if (rest) store(row + whole, load_tail(input + i * p.c_in + whole, rest));
-    }
-  }
+  using In = Operand<T>;
+  const int64_t rows = end - begin, lda = operand_pitch<T>(p.c_in);
+  const In* a =
+      operand_rows(static_cast<const T*>(p.input) + begin * p.c_in, rows, p.c_in, scratch);
   for (int i = 0; i < p.projections; i++) {
     const Projection& q = p.projection[i];
-    const int64_t op = round_up(q.c_out, kPanel);
-    float* scale = scratch + kLateralPixels * round_up(p.c_in, kPanel);
+    const int64_t op = padded(q.c_out);
+    float* scale = scratch + kLateralPixels * padded(p.c_in);
     float* shift = scale + op;
-    std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
-    std::memcpy(scale, q.scale, sizeof(float) * static_cast<size_t>(q.c_out));
-    std::memcpy(shift, q.shift, sizeof(float) * static_cast<size_t>(q.c_out));
-    const PointwiseWeights weights{q.pw, scale, shift, p.c_in, q.c_out, Activation::none};
+    copy_padded(q.scale, q.c_out, op, scale);
+    copy_padded(q.shift, q.c_out, op, shift);
+    const PointwiseWeights<In> weights{operand_weights<In>(q.pw, p.c_in, op / kPanel, shift + op),
+                                       scale,
+                                       shift,
+                                       whole_steps<In>(p.c_in),
+                                       q.c_out,
+                                       Activation::none};
     pointwise<T>(a, lda, rows, weights,
                  {static_cast<T*>(q.out) + begin * q.c_out, q.c_out, nullptr});
   }

@@ -15,64 +15,27 @@ inline int64_t mbconv_scratch(const MbconvParams& p) {
   const int64_t columns = (p.out_w - 1) * p.stride + p.kernel;
   const int64_t expand =
       p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
-      p.kernel * p.kernel * channels + 3 * channels + p.w * round_up(p.c_in, kPanel);
-  const int64_t op = round_up(p.c_out, kPanel), mp = round_up(p.c_mid, kPanel);
-  const int64_t project = kLateralPixels * mp + 2 * op;
-  const int64_t squeeze = 2 * mp + 4 * round_up(p.c_reduced, kPanel) + 2 * mp;
+      p.kernel * p.kernel * channels + 3 * channels + p.w * padded(p.c_in) +
+      operand_scratch(p.c_in, p.chunk_panels);
+  const int64_t op = padded(p.c_out), mp = padded(p.c_mid);
+  const int64_t project = kLateralPixels * mp + 2 * op + operand_scratch(p.c_mid, op / kPanel);
+  const int64_t squeeze = 2 * mp + 4 * padded(p.c_reduced) + 2 * mp;
   const int64_t most = expand > project ? expand : project;
   return most > squeeze ? most : squeeze;
 }
 
-// row (count, c) of T as floats, `pitch` apart and zero past c.
-template <class T>
-EDET_INLINE void load_pixels(const T* from, int64_t count, int64_t stride, int64_t c, int64_t pitch,
-                             float* to) {
-  const int64_t whole = c / kWidth * kWidth;
-  const int rest = static_cast<int>(c - whole);
-  for (int64_t i = 0; i < count; i++, from += stride, to += pitch) {
-    for (int64_t k = 0; k < whole; k += kWidth) store(to + k, load(from + k));
-    int64_t k = whole;
-    if (rest) {
-      store(to + k, load_tail(from + k, rest));
-      k += kWidth;
-    }
-    for (; k < pitch; k += kWidth) store(to + k, vf{});
-  }
-}
-
-// to[0, padded) = from[0, n), then zeros.
-inline void copy_padded(const float* from, int64_t n, int64_t padded, float* to) {
-  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
-  std::memset(to + n, 0, sizeof(float) * static_cast<size_t>(padded - n));
-}
-
 // Input row y as it enters the depthwise convolution: expanded and activated, or as it is.
 template <class T>
-void mbconv_row_as(const MbconvParams& p, const PointwiseWeights& expand, int64_t image, int64_t y,
-                   int64_t first, int64_t cp, float* pixels, float* row) {
+EDET_INLINE void mbconv_row(const MbconvParams& p, const PointwiseWeights<Operand<T>>& expand,
+                            int64_t image, int64_t y, int64_t first, int64_t cp, float* pixels,
+                            float* row) {
   const T* from = static_cast<const T*>(p.input) + (image * p.h + y) * p.w * p.c_in;
-  if (!p.expand) {
-    const int64_t c = p.c_mid - first < cp ? p.c_mid - first : cp;
-    return load_pixels(from + first, p.w, p.c_in, c, cp, row);
+  if (p.expand) {
+    const Operand<T>* a = operand_rows(from, p.w, p.c_in, pixels);
+    return pointwise<float>(a, operand_pitch<T>(p.c_in), p.w, expand, {row, cp, nullptr});
   }
-  const float* a = pixels;
-  int64_t lda = p.c_in;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    a = from;
-  } else {
-    lda = round_up(p.c_in, kPanel);
-    load_pixels(from, p.w, p.c_in, p.c_in, lda, pixels);
-  }
-  pointwise<float>(a, lda, p.w, expand, {row, cp, nullptr});
-}
-
-inline void mbconv_row(const MbconvParams& p, const PointwiseWeights& expand, int64_t image,
-                       int64_t y, int64_t first, int64_t cp, float* pixels, float* row) {
-  switch (p.dtype) {
-    case DType::f32: return mbconv_row_as<float>(p, expand, image, y, first, cp, pixels, row);
-    case DType::f16: return mbconv_row_as<f16>(p, expand, image, y, first, cp, pixels, row);
-    case DType::bf16: return mbconv_row_as<bf16>(p, expand, image, y, first, cp, pixels, row);
-  }
+  const int64_t c = p.c_mid - first < cp ? p.c_mid - first : cp;
+  load_pixels(from + first, p.w, p.c_in, c, cp, row);
 }
 
 // One output row: depthwise sums plus shift, activated, to out (pixels `pitch` apart) and added up.
@@ -108,14 +71,16 @@ void mbconv_depthwise(const float* const* rows, const float* dw, const float* sh
   });
 }
 
-inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
-                          float* scratch) {
+template <class T>
+void mbconv_expand_as(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
+                      float* scratch) {
+  using In = Operand<T>;
   const int K = p.kernel, S = p.stride;
-  const int64_t pitch = round_up(p.c_mid, kPanel);
+  const int64_t pitch = padded(p.c_mid);
   const int64_t first = chunk * p.chunk_panels * kPanel;
   const int64_t left = p.c_mid - first;
   const int64_t c = left < p.chunk_panels * kPanel ? left : p.chunk_panels * kPanel;
-  const int64_t cp = round_up(c, kPanel);
+  const int64_t cp = padded(c);
   const int64_t columns = (p.out_w - 1) * S + K;  // that the depthwise convolution reads of a row
   const int64_t row_floats = (columns > p.w + K ? columns : p.w + K) * cp;
 
@@ -124,7 +89,8 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
   float* shift = dw + K * K * cp;
   float* e_scale = shift + cp;
   float* e_shift = e_scale + cp;
-  float* pixels = e_shift + cp;  // one input row as floats, when it is not
+  float* operands = e_shift + cp;
+  float* pixels = operands + operand_scratch(p.c_in, cp / kPanel);  // one input row, as operands
   for (int t = 0; t < K * K; t++) {
     copy_padded(p.dw + t * p.c_mid + first, c, cp, dw + t * cp);
     for (int64_t i = 0; i < c; i++) dw[t * cp + i] *= p.dw_scale[first + i];
@@ -139,8 +105,11 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
   const int64_t y_begin = band * p.band_rows;
   const int64_t y_end = y_begin + p.band_rows < p.out_h ? y_begin + p.band_rows : p.out_h;
   // whole panels are stored: the channels past c_mid are zero
-  const PointwiseWeights expand{
-      p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift, p.c_in, cp, p.activation};
+  const In* panels = nullptr;
+  if (p.expand)
+    panels = operand_weights<In>(p.expand + first * p.c_in, p.c_in, cp / kPanel, operands);
+  const PointwiseWeights<In> expand{panels, e_scale,     e_shift, whole_steps<In>(p.c_in),
+                                    cp,     p.activation};
   const auto ring_row = [&](int64_t y) { return ring + (y + K) % K * row_floats; };
   int64_t next = y_begin * S - p.pad_top;  // first input row not yet in the ring
   for (int64_t y = y_begin; y < y_end; y++) {
@@ -150,7 +119,7 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
       if (next < 0 || next >= p.h)
         std::memset(row, 0, sizeof(float) * static_cast<size_t>(p.w * cp));
       else
-        mbconv_row(p, expand, image, next, first, cp, pixels, row);
+        mbconv_row<T>(p, expand, image, next, first, cp, pixels, row);
     }
     const float* rows[5];
     for (int r = 0; r < K; r++) rows[r] = ring_row(top + r);
@@ -163,9 +132,18 @@ inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, in
   }
 }
 
+inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
+                          float* scratch) {
+  switch (p.dtype) {
+    case DType::f32: return mbconv_expand_as<float>(p, image, band, chunk, scratch);
+    case DType::f16: return mbconv_expand_as<f16>(p, image, band, chunk, scratch);
+    case DType::bf16: return mbconv_expand_as<bf16>(p, image, band, chunk, scratch);
+  }
+}
+
 // gate = σ(excite · activation(reduce · mean + reduce_bias) + excite_bias) of one image.
 inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch) {
-  const int64_t pitch = round_up(p.c_mid, kPanel), rp = round_up(p.c_reduced, kPanel);
+  const int64_t pitch = padded(p.c_mid), rp = padded(p.c_reduced);
   float* mean = scratch;       // (pitch)
   float* ones = mean + pitch;  // (max(pitch, rp))
   float* bias = ones + pitch + rp;
@@ -180,19 +158,20 @@ inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch)
   for (int64_t i = 0; i < pitch + rp; i += kWidth) store(ones + i, set1(1.0f));
   copy_padded(p.reduce_bias, p.c_reduced, rp, bias);
   // rp and pitch channels: the padding that the next product reads is zero
-  pointwise<float>(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, rp, p.activation},
-                   {reduced, rp, nullptr});
+  pointwise<float, float>(mean, pitch, 1, {p.reduce, ones, bias, p.c_mid, rp, p.activation},
+                          {reduced, rp, nullptr});
   copy_padded(p.excite_bias, p.c_mid, pitch, bias);
-  pointwise<float>(reduced, rp, 1, {p.excite, ones, bias, p.c_reduced, pitch, Activation::none},
-                   {gate, pitch, nullptr});
+  pointwise<float, float>(reduced, rp, 1,
+                          {p.excite, ones, bias, p.c_reduced, pitch, Activation::none},
+                          {gate, pitch, nullptr});
   for (int64_t i = 0; i < pitch; i += kWidth) store(gate + i, sigmoid(load(gate + i)));
 }
 
 // One panel of the projection times the gate of an image.
 inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
-  const float* gate = p.gate + image * round_up(p.c_mid, kPanel);
+  const float* gate = p.gate + image * padded(p.c_mid);
   const float* from = p.project + panel * p.c_mid * kPanel;
-  float* to = p.gated + (image * (round_up(p.c_out, kPanel) / kPanel) + panel) * p.c_mid * kPanel;
+  float* to = p.gated + (image * (padded(p.c_out) / kPanel) + panel) * p.c_mid * kPanel;
   for (int64_t k = 0; k < p.c_mid; k++)
     for (int64_t i = 0; i < kPanel; i += kWidth)
       store(to + k * kPanel + i, load(from + k * kPanel + i) * gate[k]);
@@ -201,28 +180,32 @@ inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
 template <class T>
 void mbconv_project_as(const MbconvParams& p, int64_t image, int64_t begin, int64_t end,
                        float* scratch) {
-  const int64_t mp = round_up(p.c_mid, kPanel), op = round_up(p.c_out, kPanel);
+  const int64_t mp = padded(p.c_mid), op = padded(p.c_out);
   const int64_t area = p.out_h * p.out_w, rows = end - begin;
-  float* strip = scratch;  // (kLateralPixels, mp)
-  float* scale = strip + kLateralPixels * mp;
+  using In = Operand<T>;
+  float* scale = scratch + kLateralPixels * mp;
   float* shift = scale + op;
   copy_padded(p.project_scale, p.c_out, op, scale);
   copy_padded(p.project_shift, p.c_out, op, shift);
-  const float* a = p.mid + (image * area + begin) * mp;
-  const float* weight = p.project;
-  if (p.gated) {
-    weight = p.gated + image * op * p.c_mid;
-  } else if (p.c_reduced) {
-    const float* gate = p.gate + image * mp;
+  const float* mid = p.mid + (image * area + begin) * mp;
+  const float* weight = p.gated ? p.gated + image * op * p.c_mid : p.project;
+  const float* gate = p.c_reduced && !p.gated ? p.gate + image * mp : nullptr;
+  In* strip = reinterpret_cast<In*>(scratch);  // (kLateralPixels, mp)
+  const In* a = strip;
+  if constexpr (sizeof(In) == sizeof(float))
+    if (!gate) a = mid;
+  if (a == strip)
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < mp; i += kWidth)
-        store(strip + r * mp + i, load(a + r * mp + i) * load(gate + i));
-    a = strip;
-  }
+      for (int64_t i = 0; i < mp; i += kWidth) {
+        const vf v = load(mid + r * mp + i);
+        store(strip + r * mp + i, gate ? v * load(gate + i) : v);
+      }
   const int64_t at = (image * area + begin) * p.c_out;
   const T* input = p.residual ? static_cast<const T*>(p.input) + at : nullptr;
-  pointwise<T>(a, mp, rows, {weight, scale, shift, p.c_mid, p.c_out, Activation::none},
-               {static_cast<T*>(p.out) + at, p.c_out, input});
+  const In* panels = operand_weights<In>(weight, p.c_mid, op / kPanel, shift + op);
+  pointwise<T, In>(a, mp, rows,
+                   {panels, scale, shift, whole_steps<In>(p.c_mid), p.c_out, Activation::none},
+                   {static_cast<T*>(p.out) + at, p.c_out, input});
 }
 
 inline void mbconv_project(const MbconvParams& p, int64_t image, int64_t begin, int64_t end,

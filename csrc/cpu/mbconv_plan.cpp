@@ -10,14 +10,9 @@ namespace edet::cpu {
 
 namespace {
 
-int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-int64_t round_up(int64_t n, int64_t m) { return divide_up(n, m) * m; }
-
-int64_t padded_out(const MbconvParams& p) { return round_up(p.c_out, kPanel); }
-
 // Whether an image has more pixels than output channels, so that gating the weights is less work.
 bool gates_weights(const MbconvParams& p) {
-  return p.c_reduced && padded_out(p) < p.out_h * p.out_w;
+  return p.c_reduced && padded(p.c_out) < p.out_h * p.out_w;
 }
 
 struct Sizes {
@@ -25,10 +20,10 @@ struct Sizes {
 };
 
 Sizes sizes(const MbconvParams& p) {
-  const int64_t pitch = round_up(p.c_mid, kPanel);
+  const int64_t pitch = padded(p.c_mid);
   const auto bytes = [](int64_t floats) { return round_up(4 * floats, 64); };
   return {bytes(p.n * p.out_h * p.out_w * pitch), bytes(p.n * p.out_h * pitch), bytes(p.n * pitch),
-          gates_weights(p) ? bytes(p.n * padded_out(p) * p.c_mid) : 0,
+          gates_weights(p) ? bytes(p.n * padded(p.c_out) * p.c_mid) : 0,
           bytes(kernels().mbconv_scratch(p))};
 }
 
@@ -67,7 +62,7 @@ void run_mbconv(MbconvParams& p, const Runtime& runtime, char* workspace) {
   const Kernels& k = kernels();
   const int64_t area = p.out_h * p.out_w;
   const int64_t expand_tasks = p.bands * p.chunks;
-  const int64_t panels = p.gated ? padded_out(p) / kPanel : 0;
+  const int64_t panels = p.gated ? padded(p.c_out) / kPanel : 0;
   const int64_t blocks = divide_up(area, kLateralPixels);
   enum Step { expand, squeeze, gate, project };
   Schedule schedule({p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * panels, p.n * blocks});

@@ -27,18 +27,6 @@ EDET_INLINE vf activation_gradient(vf x, vf g) {
   return g;
 }
 
-// `pixels` rows of c channels as floats, `pitch` apart; lanes past c are zero.
-template <class T>
-inline void widen(const T* from, int64_t pixels, int64_t c, float* to, int64_t pitch) {
-  const int64_t whole = c / kWidth * kWidth;
-  const int rest = static_cast<int>(c - whole);
-  for (int64_t p = 0; p < pixels; p++, from += c, to += pitch) {
-    for (int64_t i = 0; i < whole; i += kWidth) store(to + i, load(from + i));
-    for (int64_t i = whole; i < pitch; i += kWidth)
-      store(to + i, i == whole && rest ? load_tail(from + i, rest) : vf{});
-  }
-}
-
 // w[m, :] += Σ a[pixel, m] · g[pixel, :] for MR rows of w and NP of its panels.
 template <int MR, int NP>
 EDET_INLINE void weight_gradient_tile(const float* a, int64_t lda, const float* g, int64_t ldg,
@@ -85,7 +73,7 @@ void weight_gradient_panels(const float* a, int64_t lda, const float* g, int64_t
 // w, packed (⌈c_out/16⌉, c, 16), += aᵀ · g of `pixels` rows a (c) and g (c_out).
 inline void weight_gradient(const float* a, int64_t lda, const float* g, int64_t ldg,
                             int64_t pixels, int64_t c, int64_t c_out, float* w) {
-  const int64_t panels = (c_out + kPanel - 1) / kPanel;
+  const int64_t panels = divide_up(c_out, kPanel);
   int64_t p = 0;
   const auto run = [&](auto width) {
     constexpr int NP = decltype(width)::value;
@@ -116,7 +104,7 @@ inline void depthwise_gradient(const float* const* rows, const float* g, int64_t
 
 inline int64_t node_backward_scratch(const NodeBackwardParams& b) {
   const FusionParams& f = b.node.fusion;
-  const int64_t cp = round_up(f.c, kPanel), op = round_up(b.node.c_out, kPanel);
+  const int64_t cp = padded(f.c), op = padded(b.node.c_out);
   int64_t floats = (2 + f.edges) * f.w * cp;
   for (int e = 0; e < f.edges; e++) {
     const int64_t pooled = kResizeRows * f.edge[e].w * cp;
@@ -133,7 +121,7 @@ void conv_backward_as(const NodeBackwardParams& b, int64_t image, int64_t y_begi
                       float* partial, float* scratch) {
   const NodeParams& p = b.node;
   const FusionParams& f = p.fusion;
-  const int64_t cp = round_up(f.c, kPanel), op = round_up(p.c_out, kPanel);
+  const int64_t cp = padded(f.c), op = padded(p.c_out);
   const int64_t pitch = (f.w + 2) * cp;
   float* pw_grad = partial;
   float* dw_grad = pw_grad + op * f.c;
@@ -147,14 +135,10 @@ void conv_backward_as(const NodeBackwardParams& b, int64_t image, int64_t y_begi
   float* out = grad + kStripPixels * op;    // (kStripPixels, op): the node's output
   const bool activated = p.activation != Activation::none;
 
-  std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
-  for (int k = 0; k < 9; k++)
-    std::memcpy(dw + k * cp, p.dw + k * f.c, sizeof(float) * static_cast<size_t>(f.c));
-  std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
-  std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
+  padded_weights(p, dw, scale, shift);
   // whole panels, the padding included
-  const PointwiseWeights forward{p.pw, scale, shift, f.c, op, Activation::none};
-  const PointwiseWeights backward{b.pw, b.ones, b.zeros, p.c_out, cp, Activation::none};
+  const PointwiseWeights<float> forward{p.pw, scale, shift, f.c, op, Activation::none};
+  const PointwiseWeights<float> backward{b.pw, b.ones, b.zeros, p.c_out, cp, Activation::none};
 
   const auto ring_row = [&](int64_t y) { return ring + (y + 1) % 3 * pitch; };
   for (int r = 0; r < 3; r++) {
@@ -184,9 +168,9 @@ void conv_backward_as(const NodeBackwardParams& b, int64_t image, int64_t y_begi
         for (const vf& s : sum) store(strip + at++ * cp + i, s);
       });
       const int64_t first = ((image * f.h + y) * f.w + x) * p.c_out;
-      widen(static_cast<const T*>(b.grad) + first, count, p.c_out, grad, op);
+      load_pixels(static_cast<const T*>(b.grad) + first, count, p.c_out, p.c_out, op, grad);
       if (b.slope) {
-        widen(static_cast<const T*>(p.out) + first, count, p.c_out, out, op);
+        load_pixels(static_cast<const T*>(p.out) + first, count, p.c_out, p.c_out, op, out);
         for (int64_t r = 0; r < count; r++)
           for (int64_t i = 0; i < op; i += kWidth) {
             const vf from_statistics =
@@ -221,7 +205,7 @@ template <class T>
 void fusion_backward_as(const NodeBackwardParams& b, int64_t image, int64_t y_begin, int64_t y_end,
                         float* partial, float* scratch) {
   const FusionParams& f = b.node.fusion;
-  const int64_t cp = round_up(f.c, kPanel), row = f.w * cp, pitch = row + 2 * cp;
+  const int64_t cp = padded(f.c), row = f.w * cp, pitch = row + 2 * cp;
   float* grad = scratch;         // (w, cp)
   float* fused = scratch + row;  // (w, cp)
   float* term = fused + row;     // (edges, w, cp): the resized inputs
@@ -238,7 +222,8 @@ void fusion_backward_as(const NodeBackwardParams& b, int64_t image, int64_t y_be
         for (const vf& s : sum) store(grad + at++ * cp + i, s);
       });
     } else {
-      widen(static_cast<const T*>(b.grad) + (image * f.h + y) * f.w * f.c, f.w, f.c, grad, cp);
+      load_pixels(static_cast<const T*>(b.grad) + (image * f.h + y) * f.w * f.c, f.w, f.c, f.c, cp,
+                  grad);
     }
     for (int e = 0; e < f.edges; e++) {
       FusionParams one = f;
@@ -313,7 +298,7 @@ void max_pool_backward(const NodeBackwardParams& b, int e, int64_t image, int64_
                        int64_t y_end, float* sum) {
   const FusionParams& f = b.node.fusion;
   const Edge& edge = f.edge[e];
-  const int64_t cp = round_up(f.c, kPanel);
+  const int64_t cp = padded(f.c);
   const T* map = static_cast<const T*>(edge.data) + image * edge.h * edge.w * f.c;
   const Readers readers(edge, edge.rows, edge.h, f.h, y_begin, y_end);
   for (int64_t y = readers.begin; y < readers.end; y++) {
@@ -357,7 +342,7 @@ void resize_backward_as(const NodeBackwardParams& b, int e, int64_t image, int64
                         int64_t y_end, float* scratch) {
   const FusionParams& f = b.node.fusion;
   const Edge& edge = f.edge[e];
-  const int64_t cp = round_up(f.c, kPanel), pixels = (y_end - y_begin) * edge.w;
+  const int64_t cp = padded(f.c), pixels = (y_end - y_begin) * edge.w;
   std::memset(scratch, 0, sizeof(float) * static_cast<size_t>(pixels * cp));
   if (edge.resize == Resize::max_pool) {
     max_pool_backward<T>(b, e, image, y_begin, y_end, scratch);

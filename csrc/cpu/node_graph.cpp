@@ -9,8 +9,6 @@ namespace edet::cpu {
 
 namespace {
 
-int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
 // Rows of an edge's map that output rows [begin, end) of its node read, the halo included.
 void rows_read(const Edge& edge, int64_t h, int64_t& begin, int64_t& end) {
   begin = std::max<int64_t>(begin - 1, 0);
@@ -38,7 +36,7 @@ static int64_t thread_scratch(const NodeGraph& graph) {
   int64_t floats = 0;
   for (const NodeParams& node : graph.nodes)
     floats = std::max(floats, kernels().node_scratch(node));
-  return divide_up(floats, 16) * 16;
+  return padded(floats);
 }
 
 int64_t node_graph_scratch(const NodeGraph& graph, const Runtime& runtime) {

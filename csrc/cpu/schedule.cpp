@@ -51,6 +51,7 @@ void Schedule::run(const Runtime& runtime, const Ready& ready, const Body& body)
     runtime.parallel(threads, enter, &context);
   else
     enter(&context, 0, 1);
+  if (error_) std::rethrow_exception(error_);
 }
 
 bool Schedule::try_next(Queue& queue, const Ready& ready, const Body& body, int thread) {
@@ -60,7 +61,12 @@ bool Schedule::try_next(Queue& queue, const Ready& ready, const Body& body, int 
   if (!ready(t.step, t.task) ||
       !queue.next.compare_exchange_strong(n, n + 1, std::memory_order_relaxed))
     return false;
-  body(t.step, t.task, thread);
+  try {
+    body(t.step, t.task, thread);
+  } catch (...) {
+    if (!failed_.exchange(true)) error_ = std::current_exception();
+    return false;
+  }
   done_[static_cast<size_t>(first_[static_cast<size_t>(t.step)] + t.task)].store(
       true, std::memory_order_release);
   return true;
@@ -73,7 +79,7 @@ void Schedule::work(const Ready& ready, const Body& body, int thread, int thread
       if (queue(i).next.load(std::memory_order_relaxed) < queue(i).tasks.size()) return false;
     return true;
   };
-  for (int spins = 0; !empty();) {
+  for (int spins = 0; !empty() && !failed_.load(std::memory_order_relaxed);) {
     bool ran = try_next(queue(thread), ready, body, thread);
     const bool own_left =
         queue(thread).next.load(std::memory_order_relaxed) < queue(thread).tasks.size();

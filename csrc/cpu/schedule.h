@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -28,6 +29,7 @@ class Schedule {
   // that what it wrote is still in its cache when the next step reads it; a thread whose next task
   // is not ready takes one of another thread. The first task not yet begun of all is always ready
   // as soon as the running ones end, so any number of threads, one included, comes to the end.
+  // When body throws, no task is begun any more, and run throws the first exception.
   void run(const Runtime& runtime, const Ready& ready, const Body& body);
   // The same for tasks that are always ready.
   void run(const Runtime& runtime, const Body& body) {
@@ -56,6 +58,8 @@ class Schedule {
   std::vector<int64_t> first_;  // number of each step's first task, and the total
   std::unique_ptr<std::atomic<bool>[]> done_;
   std::unique_ptr<Queue[]> queues_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // written by the thread that set failed_
 };
 
 }  // namespace edet::cpu

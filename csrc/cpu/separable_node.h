@@ -15,8 +15,17 @@ constexpr int64_t kStripPixels = 48;
 
 // Floats of scratch that one thread needs for a node.
 inline int64_t node_scratch(const NodeParams& p) {
-  const int64_t cp = round_up(p.fusion.c, kPanel), op = round_up(p.c_out, kPanel);
-  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op);
+  const int64_t cp = padded(p.fusion.c), op = padded(p.c_out);
+  return 3 * (p.fusion.w + 2) * cp + 9 * cp + 2 * op + kStripPixels * (cp + op) +
+         operand_scratch(p.fusion.c, op / kPanel);
+}
+
+// The depthwise taps, scale and shift of a node, each filled up to whole panels.
+inline void padded_weights(const NodeParams& p, float* dw, float* scale, float* shift) {
+  const int64_t c = p.fusion.c, cp = padded(c), op = padded(p.c_out);
+  for (int k = 0; k < 9; k++) copy_padded(p.dw + k * c, c, cp, dw + k * cp);
+  copy_padded(p.scale, p.c_out, op, scale);
+  copy_padded(p.shift, p.c_out, op, shift);
 }
 
 // Mean and sum of squared deviations of each channel, kept while rows of pixels come in. Everything
@@ -65,21 +74,24 @@ template <class T>
 void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int64_t y_end,
                        float* scratch, float* moments) {
   const FusionParams& f = p.fusion;
-  const int64_t cp = round_up(f.c, kPanel), op = round_up(p.c_out, kPanel);
+  const int64_t cp = padded(f.c), op = padded(p.c_out);
   const int64_t pitch = (f.w + 2) * cp;
   float* ring = scratch;  // (3, w + 2, cp)
   float* dw = ring + 3 * pitch;
   float* scale = dw + 9 * cp;
   float* shift = scale + op;
-  float* strip = shift + op;                // (kStripPixels, cp)
-  float* tile = strip + kStripPixels * cp;  // (kStripPixels, op), for the statistics
+  float* tile = shift + op;  // (kStripPixels, op), for the statistics
+  using In = Operand<T>;
+  In* strip = reinterpret_cast<In*>(tile + kStripPixels * op);  // (kStripPixels, cp)
+  float* operands = tile + kStripPixels * (op + cp);
 
-  std::memset(dw, 0, sizeof(float) * static_cast<size_t>(9 * cp + 2 * op));
-  for (int k = 0; k < 9; k++)
-    std::memcpy(dw + k * cp, p.dw + k * f.c, sizeof(float) * static_cast<size_t>(f.c));
-  std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
-  std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
-  const PointwiseWeights weights{p.pw, scale, shift, f.c, p.c_out, p.activation};
+  padded_weights(p, dw, scale, shift);
+  const PointwiseWeights<In> weights{operand_weights<In>(p.pw, f.c, op / kPanel, operands),
+                                     scale,
+                                     shift,
+                                     whole_steps<In>(f.c),
+                                     p.c_out,
+                                     p.activation};
 
   // Row y of the map lives in ring row (y + 1) % 3; the columns −1 and w are zero.
   const auto ring_row = [&](int64_t y) { return ring + (y + 1) % 3 * pitch; };
@@ -100,7 +112,7 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
   Statistics statistics(moments, op);
   const auto flush = [&] {
     if (moments) {
-      PointwiseWeights padded = weights;  // whole panels, as the statistics are kept
+      PointwiseWeights<In> padded = weights;  // whole panels, as the statistics are kept
       padded.c_out = op;
       pointwise<float>(strip, cp, filled, padded, {tile, op, nullptr});
       statistics.add(tile, op, filled);
@@ -120,7 +132,7 @@ void separable_node_as(const NodeParams& p, int64_t image, int64_t y_begin, int6
     for (int64_t x = 0; x < f.w;) {
       const int64_t count = f.w - x < kStripPixels - filled ? f.w - x : kStripPixels - filled;
       const float* rows[3] = {above + x * cp, here + x * cp, below + x * cp};
-      float* to = strip + filled * cp;
+      In* to = strip + filled * cp;
       depthwise_row<3, 1>(rows, dw, cp, count, [to, cp](int64_t at, int64_t i, const auto& sum) {
         for (const vf& s : sum) store(to + at++ * cp + i, s);
       });
@@ -145,7 +157,7 @@ inline void separable_node(const NodeParams& p, int64_t image, int64_t y_begin, 
 template <class T>
 void fusion_band_as(const FusionParams& p, T* out, int64_t image, int64_t y_begin, int64_t y_end,
                     float* scratch) {
-  const int64_t cp = round_up(p.c, kPanel);
+  const int64_t cp = padded(p.c);
   for (int64_t y = y_begin; y < y_end; y++) {
     fuse_row<T>(p, image, y, 0, p.w, scratch);
     convert(scratch, cp, p.w, p.c, out + (image * p.h + y) * p.w * p.c);

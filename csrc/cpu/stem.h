@@ -9,10 +9,8 @@ namespace edet::cpu::EDET_ISA {
 
 constexpr int64_t kStemTaps = 27;
 
-EDET_INLINE int64_t stem_round(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
-
 inline int64_t stem_scratch(const StemParams& p) {
-  const int64_t op = stem_round(p.c_out);
+  const int64_t op = padded(p.c_out);
   return 3 * 3 * (2 * p.out_w + 2 + kPanel) + kLateralPixels * (kStemTaps + 5) + 2 * op;
 }
 
@@ -29,16 +27,15 @@ EDET_INLINE float to_float(f16 x) { return load_tail(&x, 1)[0]; }
 template <class I, class T>
 void stem_rows_as(const StemParams& p, int64_t image, int64_t y_begin, int64_t y_end,
                   float* scratch) {
-  const int64_t op = stem_round(p.c_out);
+  const int64_t op = padded(p.c_out);
   const int64_t columns = 2 * p.out_w + 1;  // of the image, that one output row reads
   float* lines = scratch;                   // (3 rows, columns, 3 channels)
   float* strip = lines + 3 * 3 * (2 * p.out_w + 2 + kPanel);  // (kLateralPixels, 27)
   float* scale = strip + kLateralPixels * (kStemTaps + 5);
   float* shift = scale + op;
-  std::memset(scale, 0, sizeof(float) * static_cast<size_t>(2 * op));
-  std::memcpy(scale, p.scale, sizeof(float) * static_cast<size_t>(p.c_out));
-  std::memcpy(shift, p.shift, sizeof(float) * static_cast<size_t>(p.c_out));
-  const PointwiseWeights weights{p.weight, scale, shift, kStemTaps, p.c_out, p.activation};
+  copy_padded(p.scale, p.c_out, op, scale);
+  copy_padded(p.shift, p.c_out, op, shift);
+  const PointwiseWeights<float> weights{p.weight, scale, shift, kStemTaps, p.c_out, p.activation};
   const I* base = static_cast<const I*>(p.image) + image * p.stride[0];
 
   for (int64_t y = y_begin; y < y_end; y++) {

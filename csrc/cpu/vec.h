@@ -54,12 +54,16 @@ EDET_INLINE vf load(const float* p) {
 
 EDET_INLINE vf bf16_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 
+#if defined(__AVX512BF16__)
+EDET_INLINE vh float_to_bf16(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }  // subnormals: 0
+#else
 EDET_INLINE vh float_to_bf16(vf v) {
   const vu bits = (vu)v;
   const vu even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // round to nearest, ties to even
   const vu nan = (bits >> 16) | 0x40u;                           // quiet, keeps the sign
   return __builtin_convertvector((v != v) ? nan : even, vh);
 }
+#endif
 
 #if defined(__AVX512F__)
 EDET_INLINE vf f16_to_float(vh h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
@@ -131,6 +135,12 @@ EDET_INLINE void store_tail(float* p, vf v, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
 }
 #endif
+
+// to[0, whole) = from[0, n), then zeros.
+EDET_INLINE void copy_padded(const float* from, int64_t n, int64_t whole, float* to) {
+  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
+  std::memset(to + n, 0, sizeof(float) * static_cast<size_t>(whole - n));
+}
 
 // Running maximum that, like torch's max pool, is NaN once a value was NaN.
 #if defined(__AVX512F__)

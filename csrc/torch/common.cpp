@@ -57,6 +57,24 @@ Tensor channels_last(const Tensor& map) {
   return torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
 }
 
+Tensors graph_inputs(const Tensors& inputs) {
+  STD_TORCH_CHECK(!inputs.empty(), "inputs must be a non-empty list of maps");
+  Tensors maps;
+  for (const Tensor& x : inputs) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == inputs[0].size(0) &&
+                        x.size(1) == inputs[0].size(1) &&
+                        x.scalar_type() == inputs[0].scalar_type(),
+                    "inputs must be maps (N, C, H, W) of one batch, channel count and dtype");
+    maps.push_back(channels_last(x));
+  }
+  return maps;
+}
+
+Pair pair_of(const Ints& value, const char* name) {
+  STD_TORCH_CHECK(value.size() == 2, name, " must be two numbers, got ", value.size());
+  return {value[0], value[1]};
+}
+
 Tensor float_weight(const Tensor& weight, int64_t numel, const char* name) {
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, name, " must be float32, got ",
                   torch::headeronly::toString(weight.scalar_type()));
@@ -73,13 +91,10 @@ Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t w
   return t;
 }
 
-int64_t coefficient_floats(int edges, int64_t channels) {
-  return edges * ((channels + kPanel - 1) / kPanel * kPanel);
-}
-
 void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
                        Fusion fusion, float* coefficients) {
-  const int64_t pitch = coefficient_floats(1, channels);
+  STD_TORCH_CHECK(edge_weights || fusion == Fusion::sum, "edge_weights must be given, got None");
+  const int64_t pitch = padded(channels);
   std::memset(coefficients, 0, sizeof(float) * static_cast<size_t>(edges * pitch));
   const int64_t distinct = per_channel ? channels : 1;
   for (int64_t c = 0; c < distinct; c++) {
@@ -129,6 +144,7 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   p.n = input.size(0), p.c_in = input.size(1), p.h = input.size(2), p.w = input.size(3);
   p.c_mid = depthwise[1].numel();
   p.c_out = project[1].numel();
+  STD_TORCH_CHECK(p.c_mid >= 1 && p.c_out >= 1, "depthwise and project must have channels");
   STD_TORCH_CHECK(!expand.empty() || p.c_mid == p.c_in, "depthwise must have ", p.c_in,
                   " channels");
   const int64_t taps = depthwise[0].numel() / p.c_mid;
@@ -137,14 +153,15 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   p.kernel = taps == 9 ? 3 : 5;
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
   p.stride = static_cast<int>(stride);
-  p.pad_top = padding[0], p.pad_left = padding[1];
-  p.out_h = size[0], p.out_w = size[1];
+  const Pair pad = pair_of(padding, "padding"), out = pair_of(size, "size");
+  p.pad_top = pad.y, p.pad_left = pad.x;
+  p.out_h = out.y, p.out_w = out.x;
   STD_TORCH_CHECK(
       p.pad_top >= 0 && p.pad_top < p.kernel && p.pad_left >= 0 && p.pad_left < p.kernel,
       "padding must be 0 to ", p.kernel - 1);
   const auto reaches = [&](int64_t out, int64_t pad, int64_t in) {
     const int64_t last = (out - 1) * p.stride - pad;  // first input of the last output
-    return out > 0 && last < in && last + p.kernel <= in + p.kernel;
+    return out > 0 && last < in;
   };
   STD_TORCH_CHECK(reaches(p.out_h, p.pad_top, p.h) && reaches(p.out_w, p.pad_left, p.w),
                   "size does not fit the input");
@@ -153,7 +170,7 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   STD_TORCH_CHECK(!residual || (p.c_in == p.c_out && p.h == p.out_h && p.w == p.out_w),
                   "a residual needs an output of the input's shape");
 
-  const auto packed = [](int64_t out, int64_t in) { return coefficient_floats(1, out) * in; };
+  const auto packed = [](int64_t out, int64_t in) { return padded(out) * in; };
   if (!expand.empty()) {
     p.expand = weight(expand[0], packed(p.c_mid, p.c_in), "expand[0]");
     p.expand_scale = weight(expand[1], p.c_mid, "expand[1]");
@@ -195,7 +212,8 @@ DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outp
   p.levels = static_cast<int>(levels);
   p.n = class_outputs[0].size(0);
   p.cell_anchors = box_outputs[0].size(1) / 4;
-  STD_TORCH_CHECK(p.cell_anchors >= 1 && class_outputs[0].size(1) % p.cell_anchors == 0,
+  STD_TORCH_CHECK(p.cell_anchors >= 1 && class_outputs[0].size(1) >= p.cell_anchors &&
+                      class_outputs[0].size(1) % p.cell_anchors == 0,
                   "class_outputs and box_outputs must have A·classes and A·4 channels");
   p.num_classes = class_outputs[0].size(1) / p.cell_anchors;
   int64_t total = 0;
@@ -230,9 +248,18 @@ cpu::Runtime runtime() {
 
 namespace {
 
+// Buffers between calls. One that nobody took for kMostAge calls is given back, and none is taken
+// for a call that needs kMostExcess times less: a training step's memory does not stay for ever.
+constexpr int64_t kMostAge = 256, kMostExcess = 8, kSmall = 1 << 20;
+
 struct Pooled {
+  struct Buffer {
+    Tensor tensor;
+    int64_t call;  // the last one it served
+  };
   std::mutex mutex;
-  Tensors free;
+  std::vector<Buffer> free;
+  int64_t calls = 0;
 };
 // Never destroyed: torch may be gone when static objects are.
 Pooled& pooled() {
@@ -243,18 +270,24 @@ Pooled& pooled() {
 Tensor take(int64_t bytes) {
   Pooled& p = pooled();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  size_t best = p.free.size();
-  for (size_t i = 0; i < p.free.size(); i++)
-    if (p.free[i].numel() >= bytes &&
-        (best == p.free.size() || p.free[i].numel() < p.free[best].numel()))
-      best = i;
-  if (best < p.free.size()) {
-    Tensor t = p.free[best];
-    p.free.erase(p.free.begin() + static_cast<std::ptrdiff_t>(best));
-    return t;
+  p.calls++;
+  const auto old = [&](const Pooled::Buffer& b) { return p.calls - b.call > kMostAge; };
+  p.free.erase(std::remove_if(p.free.begin(), p.free.end(), old), p.free.end());
+  auto best = p.free.end(), outgrown = p.free.end();  // the smallest that fits; one too small
+  for (auto b = p.free.begin(); b != p.free.end(); b++) {
+    const int64_t size = b->tensor.numel();
+    if (size < bytes && bytes / kMostExcess <= size) outgrown = b;
+    if (size >= bytes && (size <= kSmall || size / kMostExcess <= bytes) &&
+        (best == p.free.end() || size < best->tensor.numel()))
+      best = b;
   }
-  if (!p.free.empty()) p.free.pop_back();  // too small: the new one takes its place
-  return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
+  if (best == p.free.end()) {
+    if (outgrown != p.free.end()) p.free.erase(outgrown);  // the new one serves its calls too
+    return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
+  }
+  Tensor t = best->tensor;
+  p.free.erase(best);
+  return t;
 }
 
 }  // namespace
@@ -264,7 +297,7 @@ Workspace::Workspace(int64_t bytes) : buffer_(take(bytes > 0 ? bytes : 1)) { poi
 Workspace::~Workspace() {
   Pooled& p = pooled();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  p.free.push_back(buffer_);
+  p.free.push_back({buffer_, p.calls});
 }
 
 }  // namespace edet::torch_ops

@@ -30,6 +30,15 @@ DType map_dtype(const Tensor& map);
 // The map with NHWC bytes: itself, or a copy when its strides are others.
 Tensor channels_last(const Tensor& map);
 
+// The maps laid out so, checked to agree in batch, channels and dtype.
+Tensors graph_inputs(const Tensors& inputs);
+
+// The (height, width) or (top, left) that `value` must be.
+struct Pair {
+  int64_t y, x;
+};
+Pair pair_of(const Ints& value, const char* name);
+
 // A contiguous float tensor of `numel` elements, or an error that names it.
 Tensor float_weight(const Tensor& weight, int64_t numel, const char* name);
 
@@ -46,10 +55,10 @@ inline Fusion fusion_of(int64_t v) { return enumerator<Fusion>(v, 4, "fusion"); 
 inline Pool pool_of(int64_t v) { return enumerator<Pool>(v, 2, "pool"); }
 inline Activation activation_of(int64_t v) { return enumerator<Activation>(v, 5, "activation"); }
 
-// Factors of the edges, (edges, C rounded up to kPanel), from edge weights (edges[, C]).
+// Factors of the edges, (edges, C rounded up to kPanel), from edge weights (edges[, C]); null for
+// a sum.
 void fill_coefficients(const float* edge_weights, bool per_channel, int edges, int64_t channels,
                        Fusion fusion, float* coefficients);
-int64_t coefficient_floats(int edges, int64_t channels);
 
 // An edge that brings a map of (in_h, in_w) to (h, w).
 Edge make_edge(const void* data, int64_t in_h, int64_t in_w, int64_t h, int64_t w, Pool pool,

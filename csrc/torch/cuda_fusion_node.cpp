@@ -12,7 +12,7 @@ cuda::FusionNodeParams node_params(CudaCall& call, const Tensor& like, int64_t c
   p.dtype = map_dtype(like);
   p.n = like.size(0), p.c = c, p.c_out = c_out;
   p.dw = call.floats(dw_weight, 9 * c, "dw_weight");
-  p.pw = call.floats(pw_weight, coefficient_floats(1, c_out) * c, "pw_weight");
+  p.pw = call.floats(pw_weight, padded(c_out) * c, "pw_weight");
   p.weights.fusion = Fusion::sum;
   return p;
 }

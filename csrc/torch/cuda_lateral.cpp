@@ -24,10 +24,9 @@ static Tensors lateral_cuda(const Tensor input, const Tensors pw_weights, const 
   for (size_t i = 0; i < count; i++) {
     const int64_t c_out = scales[i].numel();
     results.push_back(empty_map(input, c_out, h, w));
-    p.projection[i] = {
-        call.floats(pw_weights[i], coefficient_floats(1, c_out) * p.c_in, "pw_weights"),
-        call.floats(scales[i], c_out, "scales"), call.floats(shifts[i], c_out, "shifts"), c_out,
-        call.write(results[i])};
+    p.projection[i] = {call.floats(pw_weights[i], padded(c_out) * p.c_in, "pw_weights"),
+                       call.floats(scales[i], c_out, "scales"),
+                       call.floats(shifts[i], c_out, "shifts"), c_out, call.write(results[i])};
   }
   call.check(cuda::project(p, call.stream()));
   if (!pooled) return results;

@@ -28,7 +28,7 @@ static Tensor stem_cuda(const Tensor image, const Tensor weight, const Tensor sc
                       2 * (p.out_w - 1) - p.pad_left < p.w,
                   "size does not fit the image");
   p.activation = activation_of(activation);
-  p.weight = call.floats(weight, coefficient_floats(1, p.c_out) * 27, "weight");
+  p.weight = call.floats(weight, padded(p.c_out) * 27, "weight");
   p.scale = call.floats(scale, p.c_out, "scale");
   p.shift = call.floats(shift, p.c_out, "shift");
   if (mean) {

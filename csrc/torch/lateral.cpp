@@ -24,8 +24,7 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
   Tensors weights, results;
   for (size_t i = 0; i < pw_weights.size(); i++) {
     const int64_t c_out = scales[i].numel();
-    weights.push_back(
-        float_weight(pw_weights[i], coefficient_floats(1, c_out) * p.c_in, "pw_weights"));
+    weights.push_back(float_weight(pw_weights[i], padded(c_out) * p.c_in, "pw_weights"));
     weights.push_back(float_weight(scales[i], c_out, "scales"));
     weights.push_back(float_weight(shifts[i], c_out, "shifts"));
     results.push_back(empty_map(map, c_out, h, w));
@@ -40,7 +39,7 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
     int64_t rows, bands;
   };
   const cpu::Runtime threads = runtime();
-  const int64_t c = results.back().size(1), cp = coefficient_floats(1, c);
+  const int64_t c = results.back().size(1), cp = padded(c);
   std::vector<float> ones(static_cast<size_t>(cp), 1.0f);
   std::vector<PoolStep> pools;
   Ints tasks{(p.pixels + cpu::kLateralPixels - 1) / cpu::kLateralPixels};

@@ -16,7 +16,7 @@ struct NodeWeights {
   NodeWeights(const Tensor& dw_weight, const Tensor& pw_weight, const Tensor& scales,
               const Tensor& shifts, int64_t nodes, int64_t rows, int64_t channels, int64_t out)
       : dw(float_weight(dw_weight, nodes * 9 * channels, "dw_weight")),
-        pw(float_weight(pw_weight, nodes * coefficient_floats(1, out) * channels, "pw_weight")),
+        pw(float_weight(pw_weight, nodes * padded(out) * channels, "pw_weight")),
         scale(float_weight(scales, rows * out, "scale")),
         shift(float_weight(shifts, rows * out, "shift")),
         c(channels),
@@ -25,7 +25,7 @@ struct NodeWeights {
   void set(NodeParams& p, int64_t node, int64_t row) const {
     p.c_out = c_out;
     p.dw = dw.const_data_ptr<float>() + node * 9 * c;
-    p.pw = pw.const_data_ptr<float>() + node * coefficient_floats(1, c_out) * c;
+    p.pw = pw.const_data_ptr<float>() + node * padded(c_out) * c;
     p.scale = scale.const_data_ptr<float>() + row * c_out;
     p.shift = shift.const_data_ptr<float>() + row * c_out;
   }
@@ -42,20 +42,6 @@ void set_fusion(NodeParams& p, const Tensor& like, int64_t h, int64_t w, int edg
   p.fusion.edges = edges;
 }
 
-// Checks that maps agree with the first in batch, channels and dtype, and lays them out.
-Tensors graph_inputs(const Tensors& inputs) {
-  STD_TORCH_CHECK(!inputs.empty(), "inputs must be a non-empty list of maps");
-  Tensors maps;
-  for (const Tensor& x : inputs) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == inputs[0].size(0) &&
-                        x.size(1) == inputs[0].size(1) &&
-                        x.scalar_type() == inputs[0].scalar_type(),
-                    "inputs must be maps (N, C, H, W) of one batch, channel count and dtype");
-    maps.push_back(channels_last(x));
-  }
-  return maps;
-}
-
 Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
               const Tensor dw_weight, const Tensor pw_weight, const Tensor scale,
               const Tensor shift, const Ints edges, const Ints edge_counts, const Ints sizes,
@@ -65,6 +51,7 @@ Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
   const int64_t c = maps[0].size(1), c_out = scale.size(-1);
   const auto first = static_cast<int64_t>(maps.size());
   const auto count = static_cast<int64_t>(edge_counts.size());
+  STD_TORCH_CHECK(count >= 1, "edge_counts must name at least one node");
   STD_TORCH_CHECK(static_cast<int64_t>(sizes.size()) == 2 * count, "sizes must be (H, W) per node");
   STD_TORCH_CHECK(c == c_out || count == 1, "nodes must keep the channel count");
   const NodeWeights weights(dw_weight, pw_weight, scale, shift, count, count, c, c_out);
@@ -137,7 +124,7 @@ Tensors bifpn(const Tensors inputs, const std::optional<Tensor> edge_weights,
   }
 
   const int64_t most = *std::max_element(edge_counts.begin(), edge_counts.end());
-  const int64_t node_coefficients = coefficient_floats(static_cast<int>(most), c);
+  const int64_t node_coefficients = static_cast<int>(most) * padded(c);
   const int64_t coefficients = layout.add(4 * count * node_coefficients);
   const bool per_channel = edge_weights && edge_weights->dim() == 3;
   Tensor factors = maps[0];
@@ -221,7 +208,7 @@ Tensors head(const Tensors inputs, const Tensors dw_weights, const Tensors pw_we
   const int64_t element = static_cast<int64_t>(maps[0].element_size());
   cpu::NodeGraph graph;
   Layout layout;
-  std::vector<float> ones(static_cast<size_t>(coefficient_floats(1, widest)), 1.0f);
+  std::vector<float> ones(static_cast<size_t>(padded(widest)), 1.0f);
   Ints offset;
   Tensors results;
   for (size_t l = 0; l < levels; l++) {
@@ -266,7 +253,7 @@ Tensors separable_conv(const Tensors inputs, const Tensor dw_weight, const Tenso
   const auto levels = static_cast<int64_t>(maps.size());
   const NodeWeights weights(dw_weight, pw_weight, scale, shift, 1, levels, c, c_out);
   cpu::NodeGraph graph;
-  std::vector<float> ones(static_cast<size_t>(coefficient_floats(1, c)), 1.0f);
+  std::vector<float> ones(static_cast<size_t>(padded(c)), 1.0f);
   Tensors results;
   for (int64_t l = 0; l < levels; l++) {
     const Tensor& map = maps[static_cast<size_t>(l)];

@@ -21,15 +21,16 @@ static Tensor stem(const Tensor image, const Tensor weight, const Tensor scale, 
   p.image = image.const_data_ptr();
   p.n = image.size(0), p.h = image.size(2), p.w = image.size(3);
   p.c_out = scale.numel();
-  p.out_h = size[0], p.out_w = size[1];
-  p.pad_top = padding[0], p.pad_left = padding[1];
+  const Pair out_size = pair_of(size, "size"), pad = pair_of(padding, "padding");
+  p.out_h = out_size.y, p.out_w = out_size.x;
+  p.pad_top = pad.y, p.pad_left = pad.x;
   STD_TORCH_CHECK(p.pad_top >= 0 && p.pad_top <= 2 && p.pad_left >= 0 && p.pad_left <= 2,
                   "padding must be 0 to 2");
   STD_TORCH_CHECK(p.out_h > 0 && p.out_w > 0 && 2 * (p.out_h - 1) - p.pad_top < p.h &&
                       2 * (p.out_w - 1) - p.pad_left < p.w,
                   "size does not fit the image");
   p.activation = activation_of(activation);
-  const Tensor w = float_weight(weight, coefficient_floats(1, p.c_out) * 27, "weight");
+  const Tensor w = float_weight(weight, padded(p.c_out) * 27, "weight");
   const Tensor a = float_weight(scale, p.c_out, "scale"), b = float_weight(shift, p.c_out, "shift");
   p.weight = w.const_data_ptr<float>();
   p.scale = a.const_data_ptr<float>();

@@ -16,8 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using Floats = std::vector<float>;
 
-int64_t padded(int64_t channels) { return coefficient_floats(1, channels); }
-
 Tensor zeros(const Ints& size) {
   Tensor t = torch::stable::empty({size.data(), size.size()}, ScalarType::Float);
   if (t.numel())  // an empty tensor has no memory
@@ -486,23 +484,26 @@ Tensors training_node(const Tensors inputs, const std::optional<Tensor> scales,
   // Pairs (mean, sum of squared deviations) of the bands merged in order.
   const int64_t rows = with_statistics ? nodes : 0;
   Tensor mean = zeros({rows, c_out}), m2 = zeros({rows, c_out});
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t o = 0; o < c_out; o++) {
-      double n = 0.0, average = 0.0, squares = 0.0;
-      for (int64_t t = 0; t < tasks[i]; t++) {
-        const cpu::RowGroups& band = bands[i];
-        const int64_t begin = t % band.count * band.rows;
-        const auto pixels = static_cast<double>(
-            (std::min(begin + band.rows, params[i].fusion.h) - begin) * params[i].fusion.w);
-        const float* moment = at(moments[i]) + t * 3 * op + o;
-        const double step = double{moment[0]} + moment[op] - average;
-        squares += moment[2 * op] + step * step * (n * pixels / (n + pixels));
-        average += step * (pixels / (n + pixels));
-        n += pixels;
+  for (int64_t i = 0; i < rows; i++) {
+    double n = 0.0;
+    std::vector<double> average(static_cast<size_t>(c_out), 0.0), squares = average;
+    for (int64_t t = 0; t < tasks[i]; t++) {
+      const cpu::RowGroups& band = bands[i];
+      const int64_t begin = t % band.count * band.rows;
+      const auto pixels = static_cast<double>(
+          (std::min(begin + band.rows, params[i].fusion.h) - begin) * params[i].fusion.w);
+      const double share = pixels / (n + pixels);
+      const float* moment = at(moments[i]) + t * 3 * op;
+      for (int64_t o = 0; o < c_out; o++) {
+        const double step = double{moment[o]} + moment[op + o] - average[o];
+        squares[o] += moment[2 * op + o] + step * step * (n * share);
+        average[o] += step * share;
       }
-      mean.mutable_data_ptr<float>()[i * c_out + o] = static_cast<float>(average);
-      m2.mutable_data_ptr<float>()[i * c_out + o] = static_cast<float>(squares);
+      n += pixels;
     }
+    std::copy(average.begin(), average.end(), mean.mutable_data_ptr<float>() + i * c_out);
+    std::copy(squares.begin(), squares.end(), m2.mutable_data_ptr<float>() + i * c_out);
+  }
   return joined(results, {mean, m2});
 }
 

@@ -12,23 +12,23 @@ static Tensor weighted_fusion(const Tensors inputs, const std::optional<Tensor> 
   const int edges = static_cast<int>(inputs.size());
   STD_TORCH_CHECK(edges >= 1 && edges <= kMaxEdges, "inputs must be 1 to ", kMaxEdges,
                   " maps, got ", edges);
-  const Tensor& first = inputs[0];
-  const int64_t c = first.size(1), cp = coefficient_floats(1, c);
+  const Tensors maps = graph_inputs(inputs);
+  const Tensor& first = maps[0];
+  const Pair out_size = pair_of(size, "size");
+  const int64_t c = first.size(1), cp = padded(c);
   const cpu::Runtime threads = runtime();
   Layout layout;
-  const int64_t coefficients = layout.add(4 * coefficient_floats(edges, c));
-  const int64_t scratch = layout.add(4 * size[1] * cp * threads.threads);
+  const int64_t coefficients = layout.add(4 * edges * padded(c));
+  const int64_t scratch = layout.add(4 * out_size.x * cp * threads.threads);
   const Workspace workspace(layout.size());
 
   FusionParams p{};
   p.dtype = map_dtype(first);
-  p.n = first.size(0), p.c = c, p.h = size[0], p.w = size[1];
+  p.n = first.size(0), p.c = c, p.h = out_size.y, p.w = out_size.x;
   p.edges = edges;
   p.activation = activation_of(activation);
-  Tensors maps;
   for (int e = 0; e < edges; e++) {
-    maps.push_back(channels_last(inputs[static_cast<size_t>(e)]));
-    const Tensor& map = maps.back();
+    const Tensor& map = maps[static_cast<size_t>(e)];
     p.edge[e] =
         make_edge(map.const_data_ptr(), map.size(2), map.size(3), p.h, p.w, pool_of(pool), -1);
   }

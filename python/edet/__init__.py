@@ -4,19 +4,20 @@ from edet_kernels import __version__
 
 from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .configs import ModelConfig, list_models
-from .detector import Detector
 from .dropin import accelerate, restore
 from .efficientdet import EfficientDet, count_macs, count_parameters, create_model
+from .predictor import Prediction, Predictor
 from .preprocess import ImageError
 from .results import Detections
 
 __all__ = [
     "CheckpointError",
     "Detections",
-    "Detector",
     "EfficientDet",
     "ImageError",
     "ModelConfig",
+    "Prediction",
+    "Predictor",
     "__version__",
     "accelerate",
     "count_macs",

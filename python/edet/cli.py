@@ -1,4 +1,4 @@
-"""The sub-commands of ``edet``: detect, info, bench, models."""
+"""The sub-commands of ``edet``: predict, info, bench, models."""
 
 from __future__ import annotations
 
@@ -6,30 +6,39 @@ import glob
 import json
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 import edet_kernels
 
 from . import report as reports
+from . import video
 from .bench import Bench, CheckFailed, count_operations, eager_copy, plot, result, run_bench
 from .configs import get_config, list_models
-from .detector import Detector
 from .draw import draw_detections
 from .efficientdet import Counts, count_macs, count_parameters, create_model
 from .extras import require
 from .files import replacing
-from .preprocess import load_image
+from .predictor import Prediction, Predictor
 from .results import Detections
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 app = typer.Typer(
     name="edet",
@@ -137,23 +146,30 @@ def progress_bar() -> Progress:
     )
 
 
-# --- detect ---------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
-def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The image files that files, folders and patterns name, in order, each once.
+def is_video(path: Path) -> bool:
+    """Whether the file is taken for a video."""
+    return path.suffix.lower() in video.SUFFIXES
+
+
+def find_files(arguments: Sequence[str]) -> list[Path]:
+    """The image and video files that files, folders and patterns name, in order, each once.
 
     Raises:
         ValueError: an argument names nothing.
     """
-    suffixes = tuple(require("PIL.Image", "image").registered_extensions())
+    suffixes = (*require("PIL.Image", "image").registered_extensions(), *video.SUFFIXES)
     found: dict[Path, None] = {}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
             if not inside:
-                raise ValueError(f"the folder {argument} holds no images (.jpg, .png, ...)")
+                raise ValueError(
+                    f"the folder {argument} holds no images or videos (.jpg, .png, .mp4, ...)"
+                )
             found.update(dict.fromkeys(inside))
         elif path.exists():
             found[path] = None
@@ -166,6 +182,8 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
                     f"no file matches {argument}" if pattern else f"{argument} does not exist"
                 )
             found.update(dict.fromkeys(matches))
+    if any(map(is_video, found)):
+        require("av", "video")
     return list(found)
 
 
@@ -184,18 +202,19 @@ def check_writable(folder: Path, option: str, *, create: bool = False) -> None:
         raise ValueError(f"{option}: cannot write to {folder}: {error.strerror}") from error
 
 
-def annotated_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Where the annotated copy of each image goes; images of one name get numbers.
+def annotated_names(files: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Where the annotated copy of each file goes; files of one name get numbers.
 
     Raises:
-        ValueError: a copy would overwrite its image.
+        ValueError: a copy would overwrite its original.
     """
     names: dict[Path, Path] = {}
     taken: set[str] = set()
-    for path in images:
+    for path in files:
         suffix = (
             path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else ".png"
         )
+        suffix = ".mp4" if is_video(path) else suffix
         name, number = path.stem + suffix, 2
         while name in taken:
             name, number = f"{path.stem}-{number}{suffix}", number + 1
@@ -208,10 +227,10 @@ def annotated_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return names
 
 
-def load_detector(
+def load_predictor(
     model: str, checkpoint: Path | None, random_weights: bool, num_classes: int, **options: Any
-) -> Detector:
-    """The detector that the options of ``edet detect`` ask for.
+) -> Predictor:
+    """The predictor that the options of ``edet predict`` ask for.
 
     Raises:
         ValueError: neither or both of a checkpoint and random weights.
@@ -225,16 +244,138 @@ def load_detector(
             "the boxes then mean nothing)"
         )
     network = create_model(model, num_classes=num_classes, checkpoint=checkpoint)
-    return Detector(network, **options)
+    return Predictor(network, **options)
 
 
-@app.command(epilog="Example: edet detect photos/ -c tf_efficientdet_d0.pth -o found/")
-def detect(
+class Writer:
+    """Writes what 'edet predict' finds, each result as it comes.
+
+    The JSON file is one array; annotated images are drawn and written by a thread of their own,
+    which is never more than a few images behind.
+    """
+
+    def __init__(self, json_stream: IO[str] | None) -> None:
+        self._json = json_stream
+        self._entries = 0
+        self._drawer = ThreadPoolExecutor(1, "edet-draw")
+        self._drawing: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Writer:
+        self._put("[")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._drawer.shutdown()
+        self.wait()
+        self._put("\n]\n")
+
+    def _put(self, text: str) -> None:
+        if self._json is not None:
+            self._json.write(text)
+
+    def entry(self, **values: Any) -> None:
+        """Appends an entry to the JSON file."""
+        text = json.dumps(values, allow_nan=False)
+        self._put((",\n" if self._entries else "\n") + text)
+        self._entries += 1
+
+    def draw(self, pixels: Tensor, objects: Detections, save: Callable[[Image], None]) -> None:
+        """Draws the objects and saves the drawing, in the background."""
+        self.wait(4)
+        self._drawing.append(self._drawer.submit(lambda: save(draw_detections(pixels, objects))))
+
+    def wait(self, most: int = 0) -> None:
+        """Waits until no more than ``most`` drawings are to be done.
+
+        Raises:
+            OSError: a drawing could not be written.
+        """
+        while len(self._drawing) > most:
+            self._drawing.popleft().result()
+
+
+def save_copy(path: Path, picture: Image) -> None:
+    """Writes an annotated image; it appears whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary, quality=95)
+
+
+@dataclass
+class Counted:
+    """What became of the files."""
+
+    images: int = 0
+    broken: int = 0
+
+    def skip(self, error: Exception) -> None:
+        """Reports a file that could not be read."""
+        self.broken += 1
+        typer.echo(f"Skipped: {error}", err=True)
+
+
+def predict_images(
+    found: Iterable[Prediction], copies: dict[Path, Path], writer: Writer, counted: Counted
+) -> Iterator[None]:
+    """Reports and writes what was found in image files, yielding after each."""
+    for path, pixels, objects, error in found:
+        if error is not None:
+            counted.skip(error)
+        else:
+            assert pixels is not None and objects is not None
+            counted.images += 1
+            typer.echo(f"{path}: {listed(Counter(objects.names))}")
+            writer.entry(file=str(path), **objects.to_plain())
+            if path in copies:
+                writer.draw(pixels, objects, partial(save_copy, copies[path]))
+        yield
+
+
+def predict_video(
+    found: Iterable[Prediction],
+    reader: video.VideoReader,
+    copy: Path | None,
+    writer: Writer,
+    counted: Counted,
+) -> Iterator[None]:
+    """Reports and writes what was found in the frames of a video, yielding after each.
+
+    What follows a frame that cannot be decoded is left out.
+    """
+    names: Counter[str] = Counter()
+    frames = 0
+    with ExitStack() as stack:
+        try:
+            for _, pixels, objects, error in found:
+                assert pixels is not None and objects is not None, error
+                if copy is not None and frames == 0:
+                    temporary = stack.enter_context(replacing(copy))
+                    drawn = stack.enter_context(video.VideoWriter(temporary, reader.rate))
+                    stack.callback(writer.wait)
+                if copy is not None:
+                    writer.draw(pixels, objects, drawn.write)
+                writer.entry(file=str(reader.path), frame=frames, **objects.to_plain())
+                names.update(objects.names)
+                counted.images += 1
+                frames += 1
+                yield
+        except video.VideoError as error:
+            counted.skip(error)
+    if frames:
+        typer.echo(f"{reader.path}: {frames} frames, {listed(names)}")
+
+
+def listed(counts: Counter[str]) -> str:
+    """Names and how often each was found, the most frequent first."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+
+
+@app.command(epilog="Example: edet predict photos/ -c tf_efficientdet_d0.pth -o found/")
+def predict(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Image files, folders, or quoted patterns such as 'in/**/*.jpg'.",
-            metavar="IMAGE",
+            help="Images, videos, folders, or quoted patterns such as 'in/**/*.jpg'.",
+            metavar="FILE",
         ),
     ],
     model: Annotated[
@@ -259,7 +400,7 @@ def detect(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Write annotated images to this folder.", metavar="FOLDER"
+            "--output", "-o", help="Write annotated copies to this folder.", metavar="FOLDER"
         ),
     ] = None,
     score_threshold: Annotated[
@@ -273,20 +414,27 @@ def detect(
         Path | None,
         typer.Option(help="Text file with the name of each class on a line.", metavar="FILE"),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Threads that read images ahead.", min=1, metavar="N")
+    ] = 2,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show latency percentiles and memory at the end.")
+    ] = False,
     dtype: DtypeOption = Dtype.float32,
     device: Device = "cpu",
 ) -> None:
-    """Find objects in images.
+    """Find objects in images and videos.
 
-    Prints what is found in each image, in the order given. A file that cannot be read is reported
-    and skipped; the exit status is then 1.
+    Prints what is found in each file, in the order given, while the next ones are read. A file that
+    cannot be read is reported and skipped; the exit status is then 1. When interrupted, what was
+    found so far is kept.
     """
     with one_line_errors():
-        files = find_images(images)
+        files = find_files(images)
         if json_file is not None:
             check_writable(json_file.parent, "--json")
         copies = annotated_names(files, output) if output is not None else {}
-        detector = load_detector(
+        predictor = load_predictor(
             model,
             checkpoint,
             random_weights,
@@ -302,43 +450,63 @@ def detect(
             check_writable(output, "--output", create=True)
         if random_weights:
             typer.echo("Note: the weights are random, the boxes mean nothing.", err=True)
-        results: list[dict[str, Any]] = []
-        broken = 0
-        with progress_bar() as progress:
-            task = progress.add_task("detecting", total=len(files))
-            for start in range(0, len(files), batch_size):
-                chunk = files[start : start + batch_size]
-                loaded = {}
-                for path in chunk:
-                    try:
-                        loaded[path] = load_image(path)
-                    except (OSError, ValueError) as error:
-                        broken += 1
-                        typer.echo(f"Skipped: {error}", err=True)
-                found = detector(list(loaded.values())) if loaded else []
-                for (path, pixels), objects in zip(loaded.items(), found, strict=True):
-                    report(path, objects)
-                    results.append({"file": str(path), **objects.to_plain()})
-                    if path in copies:
-                        with replacing(copies[path]) as temporary:
-                            draw_detections(pixels, objects).save(temporary, quality=95)
-                progress.advance(task, len(chunk))
+        counted = Counted()
+        interrupted = False
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            stream = None
+            if json_file is not None:
+                temporary = stack.enter_context(replacing(json_file))
+                stream = stack.enter_context(temporary.open("w", encoding="utf-8"))
+            writer = stack.enter_context(Writer(stream))
+            try:
+                predict_files(files, copies, predictor, workers, writer, counted)
+            except KeyboardInterrupt:
+                interrupted = True
+        seconds = time.perf_counter() - start
         if json_file is not None:
-            lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
-            with replacing(json_file) as temporary:
-                temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
             typer.echo(f"Detections: {json_file}", err=True)
         if output is not None:
-            typer.echo(f"Annotated images: {output}", err=True)
-        if broken:
-            fail(f"{broken} of {len(files)} images could not be read", code=1)
+            typer.echo(f"Annotated copies: {output}", err=True)
+        typer.echo(f"{counted.images} images in {seconds:.1f} s", err=True)
+        if stats:
+            typer.echo(predictor.stats(), err=True)
+        if interrupted:
+            fail(f"interrupted; {counted.broken} of {len(files)} files could not be read", code=130)
+        if counted.broken:
+            fail(f"{counted.broken} of {len(files)} files could not be read", code=1)
 
 
-def report(path: Path, objects: Detections) -> None:
-    """Prints the objects of one image on one line."""
-    counts = Counter(objects.names)
-    listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    typer.echo(f"{path}: {listed or 'nothing'}")
+def predict_files(
+    files: Sequence[Path],
+    copies: dict[Path, Path],
+    predictor: Predictor,
+    workers: int,
+    writer: Writer,
+    counted: Counted,
+) -> None:
+    """Goes through the files in order, under a progress bar."""
+    with progress_bar() as progress:
+        task = progress.add_task("predicting", total=len(files))
+        for videos, group in groupby(files, is_video):
+            paths = list(group)
+            if not videos:
+                found = predictor.stream(paths, workers=workers)
+                for _ in predict_images(found, copies, writer, counted):
+                    progress.advance(task)
+                continue
+            for path in paths:
+                try:
+                    reader = video.VideoReader(path)
+                except (OSError, video.VideoError) as error:
+                    counted.skip(error)
+                else:
+                    part = progress.add_task(path.name, total=reader.frames)
+                    found = predictor.stream(reader, workers=workers)
+                    for _ in predict_video(found, reader, copies.get(path), writer, counted):
+                        progress.advance(part)
+                    progress.remove_task(part)
+                progress.advance(task)
 
 
 # --- info, bench, models --------------------------------------------------------------------------

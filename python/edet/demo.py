@@ -17,11 +17,11 @@ import edet_kernels
 from .anchors import generate_anchors
 from .bench import CheckFailed, plot, random_model, run_bench, write_json
 from .configs import get_config
-from .detector import Detector
 from .draw import draw_detections, to_pil
 from .efficientdet import EfficientDet, create_model
 from .extras import require
 from .files import replacing
+from .predictor import Predictor
 from .preprocess import fit, load_image, preprocess, resize
 
 if TYPE_CHECKING:
@@ -85,18 +85,18 @@ def draw_input(path: Path, model: EfficientDet) -> Image:
     return captioned
 
 
-def time_detector(detector: Detector, path: Path, rounds: int = 5) -> str:
+def time_predictor(predictor: Predictor, path: Path, rounds: int = 5) -> str:
     """Milliseconds from file to boxes, of it the network; the best of ``rounds``."""
-    config = detector.model.config
-    images = preprocess(path, detector.image_size, mean=config.mean, std=config.std).images
+    config = predictor.model.config
+    images = preprocess(path, predictor.image_size, mean=config.mean, std=config.std).images
     whole, network = [], []
     for _ in range(rounds):
         start = time.perf_counter()
-        detector(path)
+        predictor(path)
         whole.append(time.perf_counter() - start)
         start = time.perf_counter()
         with torch.no_grad():
-            detector.model(images)
+            predictor.model(images)
         network.append(time.perf_counter() - start)
     return f"{1e3 * min(whole):.0f} ms, of which the network takes {1e3 * min(network):.0f} ms"
 
@@ -150,8 +150,8 @@ def run(output: Path, checkpoint: Path | None, rounds: int) -> None:
         f"\nAgreement with the float64 reference: within {worst.difference:.0e} of the largest "
         f"value (PyTorch's\nown layers: {worst.eager_difference:.0e})."
     )
-    detector = Detector(model)
-    print(f"From the photograph's file to boxes: {time_detector(detector, path)}.")
+    predictor = Predictor(model)
+    print(f"From the photograph's file to boxes: {time_predictor(predictor, path)}.")
 
     written = {"table": output / "bench.json", "plot": output / "bench.png"}
     write_json(table, written["table"])
@@ -160,7 +160,7 @@ def run(output: Path, checkpoint: Path | None, rounds: int) -> None:
         written["input"] = output / "input.png"
         picture = draw_input(path, model)
     else:
-        found = detector(path)
+        found = predictor(path)
         print(f"Found: {found}")
         written["detections"] = output / "detections.png"
         written["boxes"] = output / "detections.json"

@@ -495,6 +495,8 @@ class BackboneBlocks:
         stem, bn = self.stem
         if (stem.kernel_size, stem.stride, stem.groups) != ((3, 3), (2, 2), 1):
             raise Mismatch("the stem is not a 3×3 convolution of stride 2")
+        if stem.bias is not None:
+            raise Mismatch("stem: a convolution before a batch norm has a bias")
         check_norm("stem", bn)
         for i, block in enumerate(self.blocks):
             name = f"blocks[{i}]"
@@ -548,10 +550,27 @@ class PackedBackbone(NamedTuple):
     stem: Parts
     blocks: list[tuple[Parts | None, Parts, Parts | None, Parts]]
 
-    def run(self, images: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """The maps that the backbone makes of ``images`` (N, 3, H, W), computed in ``dtype``."""
+    def run(
+        self,
+        images: Tensor,
+        dtype: torch.dtype,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The maps that the backbone makes of ``images`` (N, 3, H, W), computed in ``dtype``.
+
+        With ``mean`` and ``std``, (3,), the images are pixels to be normalised, for example uint8.
+        """
         padding, activation = self.source.padding, self.source.activation
-        x = edet_kernels.stem(images.to(dtype), *self.stem, padding=padding, activation=activation)
+        x = edet_kernels.stem(
+            images.to(dtype) if mean is None else images,
+            *self.stem,
+            mean=mean,
+            std=std,
+            padding=padding,
+            activation=activation,
+            dtype=dtype,
+        )
         maps = []
         for i, (block, weights) in enumerate(zip(self.source.blocks, self.blocks, strict=True)):
             x = edet_kernels.mbconv(

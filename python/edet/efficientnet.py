@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import edet_kernels
 from edet_kernels.reference import activate
 
-from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
+from .describe import BackboneBlocks, BlockLayers, PackedBackbone
+from .packing import PackedModule, autocast_dtype, planned
+from .preprocess import normalise
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -135,15 +137,6 @@ class SqueezeExcite(nn.Module):
         return x * gate.sigmoid()
 
 
-class PackedBlock(NamedTuple):
-    """The weights of ``edet_kernels.mbconv``."""
-
-    expand: tuple[Tensor, ...] | None
-    depthwise: tuple[Tensor, ...]
-    squeeze: tuple[Tensor, ...] | None
-    project: tuple[Tensor, ...]
-
-
 class MBConv(nn.Module):
     """Mobile inverted bottleneck: expand 1×1 → depthwise k×k → squeeze-excite → project 1×1.
 
@@ -190,64 +183,23 @@ class MBConv(nn.Module):
             self.bn2 = norm(out)
 
     @property
-    def depthwise(self) -> tuple[Conv2d, nn.BatchNorm2d]:
-        """The depthwise convolution and its batch norm."""
-        return self.conv_dw, self.bn2 if self.expands else self.bn1
-
-    @property
-    def project(self) -> tuple[Conv2d, nn.BatchNorm2d]:
-        """The projection and its batch norm."""
-        return (self.conv_pwl, self.bn3) if self.expands else (self.conv_pw, self.bn2)
+    def layers(self) -> BlockLayers:
+        """Its convolutions and batch norms."""
+        squeeze = None if self.se is None else (self.se.conv_reduce, self.se.conv_expand)
+        if not self.expands:
+            project = self.conv_pw, self.bn2
+            return BlockLayers(None, (self.conv_dw, self.bn1), squeeze, project, self.shortcut)
+        expand, depthwise = (self.conv_pw, self.bn1), (self.conv_dw, self.bn2)
+        return BlockLayers(expand, depthwise, squeeze, (self.conv_pwl, self.bn3), self.shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = activate(self.bn1(self.conv_pw(x)), self.activation) if self.expands else x
-        conv, bn = self.depthwise
-        y = activate(bn(conv(y)), self.activation)
+        expand, (conv_dw, bn), _, (project, project_bn), _ = self.layers
+        y = x if expand is None else activate(expand[1](expand[0](x)), self.activation)
+        y = activate(bn(conv_dw(y)), self.activation)
         if self.se is not None:
             y = self.se(y)
-        conv, bn = self.project
-        y = bn(conv(y))
+        y = project_bn(project(y))
         return x + y if self.shortcut else y
-
-    def pack(self, dtype: torch.dtype) -> PackedBlock:
-        """The block's weights for :meth:`forward_fused`."""
-        pointwise, depthwise = edet_kernels.pack_pointwise, edet_kernels.pack_depthwise
-
-        def fold(conv: Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, ...]:
-            pack = pointwise if conv.groups == 1 else depthwise
-            scale, shift = fold_batch_norm(bn)
-            return pack(conv.weight.to(dtype)), scale.to(dtype), shift.to(dtype)
-
-        squeeze = None
-        if self.se is not None:
-            reduce, gate = self.se.conv_reduce, self.se.conv_expand
-            biases = cast(Tensor, reduce.bias).to(dtype), cast(Tensor, gate.bias).to(dtype)
-            weights = pointwise(reduce.weight.to(dtype)), pointwise(gate.weight.to(dtype))
-            squeeze = weights[0], biases[0], weights[1], biases[1]
-        return PackedBlock(
-            expand=fold(self.conv_pw, self.bn1) if self.expands else None,
-            depthwise=fold(*self.depthwise),
-            squeeze=squeeze,
-            project=fold(*self.project),
-        )
-
-    def forward_fused(self, x: Tensor, weights: PackedBlock) -> Tensor:
-        """The block in eval mode, on weights from :meth:`pack`."""
-        return edet_kernels.mbconv(
-            x,
-            *weights,
-            stride=self.conv_dw.stride[0],
-            padding=self.conv_dw.pad,
-            activation=self.activation,
-            residual=self.shortcut,
-        )
-
-
-class _Packed(NamedTuple):
-    """The weights of a whole backbone: of the stem, and of the blocks of each stage."""
-
-    stem: tuple[Tensor, Tensor, Tensor]
-    stages: list[list[PackedBlock]]
 
 
 class EfficientNet(PackedModule):
@@ -351,7 +303,8 @@ class EfficientNet(PackedModule):
         self._check(images)
         packed = self.packed(images)
         if packed is not None:
-            return self._forward_fused(images, *packed)
+            weights, dtype = packed
+            return weights.run(images, dtype)
         x = activate(self.bn1(self.conv_stem(images)), self.activation)
         maps = []
         for i, stage in enumerate(self._stages()):
@@ -361,24 +314,32 @@ class EfficientNet(PackedModule):
                 maps.append(x)
         return maps
 
-    def pack(self, dtype: torch.dtype) -> _Packed:
-        dtype = kernel_dtype(dtype)
-        scale, shift = fold_batch_norm(self.bn1)
-        weight = edet_kernels.pack_stem(self.conv_stem.weight.to(dtype))
-        stages = [[block.pack(dtype) for block in stage] for stage in self._stages()]
-        return _Packed((weight, scale.to(dtype), shift.to(dtype)), stages)
+    def forward_pixels(self, pixels: Tensor, mean: Tensor, std: Tensor) -> list[Tensor]:
+        """As :meth:`forward`, from pixels as they are read: the first layer normalises them.
 
-    def _forward_fused(self, images: Tensor, weights: _Packed, dtype: torch.dtype) -> list[Tensor]:
-        x = edet_kernels.stem(
-            images.to(dtype),
-            *weights.stem,
+        Args:
+            pixels: (N, 3, H, W) uint8.
+            mean, std: (3,) for values of 0 … 255.
+        """
+        weight = self.conv_stem.weight
+        packed = self.packed(weight)  # the dtype to compute in is the weight's
+        if packed is None:
+            images = normalise(pixels.float(), mean, std, weight.dtype)
+            return cast("list[Tensor]", self(images))
+        weights, dtype = packed
+        return weights.run(pixels, dtype, mean, std)
+
+    def as_backbone_blocks(self) -> BackboneBlocks:
+        """The backbone's convolutions and batch norms, for :mod:`edet.describe`."""
+        stages = self._stages()
+        last = list(itertools.accumulate(len(stage) for stage in stages))
+        return BackboneBlocks(
+            stem=(self.conv_stem, self.bn1),
+            blocks=[block.layers for stage in stages for block in stage],
+            returned=[last[i] - 1 for i in self._returned],
             padding=self.conv_stem.pad,
             activation=self.activation,
         )
-        maps = []
-        for i, (stage, packed) in enumerate(zip(self._stages(), weights.stages, strict=True)):
-            for block, block_weights in zip(stage, packed, strict=True):
-                x = block.forward_fused(x, block_weights)
-            if i in self._returned:
-                maps.append(x)
-        return maps
+
+    def pack(self, dtype: torch.dtype) -> PackedBackbone:
+        return self.as_backbone_blocks().pack(dtype)

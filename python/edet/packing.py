@@ -6,6 +6,7 @@ A module that is frozen does not look any more and replays its op calls.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -82,6 +83,8 @@ class _Sources:
         self.contents = [dict(table) for table in self.tables]
         entries = [(table, key, table[key]) for table in self.tables for key in table]
         self.tensors = [value for _, _, value in entries if isinstance(value, Tensor)]
+        # while these are kept, no new tensor can be given the address of one
+        self.storages = [t.detach() for t in self.tensors]
         # two tensors of one element can be equal without being the same
         self.scalars = [e for e in entries if isinstance(e[2], Tensor) and e[2].numel() == 1]
         self.norms = [m for m in modules if isinstance(m, _BatchNorm)]
@@ -136,6 +139,13 @@ class _Frozen:
     def __init__(self, trained: list[nn.Parameter]) -> None:
         self.trained = trained
         self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
+        self.lock = threading.Lock()  # of the plans
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"trained": self.trained}  # a copy records its own plans
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def run(self, forward: Callable[[], Sequence[Tensor]], inputs: list[Tensor]) -> list[Tensor]:
         """``forward()``, which computes from ``inputs``: replayed when it was seen before."""
@@ -149,15 +159,25 @@ class _Frozen:
             autocast_dtype(inputs[0]),
             *((x.shape, x.dtype, x.device) for x in inputs),
         )
-        if key in self.plans:
-            plan = self.plans[key]
+        with self.lock:
+            known = key in self.plans
+            if known:
+                self.plans.move_to_end(key)
+            plan = self.plans.get(key)
+        if known:
             return list(forward()) if plan is None else plan(inputs)
         forward()  # packs the weights, which are constants of the plan
-        outputs, plan = record(forward, inputs)
-        self.plans[key] = None if plan.refusal else plan
-        if len(self.plans) > MAX_PLANS:
-            self.plans.popitem(last=False)
+        outputs, recorded = record(forward, inputs)
+        with self.lock:
+            self.plans[key] = None if recorded.refusal else recorded
+            if len(self.plans) > MAX_PLANS:
+                self.plans.popitem(last=False)  # the one not used for longest
         return outputs
+
+    def forget(self) -> None:
+        """Drops the plans, whose weights are out of date."""
+        with self.lock:
+            self.plans.clear()
 
 
 def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
@@ -172,6 +192,7 @@ def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
         inputs = [maps] if isinstance(maps, Tensor) else maps
         if (
             frozen is None
+            or not self.fused
             or torch.compiler.is_compiling()
             or torch.compiler.is_exporting()
             or not isinstance(inputs, (list, tuple))
@@ -218,13 +239,17 @@ class PackedModule(nn.Module):
     def repack(self) -> None:
         """Packs the weights anew at the next use."""
         self._cache.entry = None
+        if self._frozen is not None:
+            self._frozen.forget()
 
     def freeze(self) -> None:
         """Makes the weights constants: they are packed once and not looked at any more.
 
         Switches to eval mode and to parameters without gradients; the op calls for each shape of
-        the inputs are recorded and replayed. Undone by :meth:`unfreeze`, ``train()``, ``.to()`` and
-        ``load_state_dict()``; any other write to a weight is not seen.
+        the inputs are recorded and replayed. Undone by :meth:`unfreeze` and by ``train()``,
+        ``.to()`` and ``load_state_dict()`` of this module or one that holds it. Any other write to
+        a weight is not seen until :meth:`repack`, nor are the weights of
+        ``torch.func.functional_call``. A copy is frozen too.
         """
         self.unfreeze()
         self.eval()
@@ -251,9 +276,6 @@ class PackedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfreeze()
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**nn.Module.__getstate__(self), "_frozen": None}  # a copy is not frozen
 
     def packed(self, x: Tensor) -> tuple[Any, torch.dtype] | None:
         """The packed weights and the dtype to compute in for the input ``x``.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+#: A function of a list of tensors to the inputs of the next one.
+Stage: TypeAlias = "Callable[[list[Tensor]], list[Tensor]]"
 
 
 class _Slot(int):
@@ -28,6 +33,11 @@ class _Step(NamedTuple):
     results: range  # its slots
 
 
+def _address(x: Tensor) -> int | None:
+    """Where the memory of ``x`` begins, by whichever tensor it is reached; None without memory."""
+    return x.untyped_storage().data_ptr() or None
+
+
 class Plan:
     """The operator calls of a function of tensors, to be repeated on tensors like those it saw.
 
@@ -38,7 +48,9 @@ class Plan:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._slots = {id(x): _Slot(i) for i, x in enumerate(inputs)}
-        self._alive: list[Any] = list(inputs)  # an id means nothing once its tensor is gone
+        # neither an id nor an address means anything once its tensor is gone
+        self._alive: list[Any] = list(inputs)
+        self._addresses = set(map(_address, inputs))
         self._steps: list[_Step] = []
         self._count = len(inputs)
         self._outputs: list[_Slot] = []
@@ -50,7 +62,10 @@ class Plan:
             slot = self._slots.get(id(value))
             if slot is not None:
                 used.add(slot)
-            return value if slot is None else slot
+                return slot
+            if _address(value) in self._addresses:
+                self.refusal = self.refusal or "an argument is another view of a recorded tensor"
+            return value
         if isinstance(value, (list, tuple)):
             values = [self._template(v, used) for v in value]
             if any(type(v) is _Maps for v in values):
@@ -77,6 +92,7 @@ class Plan:
         self._count += len(results)
         for i, r in enumerate(results):
             self._slots[id(r)] = _Slot(first + i)
+            self._addresses.add(_address(r))
         self._steps.append(_Step(func, template, kwargs, used, range(first, self._count)))
 
     def _finish(self, outputs: Sequence[Tensor]) -> None:
@@ -91,7 +107,7 @@ class Plan:
                 needed |= step.used
                 steps.append(step)
         self._steps = steps[::-1]
-        self._slots, self._alive = {}, []
+        self._slots, self._alive, self._addresses = {}, [], set()
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The function's results for ``inputs``."""
@@ -119,6 +135,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.plan = plan
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, the default, imports torch.compile's machinery: 130 MiB and a second
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -136,3 +156,30 @@ def record(
         outputs = list(function())
     plan._finish(outputs)
     return outputs, plan
+
+
+class CallList:
+    """The operator calls of stages that follow one another, for inputs like those it was made with.
+
+    It holds no memory for maps and can be used by several threads at once.
+
+    Args:
+        stages: each gets the list that the one before returned. One whose calls cannot be repeated
+            runs as it is.
+        inputs: of the first stage.
+    """
+
+    def __init__(self, stages: Sequence[Stage], inputs: list[Tensor]) -> None:
+        self._stages: list[Stage | Plan] = []
+        for stage in stages:
+            inputs, plan = record(partial(stage, inputs), inputs)
+            self._stages.append(stage if plan.refusal else plan)
+
+    def __call__(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """The last stage's result, and the seconds that each stage took."""
+        seconds = []
+        for stage in self._stages:
+            start = time.perf_counter()
+            inputs = stage(inputs)
+            seconds.append(time.perf_counter() - start)
+        return inputs, seconds

@@ -18,7 +18,7 @@ def postprocess(
     box_outputs: Sequence[Tensor],
     anchors: Tensor,
     *,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[tuple[int, int]] | Tensor | None = None,
     scales: Tensor | None = None,
     method: str = "hard",
     iou_threshold: float = 0.5,
@@ -37,7 +37,8 @@ def postprocess(
         class_outputs: logits, (B, A·classes, H, W) for each level.
         box_outputs: regressions, (B, A·4, H, W) for each level.
         anchors: (N, 4) from :func:`edet.anchors.generate_anchors`, for these levels.
-        sizes: (height, width) of each original image, to clip to; None: boxes are not clipped.
+        sizes: (height, width) of each original image, or (B, 2) on the anchors' device, to clip to;
+            None: boxes are not clipped.
         scales: (B,) pixels of the original image per pixel of the network's input; None: 1.
         method: ``hard``, or ``gaussian`` for soft-NMS; see :func:`edet_kernels.nms`.
         iou_threshold: ``hard`` drops boxes that overlap a better one more than this.
@@ -63,8 +64,8 @@ def postprocess(
         scales = torch.ones(batch, device=anchors.device)
     limits = None
     if sizes is not None:
-        ends = torch.tensor([(width, height) for height, width in sizes], device=anchors.device)
-        limits = ends / scales[:, None]
+        ends = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes, device=anchors.device)
+        limits = ends.flip(-1) / scales[:, None]
     if score_threshold is None:
         score_threshold = SCORE_THRESHOLDS.get(method, 0.0)
     boxes, scores, labels, counts = edet_kernels.detect(

@@ -225,6 +225,46 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
+def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Tensor) -> Tensor:
+    """Images (3, h, w) scaled to fit ``image_size``, at the top left of one batch.
+
+    Args:
+        images: uint8, or float32 in [0, 1], on one device.
+        image_size: (H, W) of the batch.
+        fill: (3,) uint8, the colour of the rest, on the same device.
+
+    Returns:
+        (B, 3, H, W), uint8 when all images are, otherwise float32 in [0, 1].
+    """
+    as_bytes = all(x.dtype == torch.uint8 for x in images)
+    # one plane per channel: what follows is slow on runs of three numbers
+    shape = (len(images), 3, *image_size)
+    batch = (fill if as_bytes else fill / 255).view(1, 3, 1, 1).expand(shape).contiguous()
+    for slot, pixels in zip(batch, images, strict=True):
+        _, size = fit((pixels.shape[1], pixels.shape[2]), image_size)
+        unit = 255 if pixels.dtype == torch.uint8 and not as_bytes else 1
+        resized, area = resize(pixels, size), slot[:, : size[0], : size[1]]
+        area.copy_(resized if unit == 1 else resized / unit)
+    return batch
+
+
+def letterbox_fill(mean: Sequence[float]) -> Tensor:
+    """The mean colour in 8 bits, (3,), which the published code fills up with."""
+    return (torch.tensor(mean) * 255).round().to(torch.uint8)
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x − mean)/std, channels_last in ``dtype``.
+
+    Args:
+        pixels: (B, 3, H, W) of :func:`letterbox`; uint8 is divided by 255.
+        mean, std: (3,).
+    """
+    unit = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    images = (unit - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    return images.to(dtype, memory_format=torch.channels_last)
+
+
 def preprocess(
     images: ImageLike | Sequence[ImageLike],
     image_size: tuple[int, int],
@@ -256,20 +296,16 @@ def preprocess(
     """
     many, single = as_list(images)
     loaded = [load_image(im, "image" if single else f"images[{i}]") for i, im in enumerate(many)]
-    shape = (len(loaded), 3, *image_size)
-    centre, spread = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
-    # one plane per channel until the end: arithmetic on runs of three numbers is slow
-    batch = ((centre * 255).round() / 255).expand(shape).contiguous()
-    scales = []
-    for slot, pixels in zip(batch, loaded, strict=True):
-        scale, size = fit((pixels.shape[1], pixels.shape[2]), image_size)
-        scales.append(1 / scale)
-        resized = resize(pixels, size).to(slot.device)
-        unit = 255 if resized.dtype == torch.uint8 else 1
-        torch.div(resized, unit, out=slot[:, : size[0], : size[1]])
-    batch.sub_(centre).div_(spread)
+    resized = [
+        resize(p, fit((p.shape[1], p.shape[2]), image_size)[1]).to(device or "cpu") for p in loaded
+    ]
+    fill = letterbox_fill(mean).to(device or "cpu")
+    centre, spread = (torch.tensor(values, device=device) for values in (mean, std))
+    sizes = [(p.shape[1], p.shape[2]) for p in loaded]
     return ImageBatch(
-        batch.to(dtype, memory_format=torch.channels_last),
-        torch.tensor(scales, dtype=torch.float32, device=device),
-        [(p.shape[1], p.shape[2]) for p in loaded],
+        normalise(letterbox(resized, image_size, fill), centre, spread, dtype),
+        torch.tensor(
+            [1 / fit(size, image_size)[0] for size in sizes], dtype=torch.float32, device=device
+        ),
+        sizes,
     )

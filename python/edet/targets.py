@@ -84,7 +84,7 @@ def assign_targets(
         anchors: (N, 4) from :func:`edet.anchors.generate_anchors`.
         boxes: for each image (M, 4) float x1, y1, x2, y2 in pixels of the network's input, the
             corners in order.
-        labels: for each image (M,) int64 from 1, as :class:`edet.detector.Detector` gives them.
+        labels: for each image (M,) int64 from 1, as :class:`edet.Predictor` gives them.
         num_classes: the largest label allowed.
         low, high: as for :func:`match_anchors`.
 

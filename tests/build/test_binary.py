@@ -71,7 +71,7 @@ def test_stable_abi_of_torch_2_10():
     assert file["torch"]["min_torch_version"] == "2.10.0"
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_no_function_of_one_instruction_set_can_be_linked_into_another(isa):
     """A weak symbol may be merged with its namesake, and AVX-512 code run where there is none."""
     pattern = f"build/*/CMakeFiles/edet_cpu_{isa}.dir/csrc/cpu/kernels.cpp.o"

@@ -40,8 +40,8 @@ def edet_(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="edet")
 
 
-def detect(*arguments):
-    return edet_("detect", *arguments, "--model", MODEL, "--random-weights")
+def predict(*arguments):
+    return edet_("predict", *arguments, "--model", MODEL, "--random-weights")
 
 
 def assert_one_line_error(result, *words, code=2):
@@ -54,11 +54,11 @@ def assert_one_line_error(result, *words, code=2):
         assert str(word) in errors[0]
 
 
-# --- detect ---------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
-def test_detect_folder(photos):
-    result = detect(photos)
+def test_predict_folder(photos):
+    result = predict(photos)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         f"{photos / name}: nothing" for name in ("a.png", "b.jpg", "c.png")
@@ -66,8 +66,8 @@ def test_detect_folder(photos):
     assert "random" in result.stderr
 
 
-def test_detect_files_and_patterns_each_once(photos):
-    result = detect("photos/c.png", "photos/*.png", "**/a.png", "--batch-size", 2)
+def test_predict_files_and_patterns_each_once(photos):
+    result = predict("photos/c.png", "photos/*.png", "**/a.png", "--batch-size", 2)
     assert result.exit_code == 0
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
         "photos/c.png",
@@ -76,8 +76,8 @@ def test_detect_files_and_patterns_each_once(photos):
 
 
 @pytest.mark.parametrize("nms", ["hard", "gaussian"])
-def test_detect_writes_json_and_annotated_images(photos, tmp_path, nms):
-    result = detect(
+def test_predict_writes_json_and_annotated_images(photos, tmp_path, nms):
+    result = predict(
         photos, "--score-threshold", 0, "--json", "found.json", "--output", "out/in", "--nms", nms
     )
     assert result.exit_code == 0
@@ -102,7 +102,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(photos, tmp_path):
     other.mkdir()
     (photos / "a.png").rename(other / "a.png")
     (other / "c.png").write_bytes((photos / "c.png").read_bytes())
-    assert detect(photos, other, "--output", "out").exit_code == 0
+    assert predict(photos, other, "--output", "out").exit_code == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "a.png",
         "b.jpg",
@@ -114,8 +114,8 @@ def test_images_of_one_name_do_not_overwrite_each_other(photos, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"junk"])
 def test_broken_file_is_reported_and_skipped(photos, tmp_path, content):
     (photos / "b.jpg").write_bytes(content)
-    result = detect(photos, "--json", "found.json")
-    assert_one_line_error(result, "1 of 3 images could not be read", code=1)
+    result = predict(photos, "--json", "found.json")
+    assert_one_line_error(result, "1 of 3 files could not be read", code=1)
     assert f"Skipped: {photos / 'b.jpg'} is not an image" in result.stderr
     assert len(result.stdout.splitlines()) == 2
     assert len(json.loads((tmp_path / "found.json").read_text())) == 2
@@ -124,8 +124,35 @@ def test_broken_file_is_reported_and_skipped(photos, tmp_path, content):
 def test_all_files_broken(photos, tmp_path):
     for path in photos.iterdir():
         path.write_bytes(b"junk")
-    assert_one_line_error(detect(photos, "--json", "found.json"), "3 of 3", code=1)
+    assert_one_line_error(predict(photos, "--json", "found.json"), "3 of 3", code=1)
     assert json.loads((tmp_path / "found.json").read_text()) == []
+
+
+def test_interrupting_keeps_what_was_found(photos, tmp_path, monkeypatch):
+    stream = edet.Predictor.stream
+
+    def interrupted(self, images, **options):
+        for i, found in enumerate(stream(self, images, **options)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(edet.Predictor, "stream", interrupted)
+    result = predict(photos, "--json", "found.json", "--output", "out")
+    assert_one_line_error(result, "interrupted", code=130)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [f["file"] for f in found] == [str(photos / n) for n in ("a.png", "b.jpg")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.jpg"]
+
+
+def test_a_copy_that_cannot_be_written_ends_the_run(photos, tmp_path, monkeypatch):
+    def full(path, picture):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("edet.cli.save_copy", full)
+    result = predict(photos, "--json", "found.json", "--output", "out")
+    assert_one_line_error(result, "a.png: No space left on device")
+    assert not (tmp_path / "found.json").exists()
 
 
 def test_checkpoint_and_class_names(photos, tmp_path):
@@ -133,7 +160,7 @@ def test_checkpoint_and_class_names(photos, tmp_path):
     edet.save_checkpoint(edet.create_model(MODEL, num_classes=2), tmp_path / "weights.pth")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     result = edet_(
-        *("detect", photos, "-m", MODEL, "-c", "weights.pth", "--num-classes", 2),
+        *("predict", photos, "-m", MODEL, "-c", "weights.pth", "--num-classes", 2),
         *("--class-names", "names.txt", "--score-threshold", 0, "--dtype", "bfloat16"),
     )
     assert result.exit_code == 0
@@ -141,7 +168,7 @@ def test_checkpoint_and_class_names(photos, tmp_path):
     assert "random" not in result.stderr
 
 
-def test_detect_mistakes(photos, tmp_path):
+def test_predict_mistakes(photos, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "bad.pth").write_bytes(b"junk" * 100)
@@ -151,7 +178,7 @@ def test_detect_mistakes(photos, tmp_path):
         ((), ["Missing argument"]),
         (("missing.jpg", *weights), ["missing.jpg does not exist"]),
         (("none/*.jpg", *weights), ["no file matches none/*.jpg"]),
-        (("empty", *weights), ["folder empty holds no images"]),
+        (("empty", *weights), ["folder empty holds no images or videos"]),
         ((photos,), ["--checkpoint FILE is required"]),
         ((photos, "-c", "bad.pth", *weights), ["exclude each other"]),
         ((photos, "-m", "tf_efficientdet_d9", *weights), ["d9", "did you mean", "_d7"]),
@@ -169,13 +196,13 @@ def test_detect_mistakes(photos, tmp_path):
         ((photos, "-m", MODEL, "--class-names", "file", *weights), ["90 names, got 0"]),
         ((photos, "--frobnicate"), ["--frobnicate"]),
     ]:
-        assert_one_line_error(edet_("detect", *arguments), *words)
+        assert_one_line_error(edet_("predict", *arguments), *words)
     assert sorted(tmp_path.rglob("*")) == before  # nothing written by halves
 
 
 def test_checkpoint_of_another_model(photos, tmp_path):
     edet.save_checkpoint(edet.create_model("tf_efficientdet_lite1"), tmp_path / "lite1.pth")
-    result = edet_("detect", photos, "-m", MODEL, "-c", "lite1.pth")
+    result = edet_("predict", photos, "-m", MODEL, "-c", "lite1.pth")
     assert result.exit_code == 2
     assert isinstance(result.exception, SystemExit)
     assert "Error: lite1.pth" in result.stderr
@@ -183,7 +210,7 @@ def test_checkpoint_of_another_model(photos, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_device_that_is_not_there(photos):
-    assert_one_line_error(detect(photos, "--device", "cuda"), "--device cuda cannot be used")
+    assert_one_line_error(predict(photos, "--device", "cuda"), "--device cuda cannot be used")
 
 
 # --- the other commands ---------------------------------------------------------------------------
@@ -268,7 +295,7 @@ def test_bench_compare_and_report(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "detect", "info", "bench", "bench run", "bench compare", "bench report", "models"],
+    ["", "predict", "info", "bench", "bench run", "bench compare", "bench report", "models"],
 )
 def test_help(command):
     result = edet_(*command.split(), "--help")

@@ -28,3 +28,19 @@ def test_repeated_bifpn_calls_leave_the_memory_as_it_was(thread_count, threads):
         call(planar)
     # an output of the finest level is 0.5 MiB: losing one buffer of a call would be 100 MiB
     assert resident_bytes() - before < 8 * 2**20
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc")
+@pytest.mark.usefixtures("kernels_only")
+def test_the_memory_of_a_large_call_is_given_back():
+    def call(batch):
+        graph = bifpn_graph((64, 64), levels=5, cells=3)
+        return sample("bifpn", batch=batch, channels=32, graph=graph)
+
+    large, small = call(64), call(1)
+    small(small.maps)
+    before = resident_bytes()
+    large(large.maps)  # its inner maps take 100 MiB
+    for _ in range(300):
+        small(small.maps)
+    assert resident_bytes() - before < 32 * 2**20

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,6 +29,19 @@ def _flat(outputs):
 
 def _parts(model):
     return [m for m in model.modules() if isinstance(m, PackedModule)]
+
+
+def test_freezing_imports_no_compiler():
+    """torch.compile's machinery takes a second and more memory than the network."""
+    code = f"""
+import sys, torch, edet
+model = edet.create_model("{MODEL}", image_size=64).eval().freeze()
+with torch.inference_mode():
+    model(torch.randn(1, 3, 64, 64))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @torch.no_grad()
@@ -102,11 +118,45 @@ def test_gradients_of_inputs_and_other_backends(model):
     assert image.grad is not None and image.grad.abs().sum() > 0
 
 
-def test_copies_are_not_frozen(model):
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_frozen_and_can_be_trained(model, how):
+    parameters = sum(p.requires_grad for p in model.parameters())
     model.freeze()
-    model(torch.randn(1, 3, 64, 64))
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(part._frozen is None for part in _parts(copied))
+    x = torch.randn(1, 3, 64, 64)
+    expected = _flat(model(x))
+    copied = how(model)
+    assert all(torch.equal(f, e) for f, e in zip(_flat(copied(x)), expected, strict=True))
+    assert [len(part._frozen.plans) for part in _parts(copied)] == [1] * len(_parts(copied))
+    copied.train()
+    assert sum(p.requires_grad for p in copied.parameters()) == parameters
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_what_a_frozen_module_does_see(model, monkeypatch):
+    x = torch.randn(1, 3, 64, 64)
+    before = _flat(model.freeze()(x))
+    model.class_net.predict.conv_pw.bias.add_(1)
+    model.class_net.repack()
+    torch.testing.assert_close(_flat(model(x))[0], before[0] + 1)
+    model.class_net.fused = False
+    monkeypatch.setattr(edet_kernels, "head", None)
+    monkeypatch.setattr(model.box_net, "fused", False)
+    assert len(_flat(model(x))) == len(before)
+
+
+@torch.no_grad()
+def test_threads_may_share_a_frozen_module(model):
+    fpn = model.fpn.freeze() or model.fpn
+    maps = [
+        [torch.randn(1, c, s, s) for c, s in zip(model.backbone.channels, sizes, strict=True)]
+        for sizes in ([(8 + n) * 4, (8 + n) * 2, 8 + n] for n in range(MAX_PLANS + 2))
+    ]
+    expected = [fpn(x) for x in maps]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(fpn, maps * 3))  # more shapes than there are plans
+    for f, e in zip(found, expected * 3, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(f, e, strict=True))
 
 
 @torch.no_grad()
@@ -154,3 +204,11 @@ def test_what_cannot_be_repeated_is_refused(function):
     x = torch.randn(3)
     _, plan = record(lambda: function(x), [x])
     assert plan.refusal
+
+
+@torch.no_grad()
+def test_another_view_of_an_input_is_no_constant():
+    x = torch.randn(3)
+    view = x[:]  # made where no plan sees it
+    _, plan = record(lambda: [x + view], [x])
+    assert "another view" in plan.refusal
