@@ -356,6 +356,12 @@ def _figure(width: float, height: float) -> Any:
     )
 
 
+def _variants(result: dict[str, Any]) -> list[str]:
+    """Names of all variants of a result, ours last: one order, and so one colour, everywhere."""
+    names = {name for row in result["rows"] for name in row["times"]}
+    return [*sorted(names - {OURS}), *sorted(names & {OURS})]
+
+
 def _colour(name: str, names: Sequence[str]) -> str:
     """Ours is red in every picture; the others are greys and blues."""
     others = [n for n in names if n != OURS]
@@ -388,7 +394,7 @@ def plot_size(result: dict[str, Any]) -> Any:
     if not rows:
         return None
     figure = _figure(10.5, 5)
-    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    names = [name for name in _variants(result) if any(name in row["times"] for row in rows)]
     for axes, key, scale, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("parameters", "macs"),
@@ -408,12 +414,20 @@ def plot_size(result: dict[str, Any]) -> Any:
                 linewidth=2 if name == OURS else 1.2,
                 label="edet-kernels" if name == OURS else name,
             )
-        for row in rows:
+        labelled: list[float] = []
+        for row in sorted(rows, key=lambda row: row["macs"]):
             if OURS in row["times"]:
                 point = row[key] / scale, row["times"][OURS]["median_ms"]
-                label_of = short(row["model"]).upper()
+                # of two models of one size the smaller is named below, the larger beside its point
+                beside = any(0.95 < point[0] / x < 1.05 for x in labelled)
+                labelled.append(point[0])
                 axes.annotate(
-                    label_of, point, (0, -12), textcoords="offset points", ha="center", fontsize=8
+                    short(row["model"]).upper(),
+                    point,
+                    (8, -3) if beside else (0, -13),
+                    textcoords="offset points",
+                    ha="left" if beside else "center",
+                    fontsize=8,
                 )
         for published, marker in zip(PUBLISHED, "^v<>", strict=True):
             points = [
@@ -427,7 +441,12 @@ def plot_size(result: dict[str, Any]) -> Any:
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        ticks = sorted({float(f"{row[key] / scale:.3g}") for row in rows})
+        values = sorted({float(f"{row[key] / scale:.3g}") for row in rows})
+        apart = (values[-1] / values[0]) ** 0.06  # labels that are nearer would overlap
+        ticks = values[:1]
+        for value in values[1:]:
+            if value > apart * ticks[-1]:
+                ticks.append(value)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         axes.minorticks_off()
         axes.set_xlabel(label)
@@ -446,11 +465,13 @@ def plot_stages(result: dict[str, Any]) -> Any:
     models = list(dict.fromkeys(row["model"] for s in stages for row in _rows(result, s)))
     if not models:
         return None
-    bars: list[tuple[str, list[float]]] = []
+    bars: list[tuple[str, list[float], float]] = []  # label, stages, the model's longest bar
     for model in models:
         rows = {s: next((r for r in _rows(result, s) if r["model"] == model), None) for s in stages}
-        names = list(dict.fromkeys(n for row in rows.values() if row for n in row["times"]))
-        for name in names:
+        mine: list[tuple[str, list[float]]] = []
+        for name in _variants(result):
+            if not any(row and name in row["times"] for row in rows.values()):
+                continue
             if any(row and name not in row["times"] and len(row["times"]) > 1
                    for row in rows.values()):  # fmt: skip
                 continue  # a variant of some stages only
@@ -461,20 +482,22 @@ def plot_stages(result: dict[str, Any]) -> Any:
                 chosen = times.get(name) or next(iter(times.values()), {"median_ms": 0.0})
                 heights.append(chosen["median_ms"])
             label = "edet-kernels" if name == OURS else name
-            bars.append((f"{short(model).upper()}  {label}", heights))
-    figure = _figure(9, 1.4 + 0.42 * len(bars))
+            mine.append((f"{short(model).upper()}  {label}", heights))
+        longest = max(sum(heights) for _, heights in mine)
+        bars += [(label, heights, longest) for label, heights in mine]
+    figure = _figure(9, 1.4 + 0.36 * len(bars))
     axes = figure.add_subplot()
     left = [0.0] * len(bars)
     for k, stage in enumerate(stages):
-        widths = [heights[k] for _, heights in bars]
-        axes.barh(range(len(bars)), widths, 0.7, left, color=f"C{k}", label=stage)
+        widths = [heights[k] / longest for _, heights, longest in bars]
+        axes.barh(range(len(bars)), widths, 0.8, left, color=f"C{k}", label=stage)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for i, total in enumerate(left):
-        axes.text(total, i, f" {total:.1f} ms", va="center", fontsize=9)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    for i, (_, heights, _) in enumerate(bars):
+        axes.text(left[i], i, f" {sum(heights):.1f} ms", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+    axes.margins(x=0.14, y=0.01)
     axes.invert_yaxis()
-    axes.margins(x=0.14)
-    axes.set_xlabel("milliseconds, sum of the stages' medians")
+    axes.set_xlabel("sum of the stages' medians, as a part of the model's longest")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
@@ -496,12 +519,14 @@ def plot_throughput(result: dict[str, Any]) -> Any:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = _figure(max(3.6 * columns, 5), 3.4 * lines)
-    names = list(dict.fromkeys(n for rows in panels.values() for r in rows for n in r["times"]))
+    names = _variants(result)
     for axes, (model, rows) in zip(
         figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False
     ):
         for name in names:
             mine = [row for row in rows if name in row["times"]]
+            if not mine:
+                continue
             axes.plot(
                 [row.get("batch_size", 1) for row in mine],
                 [throughput(row, name) for row in mine],
@@ -538,26 +563,32 @@ def plot_roofline(result: dict[str, Any]) -> Any:
     reach = np.geomspace(min(*intensities, peak / bandwidth) / 3, max(intensities) * 3, 100)
     axes.plot(reach, np.minimum(peak, bandwidth * reach), color="0.3", linewidth=1.5)
     axes.text(reach[-1], peak, f"{peak:.0f} GFLOP/s ", ha="right", va="bottom", fontsize=9)
-    axes.text(reach[0], bandwidth * reach[0] * 1.3, f" {bandwidth:.0f} GB/s", fontsize=9)
-    names = [n for n in dict.fromkeys(n for r in rows for n in r["times"])]
-    for name in names:
-        points = [
-            (x, 2e-6 * row["macs"] / row["times"][name]["median_ms"])
-            for x, row in zip(intensities, rows, strict=True)
-            if name in row["times"]
-        ]
-        label = "edet-kernels" if name == OURS else name
-        axes.plot(*zip(*points, strict=True), "o", color=_colour(name, names), label=label)
+    at = reach[0] * 1.3, bandwidth * reach[0] * 1.2
+    axes.text(*at, f"{bandwidth:.0f} GB/s", va="top", fontsize=9)
+    names = _variants(result)
+    stages = [stage for stage in STAGE_ORDER if any(row["stage"] == stage for row in rows)]
     for x, row in zip(intensities, rows, strict=True):
-        if OURS in row["times"]:
-            y = 2e-6 * row["macs"] / row["times"][OURS]["median_ms"]
-            text = f"{short(row['model']).upper()} {row['stage']}"
-            axes.annotate(text, (x, y), (5, 5), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        marker = "osD^vP*"[stages.index(row["stage"])]
+        for name, times in row["times"].items():
+            point = x, 2e-6 * row["macs"] / times["median_ms"]
+            axes.plot(*point, marker, color=_colour(name, names), markersize=6)
+            if name == OURS:
+                text = short(row["model"]).upper()
+                axes.annotate(text, point, (5, 4), textcoords="offset points", fontsize=7)
+    for name in names:
+        label = "edet-kernels" if name == OURS else name
+        axes.plot([], [], "s", color=_colour(name, names), markersize=9, label=label)
+    for stage in stages:
+        axes.plot([], [], "osD^vP*"[stages.index(stage)], color="0.3", label=stage)
+    ticker = require("matplotlib.ticker", "plot")
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel("operations per byte that must move")
     axes.set_ylabel("GFLOP/s")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _clean(axes)
     return figure
 
@@ -579,21 +610,15 @@ def plot_fusion(result: dict[str, Any]) -> Any:
     figure = _figure(max(5, 1.3 * len(groups) + 1), 4)
     axes = figure.add_subplot()
     for k, name in enumerate(("softmax", "fast")):
-        heights = [group[k + 1] for group in groups]
-        axes.bar(
-            [i + 0.4 * k - 0.2 for i in range(len(groups))],
-            heights,
-            0.38,
-            color=f"C{k}",
-            label=name,
-        )
-        for i, height in enumerate(heights):
-            axes.text(
-                i + 0.4 * k - 0.2, height, f"{height:.1f}", ha="center", va="bottom", fontsize=8
-            )
+        places = [i + 0.4 * k - 0.2 for i in range(len(groups))]
+        heights = [group[k + 1] / max(group[1:]) for group in groups]
+        axes.bar(places, heights, 0.38, color=f"C{k}", label=name)
+        for place, height, group in zip(places, heights, groups, strict=True):
+            text = f"{group[k + 1]:.1f}"
+            axes.text(place, height, text, ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(groups)), [name for name, _, _ in groups], fontsize=8)
-    axes.set_ylabel("BiFPN, milliseconds")
-    axes.legend(frameon=False)
+    axes.set_ylabel("BiFPN, part of the slower; ms above")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _clean(axes)
     return figure
 
@@ -644,16 +669,18 @@ tr:hover { background: #f5f5f5 } .table { overflow-x: auto } p.note { color: #66
 
 def html(result: dict[str, Any], pictures: Sequence[tuple[str, bytes]]) -> str:
     """A result as one page that needs no other file; ``pictures`` are titles and PNG bytes."""
-    parts = ["<h1>edet-kernels: benchmark</h1>"]
-    for block in markdown(result).split("\n\n"):
-        if block.startswith("|"):
-            parts.append(_html_table(block.splitlines()))
-        else:
-            parts.append(f"<p>{escape.escape(block.replace('**', ''))}</p>")
+    first, *blocks = markdown(result).split("\n\n")
+    parts = ["<h1>edet-kernels: benchmark</h1>", f"<p>{escape.escape(first.replace('**', ''))}</p>"]
     for title, png in pictures:
         data = base64.b64encode(png).decode()
         name = escape.escape(title)
         parts.append(f'<h2>{name}</h2>\n<img alt="{name}" src="data:image/png;base64,{data}">')
+    parts.append("<h2>All times</h2>")
+    for block in blocks:
+        if block.startswith("|"):
+            parts.append(_html_table(block.splitlines()))
+        else:
+            parts.append(f"<p>{escape.escape(block.replace('**', ''))}</p>")
     table = published_table([row["model"] for row in result["rows"]])
     if table:
         parts.append("<h2>Published elsewhere, on other hardware</h2>")
