@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is se
 import edet_kernels  # noqa: E402
 from benchmarks import rivals  # noqa: E402
 from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
-from edet.anchors import generate_anchors  # noqa: E402
+from edet.anchors import model_anchors  # noqa: E402
 from edet.bench import (  # noqa: E402
     Call,
     CheckFailed,
@@ -261,19 +261,15 @@ class Case:
         name = STAGES[stage]
         return calls[PART_OF_BENCH.get(name, name)]
 
+    @cached_property
+    def anchors(self) -> Tensor:
+        return model_anchors(self.ours.config)
+
     def detections(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Post-processing of the network's outputs."""
         config = self.ours.config
-        anchors = generate_anchors(
-            config.image_size,
-            min_level=config.min_level,
-            max_level=config.max_level,
-            num_scales=config.num_scales,
-            aspect_ratios=config.aspect_ratios,
-            anchor_scale=config.anchor_scale,
-        )
         classes, boxes = outputs[: config.levels], outputs[config.levels :]
-        return list(postprocess(classes, boxes, anchors, sizes=[config.image_size]))
+        return list(postprocess(classes, boxes, self.anchors, sizes=[config.image_size]))
 
     def reference_detections(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """:meth:`detections` by the reference in PyTorch."""

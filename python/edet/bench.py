@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import edet_kernels
 
 from . import report
-from .anchors import generate_anchors
+from .anchors import model_anchors
 from .configs import get_config
 from .efficientdet import EfficientDet, count_macs, count_parameters, create_model
 from .extras import require
@@ -262,15 +262,7 @@ def outer_calls(model: EfficientDet, images: Tensor) -> tuple[Call, Call, Call]:
         arguments: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
         return [preprocess(photographs, size, mean=config.mean, std=config.std, **arguments).images]
 
-    anchors = generate_anchors(
-        size,
-        min_level=config.min_level,
-        max_level=config.max_level,
-        num_scales=config.num_scales,
-        aspect_ratios=config.aspect_ratios,
-        anchor_scale=config.anchor_scale,
-        device=images.device,
-    )
+    anchors = model_anchors(config, size, device=images.device)
     classes, boxes = model(images)
 
     def after() -> list[Tensor]:
