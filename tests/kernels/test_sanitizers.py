@@ -1,7 +1,6 @@
 """The op tests again, on CPU kernels compiled with AddressSanitizer and UBSan."""
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -11,11 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-#: Test files by instruction set; None is the best one that was built.
-FILES = {
-    None: ("test_ops.py", "test_bifpn.py", "test_nms.py", "test_detect.py"),
-    "baseline": ("test_bifpn.py", "test_detect.py"),
-}
+FILES = ("test_ops.py", "test_bifpn.py", "test_nms.py", "test_detect.py")
 
 
 def _runtimes() -> list[str]:
@@ -37,12 +32,11 @@ def sanitized() -> Path:
     if not (ROOT / "CMakeLists.txt").is_file():
         pytest.skip("needs the source tree")
     folder = ROOT / "build" / "sanitized"
-    isas = "baseline;avx512" if platform.machine() == "x86_64" else ""
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     options = [
         "-DEDET_CUDA=OFF",
         "-DEDET_SANITIZE=address,undefined",
-        f"-DEDET_ISAS={isas}",
+        "-DEDET_ISAS=baseline",  # the same source; intrinsics are not looked into anyway
         "-DCMAKE_CXX_FLAGS=-DEDET_BF16_PAIRS",  # as CPUs with bf16 instructions multiply
         f"-DEDET_TORCH_DIR={Path(torch.__file__).parent}",
         *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
@@ -66,14 +60,12 @@ def _environment(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", FILES)
-def test_ops_under_sanitizers(sanitized: Path, isa: str | None) -> None:
+def test_ops_under_sanitizers(sanitized: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    files = [str(Path(__file__).parent / name) for name in FILES[isa]]
+    files = [str(Path(__file__).parent / name) for name in FILES]
     done = subprocess.run(
         [*command, *files],
-        env=_environment(sanitized) | ({"EDET_CPU_ISA": isa} if isa else {}),
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=_environment(sanitized), cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
