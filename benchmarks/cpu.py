@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is se
 import edet_kernels  # noqa: E402
 from benchmarks import rivals  # noqa: E402
 from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
-from edet.anchors import generate_anchors  # noqa: E402
+from edet.anchors import model_anchors  # noqa: E402
 from edet.bench import (  # noqa: E402
     Call,
     CheckFailed,
@@ -261,19 +261,15 @@ class Case:
         name = STAGES[stage]
         return calls[PART_OF_BENCH.get(name, name)]
 
+    @cached_property
+    def anchors(self) -> Tensor:
+        return model_anchors(self.ours.config)
+
     def detections(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Post-processing of the network's outputs."""
         config = self.ours.config
-        anchors = generate_anchors(
-            config.image_size,
-            min_level=config.min_level,
-            max_level=config.max_level,
-            num_scales=config.num_scales,
-            aspect_ratios=config.aspect_ratios,
-            anchor_scale=config.anchor_scale,
-        )
         classes, boxes = outputs[: config.levels], outputs[config.levels :]
-        return list(postprocess(classes, boxes, anchors, sizes=[config.image_size]))
+        return list(postprocess(classes, boxes, self.anchors, sizes=[config.image_size]))
 
     def reference_detections(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """:meth:`detections` by the reference in PyTorch."""
@@ -289,9 +285,6 @@ class Case:
         if stage == "post":
             detect = self.detections if name == OURS else self.reference_detections
             return lambda: detect(self.head_outputs)
-        if stage == "network+post":
-            network = self.call(name, "network")
-            return lambda: self.detections(network())
         if name == OURS:
             return self.part(stage, self.ours)
         if name == "eager":
@@ -313,6 +306,8 @@ class Case:
         Raises:
             CheckFailed: ours or eager computes something else.
         """
+        if stage == "network+post":
+            return self._with_detections(*self.checked_calls("network", names))
         calls: dict[str, Call] = {}
         unavailable: dict[str, str] = {}
         if stage == "post":  # the others have none of their own
@@ -328,12 +323,10 @@ class Case:
                 calls.pop(name, None)
                 unavailable[name] = str(error) or type(error).__name__
                 log(f"  {name} is not available: {unavailable[name].splitlines()[0]}")
-        if stage in ("post", "network+post"):
+        if stage == "post":
+            right = self.reference_detections(self.head_outputs)
             for name, found in outputs.items():
-                raw = self.head_outputs
-                if stage == "network+post":
-                    raw = [x.clone() for x in self.call(name, "network")()]
-                check_detections(f"{name}, {stage}", found, self.reference_detections(raw))
+                check_detections(f"{name}, {stage}", found, right)
             return calls, {}, unavailable
         exact = self.part(stage, copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part(stage, self.eager)(), exact)
@@ -349,6 +342,29 @@ class Case:
                 del calls[name], errors[name]
         gate(what, errors, eager, self.dtype, factor)
         return calls, errors, unavailable
+
+    def _then_detections(self, network: Call) -> Call:
+        return lambda: self.detections(network())
+
+    @torch.inference_mode()
+    def _with_detections(
+        self, networks: dict[str, Call], _: dict[str, float], unavailable: dict[str, str]
+    ) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+        """Our post-processing after each checked network, checked on that network's own outputs."""
+        calls = {}
+        for name, network in networks.items():
+            raw = [x.clone() for x in network()]
+            try:
+                right = self.reference_detections(raw)
+                check_detections(f"{name}, network+post", self.detections(raw), right)
+            except CheckFailed as error:
+                if name in (OURS, "eager"):
+                    raise
+                unavailable[name] = str(error)
+                log(f"  {error}")
+                continue
+            calls[name] = self._then_detections(network)
+        return calls, {}, unavailable
 
 
 # What is measured --------------------------------------------------------------------------------

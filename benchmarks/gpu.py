@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,6 @@ import edet_kernels  # noqa: E402
 from benchmarks.cpu import gate  # noqa: E402
 from edet import report  # noqa: E402
 from edet.bench import (  # noqa: E402
-    CheckFailed,
     check_detections,
     machine_name,
     relative_difference,
@@ -38,8 +40,12 @@ from edet_kernels import library, reference  # noqa: E402
 SCHEMA = "edet-bench-gpu/1"
 MODELS = tuple(f"tf_efficientdet_d{i}" for i in (*range(8), "7x"))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-#: Variants: ours and eager as they are and in a CUDA graph, and what torch.compile makes of eager.
-VARIANTS = (OURS, "ours, graph", "eager", "eager, graph", "compile", "compile, max-autotune")
+#: Variants: ours by its CUDA and by its Triton kernels and eager, as they are and in a CUDA graph,
+#: and what torch.compile makes of eager.
+VARIANTS = (OURS, "ours, graph", "Triton", "Triton, graph", "eager", "eager, graph",
+            "compile", "compile, max-autotune")  # fmt: skip
+#: Where the arguments are and the backend of ours.
+DEVICE = "cuda"
 #: Bytes of inputs that rotate when the second-level cache is to be cold: more than any GPU has.
 COLD_BYTES = 512 * 2**20
 
@@ -56,7 +62,11 @@ class Case:
 
     def run(self, module: Any) -> list[Tensor]:
         """The op's results, by ``edet_kernels`` or by ``edet_kernels.reference``."""
-        found = getattr(module, self.op)(*self.arguments, **self.options)
+        return self.listed(getattr(module, self.op)(*self.arguments, **self.options))
+
+    @staticmethod
+    def listed(found: Any) -> list[Tensor]:
+        """An op's result as a list."""
         return [found] if isinstance(found, Tensor) else list(found)
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -198,21 +208,35 @@ CASES: dict[str, Callable[[Maker], Case]] = {
 }
 
 
-def check(name: str, case: Case, dtype: torch.dtype) -> float:
-    """Checks our result by the error rule; the error as a fraction of the largest value.
+class Judge:
+    """The right result of a case, and how far from it a variant may be.
 
-    Raises:
-        CheckFailed: it is wrong.
+    Args:
+        what: the case, for messages.
+        case: its arguments.
+        dtype: of the maps.
     """
-    found = case.run(edet_kernels)
-    if case.op == "detect":
-        check_detections(name, found, case.run(reference))
-        return 0.0
-    exact = case.to(torch.float64).run(reference)
-    eager = relative_difference(case.to(dtype).run(reference), exact)
-    error = relative_difference(found, exact)
-    gate(name, {OURS: error}, eager, dtype)
-    return error
+
+    def __init__(self, what: str, case: Case, dtype: torch.dtype) -> None:
+        self.what, self.op, self.dtype = what, case.op, dtype
+        if case.op == "detect":
+            self.expected, self.eager = case.run(reference), 0.0
+            return
+        self.expected = case.to(torch.float64).run(reference)
+        self.eager = relative_difference(case.to(dtype).run(reference), self.expected)
+
+    def check(self, name: str, found: Sequence[Tensor]) -> float:
+        """The error of the variant ``name`` as a fraction of the largest value.
+
+        Raises:
+            CheckFailed: it is wrong.
+        """
+        if self.op == "detect":
+            check_detections(f"{self.what}, {name}", found, self.expected)
+            return 0.0
+        error = relative_difference(found, self.expected)
+        gate(self.what, {name: error}, self.eager, self.dtype)
+        return error
 
 
 def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -228,17 +252,22 @@ def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def variant(name: str, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
-    """The call of one of :data:`VARIANTS`."""
+def variant(name: str, op: str) -> Callable[[Case], list[Tensor]]:
+    """What one of :data:`VARIANTS` does with a case of ``op``; compiled once for all its cases."""
     if name.startswith(OURS):
-        call: Callable[[], Any] = lambda: case.run(edet_kernels)  # noqa: E731
-    else:
-        eager = case.to(dtype) if case.op != "detect" else case
-        call = lambda: eager.run(reference)  # noqa: E731
-        if name.startswith("compile"):
-            mode = "max-autotune" if name.endswith("max-autotune") else None
-            call = torch.compile(call, mode=mode, fullgraph=True)
-    return _graph(call) if name.endswith("graph") else call
+        return lambda case: case.run(edet_kernels)
+    if name.startswith("Triton"):
+
+        def by_triton(case: Case) -> list[Tensor]:
+            with edet_kernels.backend("triton"):
+                return case.run(edet_kernels)
+
+        return by_triton
+    if not name.startswith("compile"):
+        return lambda case: case.run(reference)
+    mode = "max-autotune" if name.endswith("max-autotune") else None
+    function = torch.compile(getattr(reference, op), mode=mode, fullgraph=True, dynamic=False)
+    return lambda case: Case.listed(function(*case.arguments, **case.options))
 
 
 def measure(calls: Sequence[Callable[[], Any]], seconds: float) -> dict[str, Any]:
@@ -271,36 +300,59 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def row(
-    title: str, make: Maker, names: Sequence[str], cold: bool, seconds: float
-) -> dict[str, Any]:
-    """One row: the op at one model's shapes, every variant that runs."""
+def rows(
+    title: str, make: Maker, names: Sequence[str], caches: Sequence[str], seconds: float
+) -> list[dict[str, Any]]:
+    """The op at one model's shapes, every variant that runs and is right: a row for each cache.
+
+    Raises:
+        CheckFailed: ours is wrong.
+        RuntimeError: ours cannot run.
+    """
+    if any(name.startswith("compile") for name in names):
+        torch.compiler.reset()  # or the compiler would make one program for the shapes of all rows
     case = CASES[title](make)
-    what = f"{title}, {make.config.name}, batch {make.batch}, {make.dtype}"
-    error = check(what, case, make.dtype)
-    copies = max(2, min(64, COLD_BYTES // max(case.bytes, 1))) if cold else 1
+    judge = Judge(title, case, make.dtype)
+    copies = max(2, min(64, COLD_BYTES // max(case.bytes, 1))) if "cold" in caches else 1
     cases = [case] + [CASES[title](make) for _ in range(copies - 1)]
-    times: dict[str, Any] = {}
+    cast = [c if c.op == "detect" else c.to(make.dtype) for c in cases]  # weights too, for PyTorch
+    times: dict[str, dict[str, Any]] = {cache: {} for cache in caches}
+    errors: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     for name in names:
         try:
-            times[name] = measure([variant(name, c, make.dtype) for c in cases], seconds)
+            run = variant(name, case.op)
+            mine = cases if name.startswith((OURS, "Triton")) else cast
+            errors[name] = judge.check(name, run(mine[0]))
+            calls: list[Callable[[], Any]] = [partial(run, c) for c in mine]
+            if name.endswith("graph"):
+                calls = [_graph(call) for call in calls]
+            for cache in caches:
+                times[cache][name] = measure(calls if cache == "cold" else calls[:1], seconds)
         except Exception as reason:
             if name.startswith(OURS):
                 raise
-            unavailable[name] = str(reason).splitlines()[0] if str(reason) else repr(reason)
-    return {
-        "case": title,
-        "model": make.config.name,
-        "batch": make.batch,
-        "dtype": str(make.dtype).removeprefix("torch."),
-        "cache": "cold" if cold else "warm",
-        "error": error,
-        "bytes": case.bytes,
-        "operations": case.operations,
-        "times": times,
-        "unavailable": unavailable,
-    }
+            unavailable[name] = first_line(reason)
+    return [
+        {
+            "case": title,
+            "model": make.config.name,
+            "batch": make.batch,
+            "dtype": str(make.dtype).removeprefix("torch."),
+            "cache": cache,
+            "errors": errors,
+            "bytes": case.bytes,
+            "operations": case.operations,
+            "times": times[cache],
+            "unavailable": unavailable,
+        }
+        for cache in caches
+    ]
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -320,6 +372,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{1e3 * r['times'][n]['median_ms']:.1f}" if n in r["times"] else "" for n in names
         ]
         lines.append(f"| {' | '.join([*cells, *(f'{share:.0%}' for share in shares)])} |")
+    lines += [f"\nNot measured: {what}" for what in result["left_out"]]
     return "\n".join(lines)
 
 
@@ -347,6 +400,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     add("--caches", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
     add("--seconds", type=float, default=0.1, help="of each figure, at least 20 samples")
+    add("--limit", type=float, default=math.inf, help="seconds after which nothing new is begun")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args(argv)
     if min(args.batches) < 1:
@@ -354,6 +408,54 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not args.output.parent.is_dir():
         parser.error(f"the folder of --output does not exist: {args.output.parent}")
     return args
+
+
+def _usable() -> bool:
+    """Whether the GPU still answers: after an illegal access it does not."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Fills ``result`` and writes it after each case, so that nothing that was measured is lost.
+
+    All cases come first without torch.compile, which takes longer than all else; a case that fails
+    is noted.
+    """
+    end = time.monotonic() + args.limit
+    cases = [
+        (title, Maker(get_config(model), batch, DTYPES[dtype], torch.device(DEVICE)))
+        for model in args.models
+        for batch in args.batches
+        for dtype in args.dtypes
+        for title in args.cases
+    ]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for compiled in (False, True):
+        names = [name for name in args.variants if name.startswith("compile") == compiled]
+        for i, (title, make) in enumerate(cases if names else []):
+            what = f"{title}, {make.config.name}, batch {make.batch}, {make.dtype}"
+            if time.monotonic() > end:
+                rest = len(cases) - i
+                result["left_out"].append(f"{', '.join(names)}: {rest} of {len(cases)} cases")
+                break
+            try:
+                for row in rows(title, make, names, args.caches, args.seconds):
+                    known = found.setdefault((what, row["cache"]), row)
+                    for key in ("times", "errors", "unavailable"):
+                        known[key].update(row[key])
+            except Exception as error:
+                result["failures"][what] = first_line(error)
+                if not _usable():
+                    result["left_out"].append(f"all after {what}: the GPU answers no more")
+                    return
+            result["rows"] = list(found.values())
+            result["softmax_ratio"] = softmax_ratio(result["rows"])
+            args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
@@ -366,33 +468,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(library.status())
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
-    device = torch.device("cuda")
-    rows: list[dict[str, Any]] = []
-    try:
-        with edet_kernels.backend("cuda"):
-            for model in args.models:
-                for batch in args.batches:
-                    for dtype in args.dtypes:
-                        make = Maker(get_config(model), batch, DTYPES[dtype], device)
-                        for title in args.cases:
-                            for cache in args.caches:
-                                rows.append(
-                                    row(title, make, args.variants, cache == "cold", args.seconds)
-                                )
-    except CheckFailed as error:
-        sys.exit(str(error))
-    result = {
+    result: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": machine_name(device),
+        "device": machine_name(torch.device(DEVICE)),
         "torch": torch.__version__,
         "library": library.status(),
         "ceilings": {name: ceilings(DTYPES[name]) for name in args.dtypes},
-        "softmax_ratio": softmax_ratio(rows),
-        "rows": rows,
+        "softmax_ratio": None,
+        "rows": [],
+        "failures": {},
+        "left_out": [],
     }
+    with edet_kernels.backend(DEVICE):
+        run(args, result)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(markdown(result))
+    if result["failures"]:
+        sys.exit("\n".join(f"{what}: {why}" for what, why in result["failures"].items()))
 
 
 if __name__ == "__main__":

@@ -1,45 +1,74 @@
-"""Everything that only a GPU can tell, in one command: build, test, sanitize, time.
+"""Everything that only a GPU can tell, in one command and ten minutes: build, test, sanitize, time.
 
 ``make gpu-check`` runs it with the Python at hand, which needs torch ≥ 2.10, cmake, ninja and
-pytest; no network. Results go to one folder; the GPU's settings are left as they are.
+pytest; no network. Results go to one folder; the GPU's settings are left as they are. A step that
+fails or takes too long costs no other its results.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("build", "test", "sanitize", "benchmark")
 TOOLS = ("memcheck", "racecheck", "synccheck")
+#: Seconds that all steps may take, and each; the benchmark, which is last, may take what is left.
+TOTAL, LIMITS = 570, {"build": 180, "test": 120, "sanitize": 120}
+#: Of these the benchmark keeps some to end by itself, with what it has.
+SPARE = 20
+#: Bytes of a log that are kept: its end.
+LOG_BYTES = 2**20
+#: Files that hold tests for a GPU: the others may need packages that are not there.
+TESTS = ("tests/kernels/test_gpu.py", "tests/models/test_packing.py")
 
 
-def plan(steps: Sequence[str], folder: Path, sanitizer: str | None) -> list[tuple[str, list[str]]]:
-    """The commands of ``steps``, in order, each with a name for its log."""
+@dataclass
+class Part:
+    """A command of a step, and what its environment has more."""
+
+    name: str
+    command: list[str]
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def plan(steps: Sequence[str], folder: Path, sanitizer: str | None) -> dict[str, list[Part]]:
+    """The commands of each of ``steps``, in order; those of a step run at once."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    commands: list[tuple[str, list[str]]] = []
+    commands: dict[str, list[Part]] = {}
     if "build" in steps:
-        commands.append(("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"]))
+        command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+        commands["build"] = [Part("build", command)]
     if "test" in steps:
-        commands.append(("test", pytest))
+        commands["test"] = [Part("test", [*pytest, *TESTS])]
     if "sanitize" in steps and sanitizer:
-        small = [*pytest, "tests/kernels/test_gpu.py", "-k", "sanitize"]
-        for tool in TOOLS:
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *small]
-            commands.append((f"sanitize-{tool}", command))
+        small = [*pytest, TESTS[0], "-k", "sanitize"]
+        # torch's allocator hands out parts of blocks, whose ends memcheck would not see
+        commands["sanitize"] = [
+            Part(
+                tool,
+                [sanitizer, "--tool", tool, "--error-exitcode", "1", *small],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {},
+            )
+            for tool in TOOLS
+        ]
     if "benchmark" in steps:
         command = [python, "benchmarks/gpu.py", "--models", "tf_efficientdet_d0",
                    "tf_efficientdet_d3", "--batches", "1", "64", "--dtypes", "float16",
                    "--output", str(folder / "gpu.json")]  # fmt: skip
-        commands.append(("benchmark", command))
+        commands["benchmark"] = [Part("benchmark", command)]
     return commands
 
 
@@ -50,6 +79,17 @@ def find_sanitizer() -> str | None:
     return shutil.which(
         "compute-sanitizer", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"])
     )
+
+
+def driver() -> str:
+    """What nvidia-smi says of the driver, clocks and limits; or why it says nothing."""
+    keys = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
+    command = ["nvidia-smi", f"--query-gpu={keys}", "--format=csv"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {error}"
+    return (done.stdout or done.stderr).strip()
 
 
 def device() -> dict[str, object]:
@@ -68,9 +108,55 @@ def device() -> dict[str, object]:
         "capability": f"{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory": properties.total_memory,
+        "driver": driver(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
     }
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(parts: Sequence[Part], log: Path, env: dict[str, str], limit: float) -> dict[str, object]:
+    """Runs the commands of a step at once; their exit codes, or "too long" after ``limit`` seconds.
+
+    Their outputs go to ``log``, one after the other, each cut to its end.
+    """
+    start = time.monotonic()
+    running = []
+    for part in parts:
+        own = log.with_suffix(f".{part.name}")
+        with own.open("wb") as stream:
+            running.append(
+                (part, own, subprocess.Popen(
+                    part.command, cwd=ROOT, env={**env, **part.variables}, stdout=stream,
+                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                ))
+            )  # fmt: skip
+    codes: dict[str, int | str] = {}
+    try:
+        for part, _, process in running:
+            try:
+                left = max(0.0, start + limit - time.monotonic())
+                codes[part.name] = process.wait(timeout=left)
+            except subprocess.TimeoutExpired:
+                codes[part.name] = "too long"
+    finally:
+        for _, _, process in running:
+            end(process)
+    with log.open("wb") as whole:
+        for part, own, _ in running:
+            whole.write(f"=== {part.name}: {codes[part.name]}\n".encode())
+            output = own.read_bytes()
+            whole.write(output[-LOG_BYTES:] + b"\n")
+            own.unlink()
+    return {"codes": codes, "seconds": round(time.monotonic() - start, 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-check")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all steps together")
     args = parser.parse_args(argv)
+    start = time.monotonic()
     found = device()
     args.output.mkdir(parents=True, exist_ok=True)
     sanitizer = find_sanitizer()
@@ -86,23 +174,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("compute-sanitizer was not found: that step is left out")
     env = {**os.environ, "EDET_CUDA": "1", "EDET_CUDA_ARCHS": str(found["capability"])}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    results: dict[str, object] = {"device": found, "steps": {}}
+    steps: dict[str, object] = {}
     failed = []
-    for name, command in plan(args.steps, args.output, sanitizer):
-        print(f"{name} …", flush=True)
-        start = time.monotonic()
-        with (args.output / f"{name}.log").open("w") as log:
-            code = subprocess.run(
-                command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        steps = results["steps"]
-        assert isinstance(steps, dict)
-        steps[name] = {"code": code, "seconds": round(time.monotonic() - start, 1)}
-        (args.output / "result.json").write_text(json.dumps(results, indent=1) + "\n")
-        if code:
-            failed.append(name)
-            if name == "build":
-                break
+    for name, parts in plan(args.steps, args.output.resolve(), sanitizer).items():
+        left = start + args.seconds - time.monotonic()
+        limit = min(LIMITS.get(name, left), left)
+        if name == "benchmark":
+            parts[0].command += ["--limit", str(max(0.0, limit - SPARE))]
+        print(f"{name} (at most {max(limit, 0):.0f} s) …", flush=True)
+        outcome = run(parts, args.output / f"{name}.log", env, limit)
+        steps[name] = outcome
+        failed += [part for part, code in outcome["codes"].items() if code != 0]  # type: ignore[attr-defined]
+        text = json.dumps({"device": found, "steps": steps}, indent=1) + "\n"
+        (args.output / "result.json").write_text(text, encoding="utf-8")
+        if name in failed and name == "build":
+            break  # an older library, if any, is not what is to be checked
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; see the logs in {args.output}")
     print(f"all passed; results in {args.output}")

@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 _fake.register()
 _autograd.register()
+_autograd.register("edet_kernels_tf32")
 
 __all__ = [
     "BackendError",

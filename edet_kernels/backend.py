@@ -40,8 +40,14 @@ OPS = (
 #: Those that have Triton kernels.
 TRITON_OPS = ("lateral", "weighted_fusion", "fusion_node", "bifpn", "separable_conv", "head")
 
+#: Those that multiply: on CUDA, floats as TF32 where torch may.
+TF32_OPS = ("mbconv", "lateral", "fusion_node", "bifpn", "separable_conv", "head")
+
 #: The compute capability that Triton's compiler asks for.
 _TRITON_CAPABILITY = (8, 0)
+
+#: The first one with TF32 tensor cores.
+_TF32_CAPABILITY = (8, 0)
 
 _log = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()
@@ -167,6 +173,35 @@ def _refusal(op: str, name: str, device_type: str, dtype: torch.dtype) -> str:
     return ""
 
 
+@functools.cache
+def _has_tf32(op: str) -> bool:
+    """Whether the library and the GPU can multiply floats as TF32 in ``op``."""
+    return (
+        op in TF32_OPS
+        and torch.cuda.get_device_capability() >= _TF32_CAPABILITY
+        and has_kernel(op, "cuda", "edet_kernels_tf32")
+    )
+
+
+def _multiplies_tf32(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the CUDA kernel of ``op`` multiplies maps of ``dtype`` as TF32.
+
+    As torch's own matrix products do, it follows ``torch.backends.cuda.matmul.fp32_precision``,
+    which ``allow_tf32`` and ``torch.set_float32_matmul_precision`` set too.
+    """
+    return (
+        device_type == "cuda"
+        and dtype == torch.float32
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        and _has_tf32(op)
+    )
+
+
+def _precision(op: str, name: str, dtype: torch.dtype) -> str:
+    """What a :class:`Choice` of the backend ``name`` adds to its reason."""
+    return "; TF32 products" if _multiplies_tf32(op, name, dtype) else ""
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
     """The backend ``op`` runs on for maps of ``dtype`` on ``device``, and why.
 
@@ -180,7 +215,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         refusal = _refusal(op, asked, device.type, dtype)
         if refusal:
             raise BackendError(f"{op} cannot run on backend {asked!r}: {refusal}")
-        return Choice(op, asked, "asked for")
+        return Choice(op, asked, "asked for" + _precision(op, asked, dtype))
     if device.type not in ("cpu", "cuda"):
         return Choice(op, "reference", f"no kernels for device type {device.type}")
     refusal = _refusal(op, device.type, device.type, dtype)
@@ -195,7 +230,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
             _told.add((op, refusal))
             _log.debug("%s runs its reference: %s", op, refusal)
         return Choice(op, "reference", refusal)
-    return Choice(op, device.type, f"compiled {device.type.upper()} kernel")
+    reason = f"compiled {device.type.upper()} kernel" + _precision(op, device.type, dtype)
+    return Choice(op, device.type, reason)
 
 
 def _reference_when_traced(op: str, device: str, dtype: torch.dtype) -> bool:
@@ -228,7 +264,9 @@ def _namespace(op: str, device_type: str, dtype: torch.dtype) -> str:
     asked = current_backend()
     if asked == "auto" and device_type == "cuda" and _refusal(op, "cuda", "cuda", dtype):
         asked = "triton"
-    return "edet_kernels_triton" if asked == "triton" else "edet_kernels"
+    if asked == "triton":
+        return "edet_kernels_triton"
+    return "edet_kernels_tf32" if _multiplies_tf32(op, device_type, dtype) else "edet_kernels"
 
 
 _namespace._dynamo_marked_constant = True  # type: ignore[attr-defined]

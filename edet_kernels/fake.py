@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .backend import TF32_OPS
 
 
 def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -286,3 +287,6 @@ def register() -> None:
         for op, function in FAKES.items():
             if library.has_op(op):
                 torch.library.register_fake(f"edet_kernels::{op}", function)
+        for op in TF32_OPS:
+            if hasattr(torch.ops.edet_kernels_tf32, op):
+                torch.library.register_fake(f"edet_kernels_tf32::{op}", FAKES[op])

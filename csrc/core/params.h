@@ -109,6 +109,7 @@ struct Projection {
 // An inverted residual block: expand 1×1 → depthwise k×k → squeeze-excite → project 1×1 (+ input).
 struct MbconvParams {
   DType dtype;
+  bool tf32;          // CUDA: whether floats may be multiplied as tf32
   const void* input;  // (n, h, w, c_in)
   int64_t n, h, w, c_in, c_mid, out_h, out_w;
   const float *expand, *expand_scale, *expand_shift;  // packed (c_mid, c_in); null: c_mid is c_in
@@ -136,9 +137,9 @@ struct MbconvParams {
 struct StemParams {
   DType dtype;  // of out
   const void* image;
-  bool is_uint8;                    // image elements: uint8, else dtype
-  int64_t stride[4];                // of the image's N, C, H, W, in elements
-  const float *mean, *inverse_std;  // (3): pixels become (x − mean)·inverse_std; null: as they are
+  bool is_uint8;            // image elements: uint8, else dtype
+  int64_t stride[4];        // of the image's N, C, H, W, in elements
+  const float *mean, *std;  // (3): pixels become (x − mean)/std; null: as they are
   int64_t n, h, w, out_h, out_w, pad_top, pad_left;
   const float *weight, *scale,
       *shift;  // packed (c_out, 27), the input index is (row·3 + column)·3 + channel

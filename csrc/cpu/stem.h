@@ -47,7 +47,7 @@ void stem_rows_as(const StemParams& p, int64_t image, int64_t y_begin, int64_t y
       const int64_t last = columns - p.pad_left < p.w ? columns - p.pad_left : p.w;
       for (int ch = 0; ch < 3; ch++) {
         const float mean = p.mean ? p.mean[ch] : 0.0f;
-        const float factor = p.mean ? p.inverse_std[ch] : 1.0f;
+        const float factor = p.mean ? 1.0f / p.std[ch] : 1.0f;
         const I* from = base + ch * p.stride[1] + row * p.stride[2];
         float* to = line + p.pad_left * 3 + ch;
         for (int64_t x = 0; x < last; x++) {

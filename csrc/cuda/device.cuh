@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define EDET_DEVICE __device__ __forceinline__
 #include "door.h"
@@ -19,6 +20,13 @@
 // A kernel for blocks of at most `threads` threads, of which a multiprocessor holds at least
 // `blocks`.
 #define EDET_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// The blocks of EDET_KERNEL where a multiprocessor of sm_75, with its 64 KiB of shared memory,
+// holds `turing` of them at most: asking for more would only take registers away.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define EDET_BLOCKS(blocks, turing) (turing)
+#else
+#define EDET_BLOCKS(blocks, turing) (blocks)
+#endif
 // Parameter structs are read where the launch put them, in constant memory, instead of being
 // copied.
 #define EDET_PARAMS(type) const __grid_constant__ type
@@ -27,6 +35,8 @@
   extern __shared__ __align__(16) char name##_raw[]; \
   const Shared<type> name { reinterpret_cast<type*>(name##_raw) }
 #define EDET_UNROLL _Pragma("unroll")
+// Not unrolled, because registers are scarce.
+#define EDET_LOOP _Pragma("unroll 1")
 
 namespace edet::cuda {
 
@@ -75,6 +85,17 @@ EDET_DEVICE f16 from_float<f16>(float x) {
 template <>
 EDET_DEVICE bf16 from_float<bf16>(float x) {
   return __float2bfloat16_rn(x);
+}
+
+// Rounds the mantissa to the 10 bits that tensor cores multiply, ties away from zero.
+EDET_DEVICE float to_tf32(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+#else
+  return x;
+#endif
 }
 
 EDET_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
@@ -179,62 +200,58 @@ EDET_DEVICE void load_transposed_matrices(Shared<T> row, uint32_t (&r)[4]) {
                : "memory");
 }
 
-// d += a·b on the tensor cores: a is 16×16 (four results of load_matrices: rows 0–7 and 8–15 of
-// columns 0–7, then of columns 8–15), b is 16×8 (two transposed matrices, rows 0–7 and 8–15), d is
-// 16×8: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). T is the type of a and b.
+// Whether this is sm_75, whose tensor cores are older: no bf16, no tf32, products of half the
+// depth.
+EDET_DEVICE constexpr bool turing() {
+#if __CUDA_ARCH__ >= 800
+  return false;
+#else
+  return true;
+#endif
+}
+
+// Products of a warp on the tensor cores, d += a·b; d is 16×8, with g = lane / 4 and t = lane % 4
+// the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). csrc/cuda/multiply.cuh chooses.
+//
+// From sm_80: a is 16×16, four results of load_matrices (rows 0–7 and 8–15 of columns 0–7, then of
+// columns 8–15), b is 16×8, two transposed matrices (rows 0–7 and 8–15).
 template <class T>
-EDET_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-EDET_DEVICE void multiply_add<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+EDET_DEVICE void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, f16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+// f16, on sm_75 too: the first half of that depth, a is 16×8 and b 8×8.
+EDET_DEVICE void multiply_add_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+// From sm_80, of floats that to_tf32 has rounded: a is 16×8, the elements (g, t), (g + 8, t),
+// (g, t + 4), (g + 8, t + 4), which load_matrices finds if its 16-bit numbers are halves of floats;
+// b is 8×8, (t, g) and (t + 4, g).
+EDET_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                    uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else  // Turing multiplies 16×8 by 8×8
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
-#endif
-}
-template <>
-EDET_DEVICE void multiply_add<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  // Turing's tensor cores know no bf16: each lane gathers the rows of a and the columns of b that
-  // its four sums need, from the lanes that hold them.
-  const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-  const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-  const int lane = threadIdx.x % kWarp, row = lane & ~3, column = lane % 4 * 8;
-#pragma unroll 1  // registers are scarce
-  for (int k = 0; k < 4; k++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t upper = shuffle(a[2 * half], row + k),
-                     lower = shuffle(a[2 * half + 1], row + k);
-      const uint32_t b = half ? b1 : b0;
-      const uint32_t first = shuffle(b, column + k), second = shuffle(b, column + 4 + k);
-      d[0] += low(upper) * low(first) + high(upper) * high(first);
-      d[1] += low(upper) * low(second) + high(upper) * high(second);
-      d[2] += low(lower) * low(first) + high(lower) * high(first);
-      d[3] += low(lower) * low(second) + high(lower) * high(second);
-    }
-  }
 #endif
 }
 
@@ -250,6 +267,7 @@ constexpr Error kInvalidValue = cudaErrorInvalidValue;
 struct Device {
   int multiprocessors;
   int shared_bytes;  // that one block may have
+  int major;         // of the compute capability
 };
 inline Error current_device(Device* device) {
   int id = 0;
@@ -260,6 +278,9 @@ inline Error current_device(Device* device) {
   if (error == kSuccess) {
     error =
         cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  }
+  if (error == kSuccess) {
+    error = cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, id);
   }
   return error;
 }

@@ -12,8 +12,6 @@
 // the left operand and adds the product with the chunk of weights; docs/cuda.md has the picture.
 #include "fusion_node.h"
 
-#include <algorithm>
-
 #include "fusion.cuh"
 #include "product.cuh"
 
@@ -67,7 +65,7 @@ EDET_DEVICE Vector<float, 4> load_floats(Shared<float> floats, int vector, int g
 // Fills the patch: pixel (y, x) of the level at (0, 0) is its second row and column. Outside of the
 // map it is zero, which is what the depthwise convolution pads with.
 template <class P>
-EDET_DEVICE void fuse_patch(const Plan& plan, const NodeLevel& level, int first_edge, int64_t image,
+EDET_DEVICE void fuse_patch(const Plan& plan, const NodeLevel& level, int first_edge, int image,
                             int y0, int x0, int k, int depth, Shared<float> factors,
                             Shared<typename P::Type> patch) {
   using T = typename P::Type;
@@ -85,7 +83,8 @@ EDET_DEVICE void fuse_patch(const Plan& plan, const NodeLevel& level, int first_
       float sum[V];
       for (int e = 0; e < p.edges; e++) {
         const Edge& edge = p.edge[first_edge + e];
-        const T* map = static_cast<const T*>(edge.data) + image * edge.h * edge.w * p.c + channel;
+        const T* map =
+            static_cast<const T*>(edge.data) + int64_t(image) * edge.h * edge.w * p.c + channel;
         const Vector<T, V> v = sample<T, V>(
             edge, uint32_t(level.h), uint32_t(level.w), uint32_t(y), uint32_t(x),
             [&](int64_t at) { return load_pixel(map + at * p.c, p.c - channel, plan.aligned_in); });
@@ -120,7 +119,8 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
   const int y = thread().x / (kVectors * kTileWidth) * kDown;
   if (vector * V >= depth) return;
   float sum[kDown][V] = {};
-  EDET_UNROLL
+  // the loads of three columns at once would leave no registers
+  EDET_LOOP
   for (int dx = 0; dx < 3; dx++) {
     Vector<T, V> column[kDown + 2];
     EDET_UNROLL
@@ -147,13 +147,14 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
   for (int r = 0; r < kDown; r++) {
     Vector<T, V> result;
     EDET_UNROLL
-    for (int j = 0; j < V; j++) result.value[j] = from_float<T>(sum[r][j]);
+    for (int j = 0; j < V; j++) result.value[j] = P::operand(sum[r][j]);
     store(a + (((y + r) * kTileWidth + x) * P::kPitchA + vector * V), result);
   }
 }
 
+// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
 template <class P>
-EDET_KERNEL(kProductThreads, P::kBlocks)
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
 node(EDET_PARAMS(Plan) plan) {
   using T = typename P::Type;
   const FusionNodeParams& p = plan.p;
@@ -176,7 +177,7 @@ node(EDET_PARAMS(Plan) plan) {
     const int across = (width + kTileWidth - 1) / kTileWidth;
     const int down = (h + kTileHeight - 1) / kTileHeight;
     const int local = tile - plan.first_tile[l];
-    const int64_t image = local / (across * down);
+    const int image = local / (across * down);
     const int y0 = local / across % down * kTileHeight, x0 = local % across * kTileWidth;
 
     P product;
@@ -185,6 +186,7 @@ node(EDET_PARAMS(Plan) plan) {
       const int depth = round_up(min(kChunk<T>, c - k), kDepth);
       const Shared<T> weights = w + (plan.resident ? chunk * (P::kBytesW / int(sizeof(T))) : 0);
       if (first || chunks > 1) {
+        EDET_LOOP
         for (int i = thread().x; i < 9 * kChunk<T>; i += kProductThreads) {
           const int tap = i / kChunk<T>, channel = i % kChunk<T>;
           const float value = k + channel < c
@@ -215,23 +217,22 @@ node(EDET_PARAMS(Plan) plan) {
         [&](int row) -> T* {
           const int y = y0 + row / kTileWidth, x = x0 + row % kTileWidth;
           if (y >= h || x >= width) return nullptr;
-          return static_cast<T*>(level.out) + ((image * h + y) * width + x) * p.c_out;
+          return static_cast<T*>(level.out) + ((int64_t(image) * h + y) * width + x) * p.c_out;
         });
   }
 }
 
 template <class P>
 Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& device, Stream stream) {
+  using T = typename P::Type;
   constexpr int kTileHeight = P::kRows / kTileWidth;
   Plan plan{};
   plan.p = p;
   plan.columns =
       static_cast<int>((((p.c_out + slices - 1) / slices) + kPanel - 1) / kPanel * kPanel);
   slices = (p.c_out + plan.columns - 1) / plan.columns;
-  constexpr int kAlign = kVector<typename P::Type>;
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  plan.aligned_in = p.c % kAlign == 0;
-  plan.aligned_out = p.c_out % kAlign == 0;
+  plan.aligned_in = p.c % kVector<T> == 0;
+  plan.aligned_out = p.c_out % kVector<T> == 0;
   int64_t tiles = 0;
   for (int l = 0; l < p.levels; l++) {
     const NodeLevel& level = p.level[l];
@@ -239,55 +240,20 @@ Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& devic
     tiles += p.n * ((level.h + kTileHeight - 1) / kTileHeight) *
              ((level.w + kTileWidth - 1) / kTileWidth);
     if (tiles > INT32_MAX) return kInvalidValue;
-    plan.aligned_out = plan.aligned_out && aligned(level.out);
+    plan.aligned_out = plan.aligned_out && is_aligned(level.out);
   }
   plan.first_tile[p.levels] = static_cast<int>(tiles);
   for (int e = 0; e < p.edges * p.levels; e++) {
-    plan.aligned_in = plan.aligned_in && aligned(p.edge[e].data);
+    plan.aligned_in = plan.aligned_in && is_aligned(p.edge[e].data);
   }
-  const int chunks =
-      static_cast<int>((p.c + kChunk<typename P::Type> - 1) / kChunk<typename P::Type>);
-  // Weights that fit stay for all tiles of a block: they are read once per multiprocessor.
-  plan.resident = memory_of<P>(p.edges, chunks, true).bytes <= device.shared_bytes;
-  const int bytes = memory_of<P>(p.edges, chunks, plan.resident).bytes;
-  if (bytes > device.shared_bytes) return kInvalidValue;
-  const int64_t held = std::max(1, std::min(P::kBlocks, device.shared_bytes / bytes));
-  const int64_t blocks =
-      std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
-  const Dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(slices));
-  return launch(node<P>, grid, Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
-}
-
-// Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 times; but a narrow map of
-// few tiles is sooner done by many blocks (a wide one streams its weights for every tile).
-template <class T, int kTilesN>
-Error launch_columns(const FusionNodeParams& p, int64_t slices, const Device& device,
-                     Stream stream) {
-  if constexpr (kTilesN <= 4) {
-    int64_t pixels = 0;
-    for (int l = 0; l < p.levels; l++) pixels += p.n * p.level[l].h * p.level[l].w;
-    if (pixels * slices < int64_t(64) * 2 * device.multiprocessors) {
-      return launch_node<Product<T, 1, kTilesN>>(p, slices, device, stream);
-    }
-  }
-  return launch_node<Product<T, 2, kTilesN>>(p, slices, device, stream);
-}
-
-template <class T>
-Error launch_type(const FusionNodeParams& p, Stream stream) {
-  Device device;
-  const Error error = current_device(&device);
+  const int chunks = static_cast<int>((p.c + kChunk<T> - 1) / kChunk<T>);
+  ProductGrid blocks{};
+  const Error error = product_grid<P>(
+      tiles, slices, device,
+      [&](bool resident) { return memory_of<P>(p.edges, chunks, resident).bytes; }, &blocks);
   if (error != kSuccess) return error;
-  const ProductShape shape = product_shape(sizeof(T) == 2, p.c_out, device.shared_bytes);
-  switch (shape.tiles_n) {
-    case 2: return launch_columns<T, 2>(p, shape.slices, device, stream);
-    case 4: return launch_columns<T, 4>(p, shape.slices, device, stream);
-  }
-  if constexpr (sizeof(T) == 2) {
-    if (shape.tiles_n == 8) return launch_columns<T, 8>(p, shape.slices, device, stream);
-    return launch_columns<T, 12>(p, shape.slices, device, stream);
-  }
-  return kInvalidValue;
+  plan.resident = blocks.resident;
+  return launch(node<P>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan);
 }
 
 }  // namespace
@@ -297,12 +263,18 @@ Error fusion_node(const FusionNodeParams& p, Stream stream) {
   for (int l = 0; l < p.levels; l++) {
     if (p.level[l].h > kMostSide || p.level[l].w > kMostSide) return kInvalidValue;
   }
-  switch (p.dtype) {
-    case DType::f32: return launch_type<float>(p, stream);
-    case DType::f16: return launch_type<f16>(p, stream);
-    case DType::bf16: return launch_type<bf16>(p, stream);
-  }
-  return kInvalidValue;
+  int64_t pixels = 0;
+  for (int l = 0; l < p.levels; l++) pixels += p.n * p.level[l].h * p.level[l].w;
+  return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
+    using Operand = typename decltype(operand)::Type;
+    const ProductShape shape = product_shape<Operand>(p.c_out, device.shared_bytes);
+    // Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 times; but a map of few
+    // tiles is sooner done by many blocks.
+    const bool few = pixels * shape.slices < int64_t(64) * 2 * device.multiprocessors;
+    return by_tiles<Operand>(shape, few, [&](auto product) {
+      return launch_node<typename decltype(product)::Type>(p, shape.slices, device, stream);
+    });
+  });
 }
 
 }  // namespace edet::cuda

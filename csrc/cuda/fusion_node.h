@@ -20,6 +20,7 @@ struct NodeLevel {
 // All pointers are to the device's memory.
 struct FusionNodeParams {
   DType dtype;
+  bool tf32;  // whether floats may be multiplied as tf32 (from sm_80)
   Activation pre_activation, post_activation;
   int64_t n, c, c_out;
   int levels;

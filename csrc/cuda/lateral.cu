@@ -47,7 +47,7 @@ EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
     const bool real = row0 + row < p.rows && channel < p.c_in;
     const T* from = static_cast<const T*>(p.input) + (row0 + row) * p.c_in + channel;
     const Shared<T> to = a + (row * P::kPitchA + vector * V);
-    if (plan.aligned_in && !p.gate) {
+    if (plan.aligned_in && !p.gate && !P::kRounds) {
       copy_async(to, from, real);
       continue;
     }
@@ -62,7 +62,7 @@ EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
         v.value[j] = from_float<T>(factor * to_float(v.value[j]));
       }
     }
-    store(to, v);
+    store(to, as_operands<P>(v));
   }
   await_copies();
 }
@@ -124,70 +124,40 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
   Plan plan{};
   plan.p = p;
   plan.columns = static_cast<int>(columns);
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  plan.aligned_in = p.c_in % kVector<T> == 0 && aligned(p.input);
+  plan.aligned_in = p.c_in % kVector<T> == 0 && is_aligned(p.input);
   plan.aligned_out = true;
   int64_t slices = 0;
   for (int i = 0; i < p.projections; i++) {
     const Projection& to = p.projection[i];
     slices += (to.c_out + columns - 1) / columns;
-    plan.aligned_out = plan.aligned_out && to.c_out % kVector<T> == 0 && aligned(to.out);
+    plan.aligned_out = plan.aligned_out && to.c_out % kVector<T> == 0 && is_aligned(to.out);
   }
   const int chunks = static_cast<int>((p.c_in + kChunk<T> - 1) / kChunk<T>);
-  plan.resident = memory_of<P>(chunks, true).bytes <= device.shared_bytes;
-  const int bytes = memory_of<P>(chunks, plan.resident).bytes;
-  if (bytes > device.shared_bytes) return kInvalidValue;
-  const int64_t held = std::max(1, std::min(P::kBlocks, device.shared_bytes / bytes));
-  const int64_t tiles = (p.rows + P::kRows - 1) / P::kRows;
-  const int64_t blocks =
-      std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
-  const Dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(slices));
-  return launch(multiply<P>, grid, Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
-}
-
-// Few rows of few columns are sooner done in tiles of 32 by many blocks.
-template <class T, int kTilesN>
-Error launch_columns(const ProjectionParams& p, int64_t columns, const Device& device,
-                     Stream stream) {
-  if constexpr (kTilesN <= 4) {
-    if (p.rows < int64_t(64) * device.multiprocessors) {
-      return launch_multiply<Product<T, 1, kTilesN>>(p, columns, device, stream);
-    }
-  }
-  return launch_multiply<Product<T, 2, kTilesN>>(p, columns, device, stream);
-}
-
-template <class T>
-Error launch_type(const ProjectionParams& p, Stream stream) {
-  Device device;
-  const Error error = current_device(&device);
+  ProductGrid blocks{};
+  const Error error =
+      product_grid<P>((p.rows + P::kRows - 1) / P::kRows, slices, device,
+                      [&](bool resident) { return memory_of<P>(chunks, resident).bytes; }, &blocks);
   if (error != kSuccess) return error;
-  int64_t widest = 0;
-  for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
-  const ProductShape shape = product_shape(sizeof(T) == 2, widest, device.shared_bytes);
-  const int64_t columns =
-      ((widest + shape.slices - 1) / shape.slices + kPanel - 1) / kPanel * kPanel;
-  switch (shape.tiles_n) {
-    case 2: return launch_columns<T, 2>(p, columns, device, stream);
-    case 4: return launch_columns<T, 4>(p, columns, device, stream);
-  }
-  if constexpr (sizeof(T) == 2) {
-    if (shape.tiles_n == 8) return launch_columns<T, 8>(p, columns, device, stream);
-    return launch_columns<T, 12>(p, columns, device, stream);
-  }
-  return kInvalidValue;
+  plan.resident = blocks.resident;
+  return launch(multiply<P>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan);
 }
 
 }  // namespace
 
 Error project(const ProjectionParams& p, Stream stream) {
   if (p.rows * p.c_in == 0) return kSuccess;
-  switch (p.dtype) {
-    case DType::f32: return launch_type<float>(p, stream);
-    case DType::f16: return launch_type<f16>(p, stream);
-    case DType::bf16: return launch_type<bf16>(p, stream);
-  }
-  return kInvalidValue;
+  int64_t widest = 0;
+  for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
+  return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
+    using Operand = typename decltype(operand)::Type;
+    const ProductShape shape = product_shape<Operand>(widest, device.shared_bytes);
+    const int64_t columns =
+        ((widest + shape.slices - 1) / shape.slices + kPanel - 1) / kPanel * kPanel;
+    const bool few = p.rows < int64_t(64) * device.multiprocessors;
+    return by_tiles<Operand>(shape, few, [&](auto product) {
+      return launch_multiply<typename decltype(product)::Type>(p, columns, device, stream);
+    });
+  });
 }
 
 }  // namespace edet::cuda

@@ -12,6 +12,7 @@ namespace edet::cuda {
 // are to the device's memory; packed weights are aligned to 16 bytes.
 struct ProjectionParams {
   DType dtype;
+  bool tf32;          // whether floats may be multiplied as tf32 (from sm_80)
   const void* input;  // (rows, c_in), rows being pixels
   int64_t rows, c_in;
   int projections;

@@ -105,7 +105,7 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left
         if (at >= 0 && channel < c) {
           v = load_pixel(input + at * c + channel, c - channel, plan.aligned_in);
         }
-        store(a + (row * P::kPitchA + vector * V), v);
+        store(a + (row * P::kPitchA + vector * V), as_operands<P>(v));
       }
       block_barrier();
       product.step(a, w, depth, kMiddle);
@@ -282,19 +282,16 @@ Plan plan_of(const MbconvParams& p) {
   return plan;
 }
 
-template <class T>
-Error launch_type(const MbconvParams& p, int* counters, Stream stream) {
-  using P = Product<T, 2, 2>;
-  Device device;
-  Error error = current_device(&device);
-  if (error != kSuccess) return error;
-  Plan plan = plan_of<T>(p);
+template <class P>
+Error launch_block(const MbconvParams& p, int* counters, const Device& device, Stream stream) {
+  Plan plan = plan_of<typename P::Type>(p);
   plan.counters = counters;
   const int64_t blocks = p.n * plan.across * plan.down * plan.chunks;
   const int bytes = memory_of<P>(plan.height, p.kernel, p.stride, static_cast<int>(p.c_mid),
                                  static_cast<int>(p.c_reduced))
                         .bytes;
   if (blocks > INT32_MAX || bytes > device.shared_bytes) return kInvalidValue;
+  Error error = kSuccess;
   if (p.c_reduced) error = clear(counters, sizeof(int) * static_cast<size_t>(p.n), stream);
   if (error != kSuccess) return error;
   error = launch(expand<P>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
@@ -303,6 +300,7 @@ Error launch_type(const MbconvParams& p, int* counters, Stream stream) {
 
   ProjectionParams project_params{};
   project_params.dtype = p.dtype;
+  project_params.tf32 = p.tf32;
   project_params.input = p.mid;
   project_params.image_rows = p.out_h * p.out_w;
   project_params.rows = p.n * project_params.image_rows;
@@ -326,12 +324,10 @@ MbconvMemory mbconv_memory(const MbconvParams& p) {
 
 Error mbconv(const MbconvParams& p, int* counters, Stream stream) {
   if (p.n == 0) return kSuccess;
-  switch (p.dtype) {
-    case DType::f32: return launch_type<float>(p, counters, stream);
-    case DType::f16: return launch_type<f16>(p, counters, stream);
-    case DType::bf16: return launch_type<bf16>(p, counters, stream);
-  }
-  return kInvalidValue;
+  return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
+    using Operand = typename decltype(operand)::Type;
+    return launch_block<Product<Operand, 2, 2>>(p, counters, device, stream);
+  });
 }
 
 }  // namespace edet::cuda

@@ -1,9 +1,12 @@
 // One block's product of rows (pixels) by packed pointwise weights, accumulated in registers over
-// chunks of input channels in shared memory: on tensor cores for 16-bit maps, by FMA for floats.
+// chunks of input channels in shared memory: on tensor cores for 16-bit maps and for floats that
+// may be rounded to tf32, by FMA for other floats.
 #pragma once
 
+#include <algorithm>
+
 #include "../core/params.h"
-#include "device.cuh"
+#include "multiply.cuh"
 
 namespace edet::cuda {
 
@@ -21,60 +24,38 @@ constexpr int kDepth = 32;
 
 EDET_DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// T: of the operands. The block owns kRows rows and kColumns columns: 8 warps, 2 along the rows and
-// 4 along the columns, whose tiles of 8 columns take turns so that a narrow product keeps all warps
-// busy. Both operands' rows are padded by 16 bytes or more, which keeps 8 rows in different banks.
+// Operands that are floats with a mantissa of 10 bits.
+struct tf32 {};
+
+// The block's tile, kRows rows and kColumns columns, and its operands in shared memory, in the type
+// T of the maps. Both operands' rows are padded by 16 bytes or more, which keeps 8 rows in
+// different banks.
 template <class T, int kTilesM, int kTilesN>
-class Product {
- public:
+struct ProductTile {
   using Type = T;
   static constexpr int kRows = 32 * kTilesM, kColumns = 32 * kTilesN;
   static constexpr int kPitchA = kChunk<T> + kVector<T>, kPitchW = kColumns + 8;
   static constexpr int kBytesA = kRows * kPitchA * int(sizeof(T));
   static constexpr int kBytesW = kChunk<T> * kPitchW * int(sizeof(T));
   static constexpr int kBytesOut = kRows * kPitchW * int(sizeof(T));
+};
+
+// Sums on tensor cores: 8 warps, 2 along the rows and 4 along the columns, whose tiles of 8 columns
+// take turns so that a narrow product keeps all warps busy.
+template <int kTilesM, int kTilesN>
+class TensorCoreSums {
+ public:
   // Blocks that a multiprocessor must hold: with up to 128 columns a thread gets 128 registers and
   // two blocks hide each other's latency; more sums than that leave room for one block.
   static constexpr int kBlocks = kTilesN <= 4 ? 2 : 1;
 
-  EDET_DEVICE Product() { clear(); }
-  EDET_DEVICE void clear() {
+  EDET_DEVICE TensorCoreSums() {
     EDET_UNROLL
     for (int m = 0; m < kTilesM; m++) {
       EDET_UNROLL
       for (int n = 0; n < kTilesN; n++) {
         EDET_UNROLL
         for (int i = 0; i < 4; i++) sum_[m][n][i] = 0.0f;
-      }
-    }
-  }
-
-  // Adds a (kRows, depth) · w (depth, columns); depth is a multiple of kDepth.
-  EDET_DEVICE void step(Shared<T> a, Shared<T> w, int depth, int columns) {
-    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
-    const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
-    const Shared<T> right = w + (lane * kPitchW + warp / 2 * 8);
-    for (int k = 0; k < depth; k += kDepth) {
-      uint32_t rows[2][kTilesM][4];
-      EDET_UNROLL
-      for (int half = 0; half < 2; half++) {
-        EDET_UNROLL
-        for (int m = 0; m < kTilesM; m++) {
-          load_matrices(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
-        }
-      }
-      EDET_UNROLL
-      for (int n = 0; n < kTilesN; n++) {
-        if ((n * 4 + warp / 2) * 8 >= columns) break;
-        uint32_t b[4];
-        load_transposed_matrices(right + (k * kPitchW + n * 32), b);
-        EDET_UNROLL
-        for (int half = 0; half < 2; half++) {
-          EDET_UNROLL
-          for (int m = 0; m < kTilesM; m++) {
-            multiply_add<T>(sum_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
-          }
-        }
       }
     }
   }
@@ -96,26 +77,102 @@ class Product {
     }
   }
 
- private:
+ protected:
   float sum_[kTilesM][kTilesN][4];
 };
 
-// Floats: 16 × 16 threads, each with every 16th row and groups of 4 neighbouring columns.
-template <int kTilesM, int kTilesN>
-class Product<float, kTilesM, kTilesN> {
-  static_assert(kTilesN % 2 == 0, "a thread owns groups of 4 columns");
+// The product of a block; Operand is f16 or bf16, or one of those below.
+template <class Operand, int kTilesM, int kTilesN>
+class Product : public ProductTile<Operand, kTilesM, kTilesN>,
+                public TensorCoreSums<kTilesM, kTilesN> {
+  using Tile = ProductTile<Operand, kTilesM, kTilesN>;
 
  public:
-  using Type = float;
-  static constexpr int kRows = 32 * kTilesM, kColumns = 32 * kTilesN;
-  static constexpr int kPitchA = kChunk<float> + 4, kPitchW = kColumns + 8;
-  static constexpr int kBytesA = kRows * kPitchA * 4;
-  static constexpr int kBytesW = kChunk<float> * kPitchW * 4;
-  static constexpr int kBytesOut = kRows * kPitchW * 4;
-  static constexpr int kBlocks = 2;
+  using T = Operand;
+  static constexpr bool kRounds = false;  // whether maps' numbers are no operands as they are
 
-  EDET_DEVICE Product() { clear(); }
-  EDET_DEVICE void clear() {
+  // A number as an operand.
+  static EDET_DEVICE T operand(float x) { return from_float<T>(x); }
+
+  // Adds a (kRows, depth) · w (depth, columns); depth is a multiple of kDepth.
+  EDET_DEVICE void step(Shared<T> a, Shared<T> w, int depth, int columns) {
+    constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
+    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
+    const Shared<T> right = w + (lane * kPitchW + warp / 2 * 8);
+    for (int k = 0; k < depth; k += kDepth) {
+      uint32_t rows[2][kTilesM][4];
+      EDET_UNROLL
+      for (int half = 0; half < 2; half++) {
+        EDET_UNROLL
+        for (int m = 0; m < kTilesM; m++) {
+          load_matrices(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
+        }
+      }
+      EDET_UNROLL
+      for (int n = 0; n < kTilesN; n++) {
+        if ((n * 4 + warp / 2) * 8 >= columns) break;
+        uint32_t b[4];
+        load_transposed_matrices(right + (k * kPitchW + n * 32), b);
+        EDET_UNROLL
+        for (int half = 0; half < 2; half++) {
+          EDET_UNROLL
+          for (int m = 0; m < kTilesM; m++) {
+            multiply_add<T>(this->sum_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Floats rounded to tf32, on tensor cores: half the depth of 16-bit numbers at a time, in the same
+// places; the right operand's words lie 8 banks apart from row to row.
+template <int kTilesM, int kTilesN>
+class Product<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN>,
+                                        public TensorCoreSums<kTilesM, kTilesN> {
+  using Tile = ProductTile<float, kTilesM, kTilesN>;
+
+ public:
+  static constexpr bool kRounds = true;
+  static EDET_DEVICE float operand(float x) { return to_tf32(x); }
+
+  EDET_DEVICE void step(Shared<float> a, Shared<float> w, int depth, int columns) {
+    constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
+    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    const Shared<float> left =
+        a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 4);
+    const Shared<float> right = w + (lane % 4 * kPitchW + warp / 2 * 8 + lane / 4);
+    for (int k = 0; k < depth; k += 8) {
+      uint32_t rows[kTilesM][4];
+      EDET_UNROLL
+      for (int m = 0; m < kTilesM; m++) {
+        load_matrices(left + (m * 16 * kPitchA + k), rows[m]);
+      }
+      EDET_UNROLL
+      for (int n = 0; n < kTilesN; n++) {
+        if ((n * 4 + warp / 2) * 8 >= columns) break;
+        const uint32_t b0 = float_bits(get(right + (k * kPitchW + n * 32)));
+        const uint32_t b1 = float_bits(get(right + ((k + 4) * kPitchW + n * 32)));
+        EDET_UNROLL
+        for (int m = 0; m < kTilesM; m++) multiply_add_tf32(this->sum_[m][n], rows[m], b0, b1);
+      }
+    }
+  }
+};
+
+// Floats by FMA: 16 × 16 threads, each with every 16th row and groups of 4 neighbouring columns.
+template <int kTilesM, int kTilesN>
+class Product<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN> {
+  static_assert(kTilesN % 2 == 0, "a thread owns groups of 4 columns");
+  using Tile = ProductTile<float, kTilesM, kTilesN>;
+
+ public:
+  static constexpr int kBlocks = 2;
+  static constexpr bool kRounds = false;
+  static EDET_DEVICE float operand(float x) { return x; }
+
+  EDET_DEVICE Product() {
     EDET_UNROLL
     for (int m = 0; m < kM; m++) {
       EDET_UNROLL
@@ -127,18 +184,18 @@ class Product<float, kTilesM, kTilesN> {
   }
 
   EDET_DEVICE void step(Shared<float> a, Shared<float> w, int depth, int) {
-    const Shared<float> left = a + thread().x / 16 * kPitchA;
+    const Shared<float> left = a + thread().x / 16 * Tile::kPitchA;
     const Shared<float> right = w + thread().x % 16 * 4;
     float part[kM][kN][4] = {};  // a sum of few terms: long sums in one register round too often
     for (int k = 0; k < depth; k += 4) {
       Vector<float, 4> rows[kM];
       EDET_UNROLL
-      for (int m = 0; m < kM; m++) rows[m] = load<4>(left + (m * 16 * kPitchA + k));
+      for (int m = 0; m < kM; m++) rows[m] = load<4>(left + (m * 16 * Tile::kPitchA + k));
       EDET_UNROLL
       for (int i = 0; i < 4; i++) {
         EDET_UNROLL
         for (int n = 0; n < kN; n++) {
-          const Vector<float, 4> b = load<4>(right + ((k + i) * kPitchW + n * 64));
+          const Vector<float, 4> b = load<4>(right + ((k + i) * Tile::kPitchW + n * 64));
           EDET_UNROLL
           for (int m = 0; m < kM; m++) {
             EDET_UNROLL
@@ -179,23 +236,88 @@ class Product<float, kTilesM, kTilesN> {
 };
 
 // The columns of a block in units of 32, and how many blocks share the output channels. A block
-// that has all of them reads its rows once; up to 384 columns fit the registers. Floats have no
-// tensor cores, and more sums than of 128 columns would leave no registers.
+// that has all of them reads its rows once; up to 384 columns fit the registers. Weights and
+// results that are floats need twice the shared memory: 256 columns. Without tensor cores more sums
+// than of 128 columns would leave no registers.
 struct ProductShape {
   int tiles_n;
   int64_t slices;
 };
-constexpr ProductShape product_shape(bool tensor_cores, int64_t c_out, int64_t shared_bytes) {
+template <class Operand>
+constexpr ProductShape product_shape(int64_t c_out, int64_t shared_bytes) {
   // 64 KiB (Turing) do not hold a chunk of 384 columns
-  const int64_t most = !tensor_cores ? 128 : shared_bytes < 80 * 1024 ? 256 : 384;
+  const int64_t most = std::is_same_v<Operand, float>                              ? 128
+                       : std::is_same_v<Operand, tf32> || shared_bytes < 80 * 1024 ? 256
+                                                                                   : 384;
   const int64_t slices = (c_out + most - 1) / most;
   const int64_t columns = ((c_out + slices - 1) / slices + kPanel - 1) / kPanel * kPanel;
   return {columns <= 64 ? 2 : columns <= 128 ? 4 : columns <= 256 ? 8 : 12, slices};
 }
 
+template <class T>
+struct Tag {
+  using Type = T;
+};
+
+// Calls launch(Tag<Operand>, device) for maps of a type.
+template <class Launch>
+Error by_operand(DType dtype, bool allow_tf32, const Launch& launch) {
+  Device device;
+  const Error error = current_device(&device);
+  if (error != kSuccess) return error;
+  switch (dtype) {
+    case DType::f32:
+      if (!allow_tf32) return launch(Tag<float>{}, device);
+      return device.major < 8 ? kInvalidValue : launch(Tag<tf32>{}, device);
+    case DType::f16: return launch(Tag<f16>{}, device);
+    case DType::bf16: return launch(Tag<bf16>{}, device);
+  }
+  return kInvalidValue;
+}
+
+// Calls launch(Tag<Product>) for the tiles of a shape; `few` rows are sooner done in tiles of 32,
+// by more blocks, unless there are many columns.
+template <class Operand, class Launch>
+Error by_tiles(const ProductShape& shape, bool few, const Launch& launch) {
+  const auto narrow = [&](auto tall, auto low) { return few ? launch(low) : launch(tall); };
+  if (shape.tiles_n == 2) {
+    return narrow(Tag<Product<Operand, 2, 2>>{}, Tag<Product<Operand, 1, 2>>{});
+  }
+  if (shape.tiles_n == 4) {
+    return narrow(Tag<Product<Operand, 2, 4>>{}, Tag<Product<Operand, 1, 4>>{});
+  }
+  if constexpr (!std::is_same_v<Operand, float>) {
+    if (shape.tiles_n == 8) return launch(Tag<Product<Operand, 2, 8>>{});
+  }
+  if constexpr (sizeof(Operand) == 2) return launch(Tag<Product<Operand, 2, 12>>{});
+  return kInvalidValue;
+}
+
+// How a product's weights are held and its blocks laid out.
+struct ProductGrid {
+  bool resident;  // all weights of a slice stay in shared memory, read once per multiprocessor
+  int bytes;      // of shared memory
+  Dim3 grid;
+};
+// bytes(resident): of a block's shared memory.
+template <class P, class Bytes>
+Error product_grid(int64_t tiles, int64_t slices, const Device& device, const Bytes& bytes,
+                   ProductGrid* result) {
+  const bool resident = bytes(true) <= device.shared_bytes;
+  const int block_bytes = bytes(resident);
+  if (block_bytes > device.shared_bytes) return kInvalidValue;
+  const int64_t held = std::max(1, std::min(P::kBlocks, device.shared_bytes / block_bytes));
+  const int64_t blocks =
+      std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
+  *result = {resident, block_bytes, Dim3(unsigned(blocks), unsigned(slices))};
+  return kSuccess;
+}
+
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 // Brings rows [k, k + depth) and `columns` columns from column n (a multiple of 16) of packed
-// weights (⌈c_out/16⌉, c, 16) to shared memory, as T; zeros past the weights. Four lanes read 64
-// neighbouring bytes, and four panels' parts of a row fill all banks when they are stored.
+// weights (⌈c_out/16⌉, c, 16) to shared memory, as operands; zeros past the weights. Four lanes
+// read 64 neighbouring bytes, and four panels' parts of a row fill all banks when they are stored.
 template <class P>
 EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int k, int n,
                               int depth, int columns, Shared<typename P::Type> w) {
@@ -211,7 +333,7 @@ EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int
     }
     Vector<T, 4> rounded;
     EDET_UNROLL
-    for (int j = 0; j < 4; j++) rounded.value[j] = from_float<T>(v.value[j]);
+    for (int j = 0; j < 4; j++) rounded.value[j] = P::operand(v.value[j]);
     store(w + (row * P::kPitchW + column), rounded);
   }
 }
@@ -224,6 +346,16 @@ EDET_DEVICE Vector<T, kVector<T>> load_pixel(const T* p, int64_t c, bool aligned
   EDET_UNROLL
   for (int i = 0; i < kVector<T>; i++) {
     v.value[i] = i < c ? load_constant<T, 1>(p + i).value[0] : from_float<T>(0.0f);
+  }
+  return v;
+}
+
+// Numbers of a map as the operands of P.
+template <class P, class T, int V>
+EDET_DEVICE Vector<T, V> as_operands(Vector<T, V> v) {
+  if constexpr (P::kRounds) {
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) v.value[i] = P::operand(v.value[i]);
   }
   return v;
 }

@@ -65,7 +65,7 @@ convolve(EDET_PARAMS(Plan) plan) {
         value = to_float(load_constant<I, 1>(from).value[0]);
         if (p.mean) {
           value = (value - load_constant<float, 1>(p.mean + channel).value[0]) /
-                  load_constant<float, 1>(p.inverse_std + channel).value[0];
+                  load_constant<float, 1>(p.std + channel).value[0];
         }
       }
       store(image + i, value);

@@ -7,8 +7,7 @@
 
 namespace edet::cuda {
 
-// Launches on `stream` of the current device, where all pointers point; with a mean,
-// StemParams::inverse_std holds the standard deviations themselves.
+// Launches on `stream` of the current device, where all pointers point.
 cudaError_t stem(const StemParams& params, cudaStream_t stream);
 
 }  // namespace edet::cuda

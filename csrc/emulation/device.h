@@ -19,6 +19,7 @@
 #define EDET_SHARED(type, name) \
   const Shared<type> name { reinterpret_cast<type*>(emulation::shared_memory()) }
 #define EDET_UNROLL
+#define EDET_LOOP
 
 namespace edet::cuda {
 
@@ -173,6 +174,28 @@ float half_of(uint32_t pair, int half) {
   return to_float(T{uint16_t(pair >> 16 * half)});
 }
 
+// d += a·b of a warp; Left()(lanes, row, k) and Right()(lanes, k, column) find the operands'
+// elements.
+template <int kK, class Left, class Right>
+void multiply_together(int line, Product mine) {
+  emulation::together(line, &mine, [](void** arguments, int count) {
+    const auto lanes = reinterpret_cast<const Product* const*>(arguments);
+    float left[16][kK], right[kK][8];
+    for (int row = 0; row < 16; row++)
+      for (int k = 0; k < kK; k++) left[row][k] = Left()(lanes, row, k);
+    for (int k = 0; k < kK; k++)
+      for (int column = 0; column < 8; column++) right[k][column] = Right()(lanes, k, column);
+    for (int i = 0; i < count; i++) {
+      for (int j = 0; j < 4; j++) {
+        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < kK; k++) sum += left[row][k] * right[k][column];
+        lanes[i]->d[j] += sum;
+      }
+    }
+  });
+}
+
 }  // namespace detail
 
 template <class T>
@@ -188,29 +211,61 @@ void load_transposed_matrices(Shared<T> row, uint32_t (&r)[4], int line = __buil
   emulation::together(line, &mine, detail::give_matrices<true>);
 }
 
+inline bool turing() { return emulation::architecture() < 80; }
+inline void need_sm_80() {
+  if (turing()) emulation::fail("this product on tensor cores needs sm_80");
+}
+
+// The elements that a lane gives: see the table of each instruction in CUDA's PTX manual.
 template <class T>
-void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                  int line = __builtin_LINE()) {
-  detail::Product mine{d, a, {b0, b1}};
-  emulation::together(line, &mine, [](void** lanes, int count) {
-    const auto lane = [&](int i) { return static_cast<detail::Product*>(lanes[i]); };
-    float left[16][16], right[16][8];
-    for (int row = 0; row < 16; row++)
-      for (int k = 0; k < 16; k++)
-        left[row][k] =
-            detail::half_of<T>(lane(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2], k % 2);
-    for (int k = 0; k < 16; k++)
-      for (int column = 0; column < 8; column++)
-        right[k][column] = detail::half_of<T>(lane(column * 4 + k % 8 / 2)->b[k / 8], k % 2);
-    for (int i = 0; i < count; i++) {
-      for (int j = 0; j < 4; j++) {
-        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
-        float sum = 0.0f;
-        for (int k = 0; k < 16; k++) sum += left[row][k] * right[k][column];
-        lane(i)->d[j] += sum;
-      }
+void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     int line = __builtin_LINE()) {
+  need_sm_80();
+  struct Left {
+    float operator()(const detail::Product* const* lanes, int row, int k) const {
+      return detail::half_of<T>(lanes[row % 8 * 4 + k % 8 / 2]->a[row / 8 + k / 8 * 2], k % 2);
     }
-  });
+  };
+  struct Right {
+    float operator()(const detail::Product* const* lanes, int k, int column) const {
+      return detail::half_of<T>(lanes[column * 4 + k % 8 / 2]->b[k / 8], k % 2);
+    }
+  };
+  detail::multiply_together<16, Left, Right>(line, {d, a, {b0, b1}});
+}
+inline void multiply_add_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
+                           int line = __builtin_LINE()) {
+  struct Left {
+    float operator()(const detail::Product* const* lanes, int row, int k) const {
+      return detail::half_of<f16>(lanes[row % 8 * 4 + k / 2]->a[row / 8], k % 2);
+    }
+  };
+  struct Right {
+    float operator()(const detail::Product* const* lanes, int k, int column) const {
+      return detail::half_of<f16>(lanes[column * 4 + k / 2]->b[0], k % 2);
+    }
+  };
+  const uint32_t a[2] = {a0, a1};
+  detail::multiply_together<8, Left, Right>(line, {d, a, {b, 0}});
+}
+inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              int line = __builtin_LINE()) {
+  need_sm_80();
+  struct Left {
+    float operator()(const detail::Product* const* lanes, int row, int k) const {
+      return bits_float(lanes[row % 8 * 4 + k % 4]->a[row / 8 + k / 4 * 2]);
+    }
+  };
+  struct Right {
+    float operator()(const detail::Product* const* lanes, int k, int column) const {
+      return bits_float(lanes[column * 4 + k % 4]->b[k / 4]);
+    }
+  };
+  for (uint32_t x : {a[0], a[1], a[2], a[3], b0, b1}) {
+    if (bits_float(x) == bits_float(x) && x % (1 << 13))
+      emulation::fail("multiplies a float that is not rounded to tf32");
+  }
+  detail::multiply_together<8, Left, Right>(line, {d, a, {b0, b1}});
 }
 
 // ---- host ----
@@ -219,7 +274,7 @@ using Stream = cudaStream_t;
 using Error = cudaError_t;
 struct Dim3 {
   unsigned x, y, z;
-  Dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 constexpr Error kSuccess = cudaSuccess;
 constexpr Error kInvalidValue = cudaErrorInvalidValue;
@@ -227,9 +282,11 @@ constexpr Error kInvalidValue = cudaErrorInvalidValue;
 struct Device {
   int multiprocessors;
   int shared_bytes;
+  int major;
 };
 inline Error current_device(Device* device) {
-  *device = {emulation::multiprocessors(), emulation::most_shared_bytes()};
+  *device = {emulation::multiprocessors(), emulation::most_shared_bytes(),
+             emulation::architecture() / 10};
   return kSuccess;
 }
 

@@ -121,7 +121,7 @@ class Machine {
 
   // of the host thread
   uint64_t seed = 0;
-  int processors = 4, most_shared = 227 * 1024;
+  int processors = 4, most_shared = 227 * 1024, architecture = 90;
   bool counting = false;
   std::vector<Launch> launches;
   std::string error;
@@ -336,16 +336,18 @@ void Machine::count_conflicts(int warp) {
 
 void Machine::global_access(const void* p, size_t bytes, bool write) {
   const char* at = static_cast<const char*>(p);
-  const std::string what = std::string(write ? "writes " : "reads ") + std::to_string(bytes) +
-                           " bytes of global memory ";
+  const auto what = [&] {
+    return std::string(write ? "writes " : "reads ") + std::to_string(bytes) +
+           " bytes of global memory ";
+  };
   const auto inside = [&](const Range& r) { return at >= r.begin && at + bytes <= r.end; };
   if (last_range_ >= ranges.size() || !inside(ranges[last_range_])) {
     last_range_ = 0;
     while (last_range_ < ranges.size() && !inside(ranges[last_range_])) last_range_++;
-    if (last_range_ == ranges.size()) fail(what + "outside every array");
+    if (last_range_ == ranges.size()) fail(what() + "outside every array");
   }
-  if (write && !ranges[last_range_].writable) fail(what + "of an input");
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail(what + "at an address that is no multiple");
+  if (write && !ranges[last_range_].writable) fail(what() + "of an input");
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail(what() + "at an address that is no multiple");
   if (!counting) return;
   (write ? launch_.bytes_written : launch_.bytes_read) += static_cast<int64_t>(bytes);
   (write ? written_ : read_).insert(static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) / kSector);
@@ -458,9 +460,10 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
 }  // namespace
 
 void set_seed(uint64_t seed) { machine().seed = seed; }
-void set_device(int multiprocessors, int shared_bytes) {
+void set_device(int multiprocessors, int shared_bytes, int architecture) {
   machine().processors = multiprocessors;
   machine().most_shared = shared_bytes;
+  machine().architecture = architecture;
 }
 void count_launches(bool on) {
   if (on) machine().launches.clear();
@@ -491,6 +494,8 @@ void shared_access(const void* p, size_t bytes, bool write) {
 }
 void shared_atomic(const void* p, size_t bytes) { machine().shared_access(p, bytes, true, true); }
 char* shared_memory() { return machine().shared; }
+void fail(const std::string& what) { machine().fail(what); }
+int architecture() { return machine().architecture; }
 int multiprocessors() { return machine().processors; }
 int most_shared_bytes() { return machine().most_shared; }
 

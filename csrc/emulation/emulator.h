@@ -29,7 +29,7 @@ struct Launch {
 
 void set_seed(uint64_t seed);  // of the order in which fibers and blocks run
 // The device launchers believe in.
-void set_device(int multiprocessors, int shared_bytes);
+void set_device(int multiprocessors, int shared_bytes, int architecture);
 void count_launches(bool on);  // begins a new list, or ends counting
 const std::vector<Launch>& launches();
 const std::string& last_error();
@@ -59,7 +59,11 @@ void shared_access(const void* p, size_t bytes, bool write);
 void shared_atomic(const void* p, size_t bytes);
 char* shared_memory();
 
+// Ends the launch with an error.
+[[noreturn]] void fail(const std::string& what);
+
 int multiprocessors();
+int architecture();
 int most_shared_bytes();
 cudaError_t clear(void* data, size_t bytes);
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes,

@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "emulator.h"
 #include "probe.cuh"
 
@@ -59,10 +62,15 @@ py::array_t<float> reverse(const py::array_t<float>& numbers, int threads,
   return result;
 }
 
-void product(const py::array_t<uint16_t>& a, const py::array_t<uint16_t>& b, py::array_t<float> d,
-             bool half) {
+// a and b are the operands' bytes, type is that of the operands.
+void product(const py::array_t<uint8_t>& a, const py::array_t<uint8_t>& b, py::array_t<float> d,
+             const std::string& type) {
+  static const char* const names[] = {"f16", "bf16", "tf32"};
+  const auto* found = std::find(std::begin(names), std::end(names), type);
+  if (found == std::end(names)) throw std::invalid_argument("type is unknown: " + type);
   Memory memory;
-  const cuda::ProductParams p{half, memory.in(a), memory.in(b), memory.out(d)};
+  const cuda::ProductParams p{static_cast<int>(found - names), memory.in(a), memory.in(b),
+                              memory.out(d)};
   check(cuda::launch(cuda::product, 1u, 32u, 1024, nullptr, p));
 }
 
@@ -104,11 +112,12 @@ py::list launches() {
 
 PYBIND11_MODULE(edet_emulation, m) {
   m.def("set_seed", &emulation::set_seed, "Of the order in which threads and blocks run.");
-  m.def("set_device", &emulation::set_device, py::arg("multiprocessors"), py::arg("shared_bytes"));
+  m.def("set_device", &emulation::set_device, py::arg("multiprocessors"), py::arg("shared_bytes"),
+        py::arg("architecture") = 90);
   m.def("count_launches", &emulation::count_launches, "Begins a new list, or ends counting.");
   m.def("launches", &launches, "What each launch since then did.");
   m.def("reverse", &reverse, py::arg("numbers"), py::arg("threads"), py::arg("fault") = "none");
-  m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("d"), py::arg("half"));
+  m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("d"), py::arg("type"));
   m.def("warp", &warp, py::arg("numbers"));
   m.def("touch", &touch, py::arg("stride"), py::arg("vector"));
 }

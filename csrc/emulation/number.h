@@ -1,4 +1,5 @@
-// 16-bit numbers on a host that may have none: conversions that round to nearest, ties to even.
+// Numbers of a GPU on a host that may have none: 16-bit ones, by conversions that round to nearest,
+// ties to even, and tf32, ties away from zero.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +59,12 @@ inline f16 from_float<f16>(float x) {
   }
   const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
   return {uint16_t(sign | ((rounded - (112u << 23)) >> 13))};
+}
+
+inline float to_tf32(float x) {
+  const uint32_t bits = float_bits(x);
+  if ((bits & 0x7f800000) == 0x7f800000) return x;
+  return bits_float((bits + 0x1000) & ~0x1fffu);
 }
 
 }  // namespace edet::cuda

@@ -1,7 +1,7 @@
 // Small kernels that try the emulation itself: correct ones, and one for each fault it must catch.
 #pragma once
 
-#include "../cuda/device.cuh"
+#include "../cuda/multiply.cuh"
 
 namespace edet::cuda {
 
@@ -31,11 +31,12 @@ reverse(EDET_PARAMS(ReverseParams) p) {
   EDET_SHARED(float, tile);
   const int threads = block_size().x, t = thread().x;
   const int64_t at = int64_t(block().x) * threads + t;
-  const int over = p.fault == Fault::global_overrun && t == threads - 1 ? 1 : 0;
+  // so far that it is in no other array
+  const int over = p.fault == Fault::global_overrun && t == threads - 1 ? 1 << 28 : 0;
   if (p.fault == Fault::global_misaligned) load_constant<float, 4>(p.from + 1);
   if (p.fault == Fault::input_written) store(const_cast<float*>(p.from) + at, 1.0f);
   if (p.fault == Fault::early_exit && t == 5) return;
-  float x = load_constant<float, 1>(p.from + at + over * grid_size().x * threads).value[0];
+  float x = load_constant<float, 1>(p.from + at + over).value[0];
   for (int round = 0; round < 2; round++) {
     store(tile + t + (p.fault == Fault::shared_overrun && t == 0 ? threads : 0), x);
     if (p.fault == Fault::divergent_barrier && t == 3) {
@@ -55,32 +56,43 @@ reverse(EDET_PARAMS(ReverseParams) p) {
 }
 
 struct ProductParams {
-  bool half;      // f16, else bf16
-  const void* a;  // (16, 16)
-  const void* b;  // (16, 8)
+  int type;       // f16, bf16 or tf32
+  const void* a;  // (16, 16); tf32: (16, 8) floats
+  const void* b;  // (16, 8); tf32: (8, 8)
   float* d;       // (16, 8), added to
 };
 
 template <class T>
 EDET_DEVICE void product_as(const ProductParams& p) {
+  constexpr int V = 16 / int(sizeof(T));  // a has 2·V columns, b has 2·V rows
+  constexpr bool kTf32 = sizeof(T) == 4;
   EDET_SHARED(T, tile);
-  const Shared<T> a = tile, b = tile + 16 * 16;
+  const Shared<T> a = tile, b = tile + 16 * 2 * V;
   const int lane = thread().x, g = lane / 4, t = lane % 4;
-  copy_async(a + lane * 8, static_cast<const T*>(p.a) + lane * 8, true);
-  copy_async(b + lane * 8, static_cast<const T*>(p.b) + lane % 16 * 8, lane < 16);
+  copy_async(a + lane * V, static_cast<const T*>(p.a) + lane * V, true);
+  copy_async(b + lane * V, static_cast<const T*>(p.b) + lane % 16 * V, lane < 16);
   await_copies();
   warp_barrier();
   uint32_t left[4], right[4];
-  load_matrices(a + (lane % 16 * 16 + lane / 16 * 8), left);
-  load_transposed_matrices(b + lane * 8, right);
+  load_matrices(a + (lane % 16 * 2 * V + lane / 16 * V), left);
   float d[4];
   for (int i = 0; i < 4; i++) d[i] = p.d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-  multiply_add<T>(d, left, right[0], right[1]);
+  if constexpr (kTf32) {
+    multiply_add_tf32(d, left, float_bits(get(b + (t * 8 + g))),
+                      float_bits(get(b + ((t + 4) * 8 + g))));
+  } else {
+    load_transposed_matrices(b + lane * 8, right);
+    multiply_add<T>(d, left, right[0], right[1]);
+  }
   for (int i = 0; i < 4; i++) store(p.d + (g + i / 2 * 8) * 8 + 2 * t + i % 2, d[i]);
 }
 
 EDET_KERNEL(32, 1)
-product(EDET_PARAMS(ProductParams) p) { return p.half ? product_as<f16>(p) : product_as<bf16>(p); }
+product(EDET_PARAMS(ProductParams) p) {
+  if (p.type == 0) return product_as<f16>(p);
+  if (p.type == 1) return product_as<bf16>(p);
+  product_as<float>(p);
+}
 
 struct WarpParams {
   const int* from;  // (threads)

@@ -192,6 +192,41 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   return p;
 }
 
+StemParams stem_params(const Tensor& image, const Tensor& weight, const Tensor& scale,
+                       const Tensor& shift, const std::optional<Tensor>& mean,
+                       const std::optional<Tensor>& std, const Ints& padding, const Ints& size,
+                       int64_t activation, ScalarType dtype, const WeightReader& floats,
+                       Tensor* out) {
+  STD_TORCH_CHECK(image.dim() == 4 && image.size(1) == 3, "image must be (N, 3, H, W)");
+  StemParams p{};
+  p.is_uint8 = image.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(p.is_uint8 || image.scalar_type() == dtype, "image must be uint8 or of dtype");
+  STD_TORCH_CHECK(mean.has_value() == std.has_value(), "mean and std go together");
+  p.n = image.size(0), p.h = image.size(2), p.w = image.size(3);
+  p.c_out = scale.numel();
+  const Pair out_size = pair_of(size, "size"), pad = pair_of(padding, "padding");
+  p.out_h = out_size.y, p.out_w = out_size.x;
+  p.pad_top = pad.y, p.pad_left = pad.x;
+  STD_TORCH_CHECK(p.pad_top >= 0 && p.pad_top <= 2 && p.pad_left >= 0 && p.pad_left <= 2,
+                  "padding must be 0 to 2");
+  STD_TORCH_CHECK(p.out_h > 0 && p.out_w > 0 && 2 * (p.out_h - 1) - p.pad_top < p.h &&
+                      2 * (p.out_w - 1) - p.pad_left < p.w,
+                  "size does not fit the image");
+  p.activation = activation_of(activation);
+  p.weight = floats(weight, padded(p.c_out) * 27, "weight");
+  p.scale = floats(scale, p.c_out, "scale");
+  p.shift = floats(shift, p.c_out, "shift");
+  if (mean) {
+    p.mean = floats(*mean, 3, "mean");
+    p.std = floats(*std, 3, "std");
+  }
+  const int64_t shape[4] = {p.n, p.c_out, p.out_h, p.out_w};
+  *out = torch::stable::empty({shape, 4}, dtype, std::nullopt, image.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+  p.dtype = map_dtype(*out);
+  return p;
+}
+
 NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
                          int64_t max_detections) {
   STD_TORCH_CHECK(max_detections >= 1, "max_detections must be at least 1, got ", max_detections);

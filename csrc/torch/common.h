@@ -14,9 +14,11 @@
 #include "../core/params.h"
 #include "../cpu/schedule.h"
 
-// The namespace of the ops in torch.ops; the emulation has one of its own.
+// The namespaces of the ops in torch.ops: as they are, and those that multiply floats as tf32; the
+// emulation has its own.
 #ifndef EDET_OPS
 #define EDET_OPS edet_kernels
+#define EDET_TF32_OPS edet_kernels_tf32
 #endif
 
 namespace edet::torch_ops {
@@ -74,6 +76,14 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
                            const Tensors& squeeze, const Tensors& project, int64_t stride,
                            const Ints& padding, const Ints& size, int64_t activation, bool residual,
                            const WeightReader& weight);
+
+// Checks the first layer's arguments, makes its result and describes it, but for the image's
+// memory.
+StemParams stem_params(const Tensor& image, const Tensor& weight, const Tensor& scale,
+                       const Tensor& shift, const std::optional<Tensor>& mean,
+                       const std::optional<Tensor>& std, const Ints& padding, const Ints& size,
+                       int64_t activation, torch::headeronly::ScalarType dtype,
+                       const WeightReader& floats, Tensor* out);
 
 NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
                          int64_t max_detections);

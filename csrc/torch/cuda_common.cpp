@@ -28,7 +28,13 @@ void know(const Tensor& t, bool writable) {
 void know(const Tensor&, bool) {}
 #endif
 
+thread_local bool tf32 = false;
+
 }  // namespace
+
+bool in_tf32() { return tf32; }
+Tf32Scope::Tf32Scope() { tf32 = true; }
+Tf32Scope::~Tf32Scope() { tf32 = false; }
 
 CudaCall::CudaCall(const char* op, const Tensor& map) : op_(op), like_(map) {
 #ifndef EDET_EMULATION

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <memory>
+#include <utility>
 
 #include "common.h"
 
@@ -51,6 +52,29 @@ class CudaCall {
   std::shared_ptr<void> guard_;
   cudaStream_t stream_ = nullptr;
   Tensors kept_;
+};
+
+// Whether this thread is in an op that multiplies floats as tf32.
+bool in_tf32();
+
+// Counts as in_tf32() while it lives.
+class Tf32Scope {
+ public:
+  Tf32Scope();
+  ~Tf32Scope();
+  Tf32Scope(const Tf32Scope&) = delete;
+  Tf32Scope& operator=(const Tf32Scope&) = delete;
+};
+
+// call is `op`, an op's function, in a Tf32Scope: the kernel of the same op in EDET_TF32_OPS.
+template <auto op>
+struct Tf32;
+template <class Result, class... Arguments, Result (*op)(Arguments...)>
+struct Tf32<op> {
+  static Result call(Arguments... arguments) {
+    const Tf32Scope scope;
+    return op(std::move(arguments)...);
+  }
 };
 
 // Factors of the fusion node's edges are computed by the kernels, from these.

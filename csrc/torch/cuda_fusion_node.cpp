@@ -10,6 +10,7 @@ cuda::FusionNodeParams node_params(CudaCall& call, const Tensor& like, int64_t c
                                    const Tensor& dw_weight, const Tensor& pw_weight) {
   cuda::FusionNodeParams p{};
   p.dtype = map_dtype(like);
+  p.tf32 = in_tf32();
   p.n = like.size(0), p.c = c, p.c_out = c_out;
   p.dw = call.floats(dw_weight, 9 * c, "dw_weight");
   p.pw = call.floats(pw_weight, padded(c_out) * c, "pw_weight");
@@ -146,6 +147,13 @@ STABLE_TORCH_LIBRARY_IMPL(EDET_OPS, EDET_CUDA_KEY, m) {
   m.impl("separable_conv", TORCH_BOX(&separable_conv_cuda));
   m.impl("bifpn", TORCH_BOX(&bifpn_cuda));
   m.impl("head", TORCH_BOX(&head_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EDET_TF32_OPS, EDET_CUDA_KEY, m) {
+  m.impl("fusion_node", TORCH_BOX(&Tf32<&fusion_node_cuda>::call));
+  m.impl("separable_conv", TORCH_BOX(&Tf32<&separable_conv_cuda>::call));
+  m.impl("bifpn", TORCH_BOX(&Tf32<&bifpn_cuda>::call));
+  m.impl("head", TORCH_BOX(&Tf32<&head_cuda>::call));
 }
 
 }  // namespace edet::torch_ops

@@ -16,6 +16,7 @@ static Tensors lateral_cuda(const Tensor input, const Tensors pw_weights, const 
   CudaCall call("lateral", input);
   cuda::ProjectionParams p{};
   p.dtype = map_dtype(input);
+  p.tf32 = in_tf32();
   p.input = call.map(input);
   p.rows = input.size(0) * h * w;
   p.c_in = input.size(1);
@@ -52,6 +53,10 @@ static Tensors lateral_cuda(const Tensor input, const Tensors pw_weights, const 
 
 STABLE_TORCH_LIBRARY_IMPL(EDET_OPS, EDET_CUDA_KEY, m) {
   m.impl("lateral", TORCH_BOX(&lateral_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EDET_TF32_OPS, EDET_CUDA_KEY, m) {
+  m.impl("lateral", TORCH_BOX(&Tf32<&lateral_cuda>::call));
 }
 
 }  // namespace edet::torch_ops

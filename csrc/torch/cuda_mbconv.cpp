@@ -14,6 +14,7 @@ static Tensor mbconv_cuda(const Tensor input, const Tensors expand, const Tensor
                     residual, [&](const Tensor& t, int64_t numel, const char* name) {
                       return call.floats(t, numel, name);
                     });
+  p.tf32 = in_tf32();
   p.input = call.map(input);
   Tensor out = empty_map(input, p.c_out, p.out_h, p.out_w);
   p.out = call.write(out);
@@ -27,5 +28,9 @@ static Tensor mbconv_cuda(const Tensor input, const Tensors expand, const Tensor
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EDET_OPS, EDET_CUDA_KEY, m) { m.impl("mbconv", TORCH_BOX(&mbconv_cuda)); }
+
+STABLE_TORCH_LIBRARY_IMPL(EDET_TF32_OPS, EDET_CUDA_KEY, m) {
+  m.impl("mbconv", TORCH_BOX(&Tf32<&mbconv_cuda>::call));
+}
 
 }  // namespace edet::torch_ops

@@ -4,10 +4,7 @@
 // Enumerations are integers, numbered in core/params.h. Weights are packed
 // (edet_kernels/packing.py). Numbers that follow from an image's size are SymInt, so that a traced
 // graph serves every size; a kernel gets them as integers.
-STABLE_TORCH_LIBRARY(EDET_OPS, m) {
-  m.def(
-      "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, SymInt[] size, int fusion, int pool, "
-      "int activation) -> Tensor");
+static void define_products(torch::stable::detail::StableLibrary& m) {
   m.def(
       "fusion_node(Tensor[] inputs, Tensor? edge_weights, Tensor dw_weight, Tensor pw_weight, "
       "Tensor scale, Tensor shift, SymInt[] size, int fusion, int pool, int pre_activation, "
@@ -29,6 +26,13 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
       "mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, Tensor[] "
       "project, "
       "int stride, SymInt[] padding, SymInt[] size, int activation, bool residual) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY(EDET_OPS, m) {
+  define_products(m);
+  m.def(
+      "weighted_fusion(Tensor[] inputs, Tensor? edge_weights, SymInt[] size, int fusion, int pool, "
+      "int activation) -> Tensor");
   m.def(
       "stem(Tensor image, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, Tensor? std, "
       "SymInt[] padding, SymInt[] size, int activation, ScalarType dtype) -> Tensor");
@@ -63,3 +67,7 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
       "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, SymInt[] sizes, "
       "int fusion, int pool, int activation) -> Tensor[]");
 }
+
+// The ops that multiply, with products of floats rounded to tf32: on CUDA only, where
+// edet_kernels/backend.py asks for it.
+STABLE_TORCH_LIBRARY(EDET_TF32_OPS, m) { define_products(m); }

@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .configs import ModelConfig
+
 #: (width, height) factors of the published checkpoints; a single float r stands for (√r, 1/√r).
 ASPECT_RATIOS: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
 
@@ -79,8 +81,7 @@ def generate_anchors(
         anchor_scale: size of the first anchor, in strides.
 
     Returns:
-        (N, 4) y1, x1, y2, x2 ordered by level, row, column, octave, aspect. The tensor is cached
-        and shared: do not write to it.
+        (N, 4) y1, x1, y2, x2 ordered by level, row, column, octave, aspect.
 
     Raises:
         ValueError: a size, level, scale or ratio that is not positive.
@@ -113,7 +114,25 @@ def generate_anchors(
             float(anchor_scale),
             torch.device(device),
             dtype,
-        )
+        ).clone()  # the caller may write to it
+
+
+def model_anchors(
+    config: ModelConfig,
+    image_size: tuple[int, int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """:func:`generate_anchors` of a model, for its own image size unless another is given."""
+    return generate_anchors(
+        config.image_size if image_size is None else image_size,
+        min_level=config.min_level,
+        max_level=config.max_level,
+        num_scales=config.num_scales,
+        aspect_ratios=config.aspect_ratios,
+        anchor_scale=config.anchor_scale,
+        device=device,
+    )
 
 
 def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:

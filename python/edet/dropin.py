@@ -751,7 +751,9 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
         if replaced and rounds:
             whole = _time_whole(network, replaced, images, rounds)
     except BaseException:
-        restore(model)
+        for _, module in candidates:
+            if isinstance(module, Fused):
+                _unfuse(module)
         raise
     finally:
         stance.close()

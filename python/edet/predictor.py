@@ -24,7 +24,7 @@ from torch import Tensor
 from edet_kernels.backend import choose, current_backend
 
 from . import graph
-from .anchors import generate_anchors
+from .anchors import model_anchors
 from .efficientdet import EfficientDet, create_model
 from .efficientnet import EfficientNet
 from .labels import label_map
@@ -450,7 +450,8 @@ class Predictor:
         ]
         with graph.cuda.device(self.device) if self._captures else nullcontext():
             geometry = here.to(self.device)
-            stages: list[Stage] = [self._network, partial(self._postprocess, self._anchors(size))]
+            anchors = model_anchors(self.model.config, size, device=self.device)
+            stages: list[Stage] = [self._network, partial(self._postprocess, anchors)]
             if self._captures:
                 stages.insert(0, lambda raw: [letterbox(raw, size, self._fill), geometry])
             else:
@@ -523,18 +524,6 @@ class Predictor:
             maps = backbone(normalise(pixels, self._mean, self._std, self.dtype))
         pyramid = self.model.fpn(maps)
         return [*self.model.class_net(pyramid), *self.model.box_net(pyramid), geometry]
-
-    def _anchors(self, size: tuple[int, int]) -> Tensor:
-        config = self.model.config
-        return generate_anchors(
-            size,
-            min_level=config.min_level,
-            max_level=config.max_level,
-            num_scales=config.num_scales,
-            aspect_ratios=config.aspect_ratios,
-            anchor_scale=config.anchor_scale,
-            device=self.device,
-        )
 
     def _postprocess(self, anchors: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         """Head outputs and geometry to rows (B, K, 6) of box, score and label; label 0 is none."""

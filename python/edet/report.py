@@ -611,7 +611,7 @@ def plot_fusion(result: dict[str, Any]) -> Any:
     axes = figure.add_subplot()
     for k, name in enumerate(("softmax", "fast")):
         places = [i + 0.4 * k - 0.2 for i in range(len(groups))]
-        heights = [group[k + 1] / max(group[1:]) for group in groups]
+        heights = [(softmax, fast)[k] / max(softmax, fast) for _, softmax, fast in groups]
         axes.bar(places, heights, 0.38, color=f"C{k}", label=name)
         for place, height, group in zip(places, heights, groups, strict=True):
             text = f"{group[k + 1]:.1f}"

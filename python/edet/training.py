@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .anchors import generate_anchors
+from .anchors import model_anchors
 from .efficientdet import EfficientDet
 from .losses import Losses, detection_loss
 from .targets import assign_targets
@@ -153,15 +153,7 @@ class Trainer:
                 f"boxes must hold one entry per image ({len(images)}), got {len(boxes)}"
             )
         config = self.model.config
-        anchors = generate_anchors(
-            (images.shape[-2], images.shape[-1]),
-            min_level=config.min_level,
-            max_level=config.max_level,
-            num_scales=config.num_scales,
-            aspect_ratios=config.aspect_ratios,
-            anchor_scale=config.anchor_scale,
-            device=images.device,
-        )
+        anchors = model_anchors(config, (images.shape[-2], images.shape[-1]), device=images.device)
         targets = assign_targets(anchors, boxes, labels, num_classes=config.num_classes)
         class_outputs, box_outputs = self.forward(images)
         losses = detection_loss(class_outputs, box_outputs, targets)

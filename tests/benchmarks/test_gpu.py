@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import edet_kernels
 from benchmarks import gpu, gpu_check
 from edet import report
+from edet.bench import CheckFailed
 from edet.configs import get_config
+from edet_kernels import current_backend
 
 
 @pytest.mark.parametrize("title", gpu.CASES)
@@ -21,7 +27,11 @@ def test_a_case_is_right_and_knows_its_cost(title):
     config = replace(get_config("tf_efficientdet_d0"), image_size=(64, 96))
     case = gpu.CASES[title](gpu.Maker(config, 1, torch.float32, torch.device("cpu")))
     with torch.inference_mode():
-        assert gpu.check(title, case, torch.float32) < 1e-4
+        judge = gpu.Judge(title, case, torch.float32)
+        found = case.run(edet_kernels)
+        assert judge.check("ours", found) < 1e-4
+        with pytest.raises(CheckFailed, match=f"{title}.*(must differ|other boxes)"):
+            judge.check("ours", [1.01 * x for x in found])
     assert case.bytes > 0
     assert (case.operations > 0) == (title != "detect")
 
@@ -54,16 +64,188 @@ def test_markdown_and_softmax_ratio():
     assert gpu.softmax_ratio(rows[:1]) is None
     ceilings = {"float16": {"bytes_per_second": 1e12, "operations_per_second": 1e15}}
     text = gpu.markdown({"device": "A GPU", "torch": "2", "date": "2026-01-01T00:00:00",
-                         "ceilings": ceilings, "rows": rows})  # fmt: skip
+                         "ceilings": ceilings, "rows": rows, "left_out": []})  # fmt: skip
     assert "| fusion_node, P3 of 2 | d0 | 1 | float16 | warm | 10.0 | 1000.0 | 10% | 0% |" in text
 
 
-def test_steps_can_be_chosen():
-    names = [name for name, _ in gpu_check.plan(gpu_check.STEPS, Path("out"), "/sanitizer")]
-    tools = ["sanitize-memcheck", "sanitize-racecheck", "sanitize-synccheck"]
-    assert names == ["build", "test", *tools, "benchmark"]
-    assert [name for name, _ in gpu_check.plan(["test"], Path("out"), None)] == ["test"]
-    assert gpu_check.plan(["sanitize"], Path("out"), None) == []
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The benchmark on the CPU's kernels, each call timed once; a graph is what it is made of."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "COLD_BYTES", 1)
+    monkeypatch.setattr(gpu, "_graph", lambda call: call)
+    monkeypatch.setattr(gpu, "ceilings", lambda dtype: {"bytes_per_second": 1e12,
+                                                        "operations_per_second": 1e15})  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timed = []
+
+    def measure(calls, seconds):
+        timed.append([call() for call in calls])
+        return report.summary([1.0])
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    small = replace(get_config("tf_efficientdet_d0"), image_size=(64, 64))
+    monkeypatch.setattr(gpu, "get_config", lambda name: small)
+    return timed
+
+
+def benchmark(tmp_path, *arguments):
+    """The result file of a run on D0, batch 1, fp16."""
+    output = tmp_path / "gpu.json"
+    common = ["--models", "tf_efficientdet_d0", "--batches", "1", "--dtypes", "float16"]
+    try:
+        gpu.main([*common, *arguments, "--output", str(output)])
+    finally:
+        result = json.loads(output.read_text())
+    return result
+
+
+def test_every_variant_has_its_column(on_cpu, tmp_path, monkeypatch, capsys):
+    asked = []
+    run = gpu.Case.run
+
+    def spy(case, module):
+        asked.append((current_backend(), module))
+        with edet_kernels.backend("cpu"):
+            return run(case, module)
+
+    monkeypatch.setattr(gpu.Case, "run", spy)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    result = benchmark(tmp_path, "--cases", "fusion_node, P3 of 2")
+    assert ("triton", edet_kernels) in asked and ("cpu", edet_kernels) in asked
+    assert [row["cache"] for row in result["rows"]] == ["warm", "cold"]
+    for row in result["rows"]:
+        assert tuple(row["times"]) == gpu.VARIANTS and row["unavailable"] == {}
+        assert set(row["errors"]) == set(gpu.VARIANTS)
+    assert result["failures"] == {} and result["left_out"] == []
+    assert "| L2 | ours | ours, graph | Triton | Triton, graph |" in capsys.readouterr().out
+    # calls are checked, then timed: the second time with several arguments
+    assert [len(calls) for calls in on_cpu] == [1, 2] * len(gpu.VARIANTS)
+
+
+def test_what_a_variant_cannot_do_is_listed(on_cpu, tmp_path):
+    arguments = ["--cases", "stem", "--variants", "ours", "Triton", "--caches", "warm"]
+    (row,) = benchmark(tmp_path, *arguments)["rows"]
+    assert set(row["times"]) == {"ours"}
+    assert "there is no Triton kernel" in row["unavailable"]["Triton"]
+
+
+def test_a_failed_case_costs_no_other_its_times(on_cpu, tmp_path, monkeypatch):
+    def out_of_memory(make):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 1 TiB")
+
+    monkeypatch.setitem(gpu.CASES, "lateral", out_of_memory)
+    arguments = ["--cases", "lateral", "stem", "--variants", "ours", "--caches", "warm"]
+    with pytest.raises(SystemExit, match=r"lateral, .*: CUDA out of memory\.$"):
+        benchmark(tmp_path, *arguments)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["case"] for row in result["rows"]] == ["stem"]
+    assert list(result["failures"].values()) == ["CUDA out of memory."]
+
+
+def test_it_ends_in_time_and_says_what_is_missing(on_cpu, tmp_path):
+    arguments = ["--cases", "lateral", "stem", "--variants", "ours", "compile", "--limit", "-1"]
+    result = benchmark(tmp_path, *arguments)
+    assert result["rows"] == []
+    assert result["left_out"] == ["ours: 2 of 2 cases", "compile: 2 of 2 cases"]
+
+
+def test_steps_can_be_chosen(tmp_path):
+    plan = gpu_check.plan(gpu_check.STEPS, tmp_path, "/sanitizer")
+    assert tuple(plan) == gpu_check.STEPS
+    assert [part.name for part in plan["sanitize"]] == ["memcheck", "racecheck", "synccheck"]
+    assert [part.variables for part in plan["sanitize"]][1:] == [{}, {}]
+    assert list(gpu_check.plan(["test"], tmp_path, None)) == ["test"]
+    assert gpu_check.plan(["sanitize"], tmp_path, None) == {}
+    assert sum(gpu_check.LIMITS.values()) + 100 < gpu_check.TOTAL < 600
+
+
+def test_gpu_tests_are_all_run():
+    root = Path(__file__).resolve().parents[2]
+    marked = {
+        str(path.relative_to(root))
+        for path in (root / "tests").rglob("test_*.py")
+        if "pytest.mark." + "gpu" in path.read_text(encoding="utf-8")
+    }
+    assert marked == set(gpu_check.TESTS)
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Runs gpu_check on small programs in the place of its commands; exit, results, files."""
+
+    def run(**steps):
+        found = {"name": "A GPU", "capability": "90"}
+        parts = {
+            step: [gpu_check.Part(name, [sys.executable, "-c", code]) for name, code in one.items()]
+            for step, one in steps.items()
+        }
+        monkeypatch.setattr(gpu_check, "device", lambda: found)
+        monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
+        monkeypatch.setattr(gpu_check, "plan", lambda *arguments: parts)
+        try:
+            gpu_check.main(["--output", str(tmp_path / "out"), "--seconds", "60"])
+            code = ""
+        except SystemExit as error:
+            code = str(error.code)
+        files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+        return code, json.loads(files["result.json"]), files
+
+    return run
+
+
+def test_a_failed_step_costs_no_other_its_results(check):
+    code, result, files = check(
+        build={"build": "import os; print('for', os.environ['EDET_CUDA_ARCHS'])"},
+        sanitize={"memcheck": "import sys; sys.exit('a leak')", "racecheck": "print('clean')"},
+        benchmark={"benchmark": "import sys; print(sys.argv)"},
+    )
+    assert code.startswith("failed: memcheck; see the logs in")
+    assert result["steps"]["sanitize"]["codes"] == {"memcheck": 1, "racecheck": 0}
+    assert result["device"]["name"] == "A GPU"
+    assert set(files) == {"build.log", "sanitize.log", "benchmark.log", "result.json"}
+    assert "for 90" in files["build.log"]
+    assert "=== memcheck: 1\na leak" in files["sanitize.log"]
+    assert "=== racecheck: 0\nclean" in files["sanitize.log"]
+    assert "'--limit'" in files["benchmark.log"]
+
+
+def test_nothing_is_checked_after_a_failed_build(check):
+    code, result, _ = check(build={"build": "raise SystemExit(2)"}, test={"test": ""})
+    assert code.startswith("failed: build") and list(result["steps"]) == ["build"]
+
+
+def test_a_step_that_hangs_is_ended_with_all_it_started(check, monkeypatch, tmp_path):
+    monkeypatch.setitem(gpu_check.LIMITS, "test", 1)
+    late = tmp_path / "late"
+    child = f"import time; time.sleep(4); open({str(late)!r}, 'w')"
+    start = time.monotonic()
+    code, result, files = check(
+        test={
+            "hangs": f"import subprocess, sys; print('before', flush=True); "
+            f"subprocess.run([sys.executable, '-c', {child!r}])"
+        },
+        benchmark={"benchmark": "print('x' * 2**21)"},
+    )
+    assert result["steps"]["test"]["codes"] == {"hangs": "too long"}
+    assert "before" in files["test.log"]
+    assert code.startswith("failed: hangs")
+    assert result["steps"]["benchmark"]["codes"] == {"benchmark": 0}
+    assert len(files["benchmark.log"]) < gpu_check.LOG_BYTES + 100
+    time.sleep(max(0.0, start + 5 - time.monotonic()))
+    assert not late.exists()
+
+
+def test_the_driver_is_described(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho name, driver_version\necho A GPU, 580.1\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu_check.driver() == "name, driver_version\nA GPU, 580.1"
+    monkeypatch.setenv("PATH", "")
+    assert gpu_check.driver().startswith("nvidia-smi: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

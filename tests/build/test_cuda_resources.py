@@ -51,10 +51,7 @@ def test_every_file_has_a_budget(source):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_kernels_stay_in_their_budget(source, arch, tmp_path, script, request):
-    if (source.stem, arch) == ("fusion_node", "75"):
-        reason = "one of 16 kernels spills 36 bytes for Turing (nvcc 13.0)"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_kernels_stay_in_their_budget(source, arch, tmp_path, script):
     nvcc = script.find_nvcc(os.environ)
     if nvcc is None:
         pytest.skip("needs nvcc")
@@ -86,6 +83,9 @@ def test_kernels_stay_in_their_budget(source, arch, tmp_path, script, request):
     assert len(kernels) == len(registers)
     for kernel in kernels:
         name = kernel.split("\n", 1)[0]
+        if "tf32" in name:
+            assert (" HMMA." in kernel and ".TF32" in kernel) == (arch != "75"), name
+            continue
         # floats are multiplied by FMA, and Turing's tensor cores know no bfloat16
         wanted = "__half" in name or ("bfloat16" in name and arch != "75")
         assert ("HMMA" in kernel) == wanted, name

@@ -58,10 +58,13 @@ def test_feature_sizes_round_up():
     assert feature_sizes((1, 129), 3, 8) == [(1, 17), (1, 9), (1, 5), (1, 3), (1, 2), (1, 1)]
 
 
-def test_cached_and_usable_after_inference_mode():
+def test_cached_own_and_usable_after_inference_mode():
     with torch.inference_mode():
         first = generate_anchors((128, 384))
-    assert generate_anchors((128, 384)) is first
+    expected = first.clone()
+    first += 1
+    first = generate_anchors((128, 384))
+    assert torch.equal(first, expected)
     regression = torch.zeros(first.shape, requires_grad=True)
     decode_boxes(regression, first).sum().backward()
     assert regression.grad is not None

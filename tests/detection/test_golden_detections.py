@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from edet.anchors import generate_anchors
+from edet.anchors import model_anchors
 from edet.postprocess import postprocess
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,14 +32,7 @@ def detect(fixture, dtype, max_detections):
     model = fixture.model().to(dtype)
     config = model.config
     images = fixture.images().to(dtype)
-    anchors = generate_anchors(
-        tuple(images.shape[2:]),
-        min_level=config.min_level,
-        max_level=config.max_level,
-        num_scales=config.num_scales,
-        aspect_ratios=config.aspect_ratios,
-        anchor_scale=config.anchor_scale,
-    )
+    anchors = model_anchors(config, tuple(images.shape[2:]))
     with torch.no_grad():
         return postprocess(*model(images), anchors, max_detections=max_detections)
 

@@ -35,6 +35,21 @@ def emulated(emulation, monkeypatch):
     return emulation
 
 
+@pytest.fixture
+def turing(emulated):
+    """The module as :func:`emulated` gives it, for an sm_75."""
+    emulated.set_device(emulated_module.MULTIPROCESSORS, 64 * 1024, 75)
+    yield emulated
+    emulated.set_device(emulated_module.MULTIPROCESSORS, emulated_module.SHARED_BYTES)
+
+
+@pytest.fixture
+def tf32(emulated, monkeypatch):
+    """The module as :func:`emulated` gives it, where floats are multiplied as TF32."""
+    monkeypatch.setattr(torch.ops, "edet_kernels", torch.ops.edet_emulation_tf32)
+    return emulated
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The maps are small: eager PyTorch wastes most of its time on waking threads."""

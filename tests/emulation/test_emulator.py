@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from op_utils import to_tf32
 
 
 def numbers(blocks=3, threads=64):
@@ -43,15 +44,41 @@ def test_a_fault_is_caught_whatever_the_order(emulation, fault, message, seed):
     assert np.array_equal(emulation.reverse(numbers(), 64), numbers())  # and it goes on
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_tensor_core_product(emulation, dtype):
-    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
-    d = torch.randn(16, 8)
-    expected = d.double() + a.double() @ b.double()
-    bits = [x.view(torch.uint16).numpy() for x in (a, b)]
+def operands(name):
+    """Operands of a product on tensor cores, exact in its type: a (16, k) and b (k, 8)."""
+    if name == "tf32":
+        return to_tf32(torch.randn(16, 8)), to_tf32(torch.randn(8, 8))
+    dtype = torch.float16 if name == "f16" else torch.bfloat16
+    return torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+
+
+def multiply(emulation, name, a, b, d):
     result = d.numpy().copy()
-    emulation.product(*bits, result, dtype == torch.float16)
-    torch.testing.assert_close(torch.from_numpy(result).double(), expected, rtol=0, atol=1e-5)
+    emulation.product(*(x.view(torch.uint8).numpy() for x in (a, b)), result, name)
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("f16", 75), ("bf16", 75), ("f16", 80), ("bf16", 80), ("tf32", 80)],
+)
+def test_tensor_core_product(emulation, name, architecture):
+    emulation.set_device(4, 64 * 1024, architecture)
+    (a, b), d = operands(name), torch.randn(16, 8)
+    expected = d.double() + a.double() @ b.double()
+    result = multiply(emulation, name, a, b, d)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_tf32_product_is_refused(emulation):
+    (a, b), d = operands("tf32"), torch.zeros(16, 8)
+    emulation.set_device(4, 64 * 1024, 75)
+    with pytest.raises(RuntimeError, match="needs sm_80"):
+        multiply(emulation, "tf32", a, b, d)
+    emulation.set_device(4, 64 * 1024, 80)
+    for one, two in ((a, b * 1.1), (a * 1.1, b)):
+        with pytest.raises(RuntimeError, match="not rounded to tf32"):
+            multiply(emulation, "tf32", one, two, d)
 
 
 def test_warp_functions_and_atomics(emulation):

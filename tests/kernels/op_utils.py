@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import edet_kernels
 from edet_kernels import library, reference
@@ -80,6 +81,28 @@ class Call:
     def check(self, dtype: torch.dtype) -> None:
         """Checks the op against the fp64 reference, by the error of eager PyTorch in ``dtype``."""
         assert_as_accurate_as_eager(self(), self.reference(torch.float64), self.reference(dtype))
+
+    def check_tf32(self) -> None:
+        """Checks a float32 op that may multiply as TF32, by the error of eager that does so."""
+        with Tf32Products():
+            eager = self.reference(torch.float32)
+        assert_as_accurate_as_eager(self(), self.reference(torch.float64), eager)
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """float32 numbers with a mantissa of 10 bits, rounded to nearest, ties away from zero."""
+    rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+class Tf32Products(TorchFunctionMode):
+    """Rounds what 1×1 convolutions of float32 multiply to TF32, as a GPU that may does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.nn.functional.conv2d and args[1].shape[-2:] == (1, 1):
+            x, weight, *rest = args
+            args = (to_tf32(x), to_tf32(weight), *rest)
+        return function(*args, **(kwargs or {}))
 
 
 def ulp(largest: float, dtype: torch.dtype) -> float:

@@ -12,9 +12,10 @@ import torch
 from op_utils import MAP_OPS, SAMPLES, assert_identical, cast, sample, tensors
 
 import edet_kernels
-from edet_kernels import BackendError, backend, current_backend, explain
-from edet_kernels.backend import OPS
+from edet_kernels import BackendError, backend, current_backend, explain, library
+from edet_kernels.backend import OPS, TF32_OPS
 
+backend_module = sys.modules["edet_kernels.backend"]  # the package has a function of this name
 all_ops = pytest.mark.parametrize("op", SAMPLES)
 
 
@@ -204,3 +205,66 @@ with edet_kernels.backend("cpu"):
         "{'reference'} " + reason,
         "weighted_fusion cannot run on backend 'cpu': " + reason,
     ]
+
+
+# TF32.
+
+ASK_FOR_TF32 = {
+    "matmul.fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "matmul.allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "fp32_precision": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    """As if the library had CUDA kernels and torch a GPU that can multiply TF32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(library, "cuda_refusal", lambda capability: "")
+    monkeypatch.setattr(backend_module, "has_kernel", lambda *arguments: True)
+    caches = (backend_module._refusal, backend_module._has_tf32)
+    before = (torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision = before
+    for cache in caches:
+        cache.cache_clear()
+
+
+def tf32_ops(dtype=torch.float32):
+    """The ops that run with TF32 products on a GPU; what they explain agrees."""
+    found = {op for op in OPS if backend_module._namespace(op, "cuda", dtype).endswith("_tf32")}
+    assert found == {c.op for c in explain("cuda", dtype) if "TF32 products" in c.reason}
+    return found
+
+
+@pytest.mark.parametrize("way", ASK_FOR_TF32)
+def test_tf32_is_multiplied_where_torch_may(ampere, way):
+    assert tf32_ops() == set()
+    ASK_FOR_TF32[way]()
+    assert tf32_ops() == set(TF32_OPS)
+    assert tf32_ops(torch.float16) == set()
+    with backend("cuda"):
+        assert tf32_ops() == set(TF32_OPS)
+    with backend("triton"):
+        assert backend_module._namespace("head", "cuda", torch.float32) == "edet_kernels_triton"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert tf32_ops() == set()
+
+
+def test_older_gpus_do_not_multiply_tf32(ampere, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert tf32_ops() == set()
+
+
+@pytest.mark.skipif(not library.load(), reason="needs the op library")
+def test_tf32_operators_are_like_the_others():
+    for op in TF32_OPS:
+        tf32 = getattr(torch.ops.edet_kernels_tf32, op).default._schema
+        other = getattr(torch.ops.edet_kernels, op).default._schema
+        assert str(tf32).replace("_tf32", "") == str(other)
+        assert torch._library.simple_registry.singleton.find(tf32.name).fake_impl.kernel is not None

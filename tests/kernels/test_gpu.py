@@ -4,6 +4,9 @@ import pytest
 import torch
 from op_utils import DTYPES, SAMPLES, Call, assert_identical, map_tree, sample
 
+from edet_kernels import explain
+from edet_kernels.backend import TF32_OPS
+
 pytestmark = [pytest.mark.gpu]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 all_ops = pytest.mark.parametrize("op", SAMPLES)
@@ -32,6 +35,15 @@ def test_sanitize(op, dtype):  # the part that compute-sanitizer runs
 @pytest.mark.parametrize("op", ["fusion_node", "separable_conv", "lateral"])
 def test_channels(op, channels, dtype):
     on_gpu(sample(op, dtype, channels=channels)).check(dtype)
+
+
+@pytest.mark.parametrize("op", TF32_OPS)
+def test_sanitize_tf32(op, monkeypatch):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert {c.op for c in explain("cuda") if "TF32 products" in c.reason} == set(TF32_OPS)
+    on_gpu(sample(op, channels=72)).check_tf32()
 
 
 @dtypes
