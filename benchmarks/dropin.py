@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="at least this many for every row")
     parser.add_argument("--seconds", type=float, default=1.0, help="at least so long per cell")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds a row may take")
+    parser.add_argument("--note", default="", help="a sentence to stand above the table")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/dropin.json")
     args = parser.parse_args(argv)
     if not args.output.parent.is_dir():
@@ -190,7 +191,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             **{p: importlib.metadata.version(p) for p in ("torch", "effdet", "timm")},
         },
         "threads": args.threads,
-        "settings": {**timing, "turn_seconds": cpu.TURN_SECONDS, "peak": "largest torch.mm"},
+        "settings": {
+            **timing,
+            "turn_seconds": cpu.TURN_SECONDS,
+            "peak": "largest torch.mm",
+            "note": args.note,
+        },
         "peak_gflops": {"float32": peak},
         "rows": rows,
         "scaling": [],

@@ -25,9 +25,14 @@ sys.path[:0] = [
 from edet import report  # noqa: E402
 
 
-def table(result: dict[str, Any]) -> str:
-    """One result file as Markdown."""
-    return report.markdown(report.check(result))
+def table(result: dict[str, Any], picture: Path | None = None) -> str:
+    """One result file as Markdown, with its picture when there is one."""
+    text = report.markdown(report.check(result))
+    if picture is None or not picture.exists():
+        return text
+    first, *blocks = text.split("\n\n")
+    link = f"![Times longer than edet-kernels]({picture.relative_to(ROOT).as_posix()})"
+    return "\n\n".join([first, link, *blocks])
 
 
 def updated(readme: str, tables: list[str]) -> str:
@@ -51,7 +56,11 @@ def main() -> None:
 
     files = sorted(RESULTS.glob("*.json"))
     old = README.read_text(encoding="utf-8")
-    new = updated(old, [table(json.loads(file.read_text(encoding="utf-8"))) for file in files])
+    tables = [
+        table(json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".png"))
+        for file in files
+    ]
+    new = updated(old, tables)
     if new == old:
         return
     if check:

@@ -168,8 +168,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{conditions(result)}. "
         f"Medians of at least {min((r['rounds'] for r in result['rows']), default=0)} rounds in "
         "which all take turns, ms (and how many times longer than ours); "
-        "best: the fastest of the others against ours."
+        "best: the fastest of the others against ours. " + result["settings"].get("note", "")
     ]
+    blocks[0] = blocks[0].rstrip()
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         names = list(dict.fromkeys(name for row in rows for name in row["times"] if name != OURS))

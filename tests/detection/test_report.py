@@ -140,6 +140,13 @@ def test_report(tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
 
 
+def test_a_note_stands_above_the_table():
+    noted = full()
+    assert report.markdown(noted).split("\n\n")[0].endswith("against ours.")
+    noted["settings"]["note"] = "The machine was shared."
+    assert report.markdown(noted).split("\n\n")[0].endswith("ours. The machine was shared.")
+
+
 def test_throughput_over_batch_sizes(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     batches = result(
