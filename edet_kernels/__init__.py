@@ -1,7 +1,9 @@
 """Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler and no GPU."""
 
+from . import autocast as _autocast
 from . import autograd as _autograd
 from . import fake as _fake
+from . import library as _library
 from .backend import BackendError, Choice, backend, current_backend, explain
 from .ops import (
     bifpn,
@@ -27,7 +29,9 @@ from .packing import (
 
 __version__ = "0.1.0"
 
+_library.load()  # whose operators are there from now on
 _fake.register()
+_autocast.register()
 _autograd.register()
 
 __all__ = [

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import edet_kernels
+from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
-from .packing import PackedModule, autocast_dtype, fold_batch_norm, kernel_dtype, planned
+from .packing import PackedModule, fold_batch_norm, kernel_dtype, planned
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
