@@ -244,7 +244,11 @@ def backward_edge_weights(
     PER_CHANNEL: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the edge weights from that of their coefficients, ``sums``."""
+    """The gradient of the edge weights from that of their coefficients, ``sums``.
+
+    Those are float64, as ``edge_weights`` is: the gradient of a lone positive edge is what is left
+    after almost all of it cancels.
+    """
     channel = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     largest, total = normaliser(edge_weights, channel, EDGES, FUSION, C, PER_CHANNEL)
     mean = 0.0  # Σ coefficient · gradient
@@ -449,8 +453,8 @@ def normalised_fusion_backward(
                 backward_edge_weights,
                 (cdiv(c, block_k) if per_channel else 1,),
                 d_weights,
-                d_coefficients,
-                weights,
+                d_coefficients.double(),
+                weights.double(),
                 EDGES=edges,
                 num_warps=1,
                 **common,
