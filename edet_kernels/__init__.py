@@ -1,7 +1,9 @@
 """Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler and no GPU."""
 
+from . import autocast as _autocast
 from . import autograd as _autograd
 from . import fake as _fake
+from . import library as _library
 from .backend import BackendError, Choice, backend, current_backend, explain
 from .ops import (
     bifpn,
@@ -27,9 +29,11 @@ from .packing import (
 
 __version__ = "0.1.0"
 
-_fake.register()
-_autograd.register()
-_autograd.register("edet_kernels_tf32")
+_library.load()  # whose operators are there from now on
+for _namespace in ("edet_kernels", "edet_kernels_tf32"):
+    _fake.register(_namespace)
+    _autocast.register(_namespace)
+    _autograd.register(_namespace)
 
 __all__ = [
     "BackendError",

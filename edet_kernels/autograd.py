@@ -2,8 +2,9 @@
 
 A forward pass saves its inputs and weights only; whatever else the backward pass needs is computed
 again. `weighted_fusion`, `fusion_node`, `separable_conv` and `training_node` have backward kernels;
-`bifpn` and `head` are chains of them; in Triton `lateral` has one too. `mbconv` and `stem`, and any
-op whose device lacks the backward kernel, run their reference again under autograd.
+`bifpn` and `head` are chains of them; in Triton `lateral` has one too. An op that ran as a compiled
+CUDA kernel takes Triton's backward. `mbconv` and `stem`, and any op whose device lacks the backward
+kernel, run their reference again under autograd.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import has_kernel
+from .backend import has_kernel, triton_serves
 from .ops import ACTIVATIONS, FUSIONS, POOLS
 
 # What the compiled ops compute, as references of the compiled ops' own arguments.
@@ -400,6 +401,15 @@ def _recompute(op: str, args: list[Any], needed: Sequence[Any], grads: list[Any]
     return gradients
 
 
+def _backward_namespace(namespace: str, op: str, kernel: str, device: str) -> str:
+    """Where in ``torch.ops`` the backward ``kernel`` of an op of ``namespace`` is; "" for none."""
+    if has_kernel(kernel, device, namespace):
+        return namespace
+    if device == "cuda" and triton_serves(op):  # compiled CUDA kernels have no backward
+        return "edet_kernels_triton"
+    return ""
+
+
 def _backward(namespace: str, op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -408,9 +418,10 @@ def _backward(namespace: str, op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]
         )
     args = _arguments(ctx)
     flat = list(chain.from_iterable(g if isinstance(g, list) else [g] for g in grads))
-    ops = getattr(torch.ops, namespace)
     kernel, needs = _KERNELS.get(op, (None, ""))
-    if kernel is None or not has_kernel(needs, flat[0].device.type, namespace):
+    found_in = needs and _backward_namespace(namespace, op, needs, flat[0].device.type)
+    ops = getattr(torch.ops, found_in or namespace)
+    if kernel is None or not found_in:
         gradients = _recompute(op, args, ctx.needs_input_grad, flat)
     elif op == "training_node":
         gradients = kernel(ops, args, flat, list(ctx.saved_tensors[ctx.outputs]))

@@ -38,7 +38,7 @@ OPS = (
 )
 
 #: Those that have Triton kernels.
-TRITON_OPS = ("lateral", "weighted_fusion", "fusion_node", "bifpn", "separable_conv", "head")
+TRITON_OPS = tuple(op for op in OPS if op not in ("stem", "mbconv", "nms", "detect"))
 
 #: Those that multiply: on CUDA, floats as TF32 where torch may.
 TF32_OPS = ("mbconv", "lateral", "fusion_node", "bifpn", "separable_conv", "head")
@@ -143,6 +143,11 @@ def _triton_refusal(op: str, device_type: str) -> str:
     if capability < _TRITON_CAPABILITY:
         return "Triton needs compute capability 8.0, this GPU has {}.{}".format(*capability)
     return ""
+
+
+def triton_serves(op: str) -> bool:
+    """Whether ``op`` can run on Triton on this machine's GPU, its kernels imported."""
+    return not _triton_refusal(op, "cuda")
 
 
 @functools.cache

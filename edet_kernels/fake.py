@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
-from .backend import TF32_OPS
-
 
 def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     shape = (like.shape[0], channels, height, width)
@@ -161,47 +158,22 @@ def _training_node(
     return [*maps, *(shift.new_empty((rows, channels)) for _ in range(2))]
 
 
-def _gradients(*tensors: Tensor | None) -> list[Tensor]:
-    """A map like each map and a float32 tensor like each weight; empty for None."""
-    return [
-        torch.empty(0)
-        if t is None
-        else _map(t, t.shape[1], *t.shape[2:])
-        if t.dim() == 4
-        else torch.empty(t.shape, device=t.device)
-        for t in tensors
-    ]
+def _gradients(grad: Tensor | Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    """A map like each map, a float32 tensor like each weight and an empty one for None.
 
-
-def _weighted_fusion_backward(
-    grad: Tensor, inputs: Sequence[Tensor], edge_weights: Tensor | None, *_: Any
-) -> list[Tensor]:
-    return _gradients(*inputs, edge_weights)
-
-
-def _fusion_node_backward(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    edge_weights: Tensor | None,
-    dw_weight: Tensor,
-    pw_weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *_: Any,
-) -> list[Tensor]:
-    return _gradients(*inputs, edge_weights, dw_weight, pw_weight, scale, shift)
-
-
-def _separable_conv_backward(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    dw_weight: Tensor,
-    pw_weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: int,
-) -> list[Tensor]:
-    return _gradients(*inputs, dw_weight, pw_weight, scale, shift)
+    The arguments are those of the forward, numbers among them; lists of tensors count one by one.
+    """
+    flat = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a])]
+    found = []
+    for t in flat:
+        if t is None:
+            like = grad if isinstance(grad, Tensor) else grad[0]
+            found.append(like.new_empty(0, dtype=torch.float32))
+        elif isinstance(t, Tensor):
+            found.append(
+                _map(t, *t.shape[1:]) if t.dim() == 4 else t.new_empty(t.shape, dtype=torch.float32)
+            )
+    return found
 
 
 def _training_node_backward(
@@ -209,17 +181,10 @@ def _training_node_backward(
     grad_mean: Tensor,
     grad_m2: Tensor,
     outputs: Sequence[Tensor],
-    mean: Tensor,
-    inputs: Sequence[Tensor],
-    scales: Tensor | None,
-    offsets: Tensor | None,
-    edge_weights: Tensor | None,
-    dw_weight: Tensor,
-    pw_weight: Tensor,
-    shift: Tensor,
-    *_: Any,
+    mean: Tensor | None,
+    *arguments: Any,
 ) -> list[Tensor]:
-    return _gradients(*inputs, scales, offsets, edge_weights, dw_weight, pw_weight, shift)
+    return _gradients(grads, *arguments)
 
 
 def _nms(
@@ -272,21 +237,18 @@ FAKES: dict[str, Callable[..., Any]] = {
     "mbconv": _mbconv,
     "stem": _stem,
     "training_node": _training_node,
-    "weighted_fusion_backward": _weighted_fusion_backward,
-    "fusion_node_backward": _fusion_node_backward,
-    "separable_conv_backward": _separable_conv_backward,
+    "weighted_fusion_backward": _gradients,
+    "fusion_node_backward": _gradients,
+    "separable_conv_backward": _gradients,
+    "lateral_backward": _gradients,
     "training_node_backward": _training_node_backward,
     "nms": _nms,
     "detect": _detect,
 }
 
 
-def register() -> None:
-    """Registers the fake kernels when the compiled library, which holds the schemas, is there."""
-    if library.load():
-        for op, function in FAKES.items():
-            if library.has_op(op):
-                torch.library.register_fake(f"edet_kernels::{op}", function)
-        for op in TF32_OPS:
-            if hasattr(torch.ops.edet_kernels_tf32, op):
-                torch.library.register_fake(f"edet_kernels_tf32::{op}", FAKES[op])
+def register(namespace: str = "edet_kernels") -> None:
+    """Registers the fake kernels of the operators that ``torch.ops`` has under ``namespace``."""
+    for op, function in FAKES.items():
+        if torch._C._dispatch_has_kernel(f"{namespace}::{op}"):
+            torch.library.register_fake(f"{namespace}::{op}", function)

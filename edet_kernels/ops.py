@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autocast import autocast_dtype, cast
 from .backend import namespace, runs_reference
 from .packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
 
@@ -208,6 +209,7 @@ def weighted_fusion(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    inputs = cast(inputs)
     _check_maps("inputs", inputs)
     _check_list("inputs", inputs, "maps", MAX_EDGES)
     x = inputs[0]
@@ -262,6 +264,7 @@ def fusion_node(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    inputs = cast(inputs)
     _check_maps("inputs", inputs)
     _check_list("inputs", inputs, "maps", MAX_EDGES)
     x = inputs[0]
@@ -374,6 +377,7 @@ def bifpn(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    inputs = cast(inputs)
     _check_maps("inputs", inputs)
     x = inputs[0]
     numbers = (
@@ -454,6 +458,7 @@ def separable_conv(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    inputs = cast(inputs)
     _check_maps("inputs", inputs)
     x = inputs[0]
     number = _number("activation", activation, ACTIVATIONS)
@@ -507,6 +512,7 @@ def lateral(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    input = cast(input)
     _check_maps("input", [input])
     number = _number("pool", pool, POOLS)
     for name, value in (("pw_weights", pw_weights), ("scales", scales), ("shifts", shifts)):
@@ -560,6 +566,7 @@ def head(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    inputs = cast(inputs)
     _check_maps("inputs", inputs)
     x = inputs[0]
     number = _number("activation", activation, ACTIVATIONS)
@@ -642,6 +649,7 @@ def training_node(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    inputs = cast(inputs)
     _check_maps("inputs", inputs)
     x = inputs[0]
     numbers = (
@@ -748,6 +756,7 @@ def mbconv(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
+    input = cast(input)
     _check_maps("input", [input])
     number = _number("activation", activation, ACTIVATIONS)
     _number("padding", padding, POOLS)
@@ -850,6 +859,9 @@ def stem(
         raise ValueError(f"image must have at least one pixel, got {_shape(image)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image must be uint8 or float, got {image.dtype}")
+    low = autocast_dtype(image)
+    if low is not None:
+        image, dtype = cast(image), low
     dtype = dtype or (image.dtype if image.is_floating_point() else torch.float32)
     if image.is_floating_point() and image.dtype != dtype:
         raise TypeError(f"dtype must be the image's ({image.dtype}), got {dtype}")

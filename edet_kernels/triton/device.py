@@ -136,8 +136,15 @@ def tile_offsets(row, channel, C: tl.constexpr):
 
 
 @triton.jit
+def load_channels(values, e, channel, C: tl.constexpr):
+    """Row ``e`` of ``values`` (edges, C), as [1, channels]."""
+    return tl.load(values + e * C + channel, mask=channel < C, other=0.0)[None, :]
+
+
+@triton.jit
 def pool_window(
     map,
+    scales,
     image,
     y,
     x,
@@ -152,8 +159,12 @@ def pool_window(
     """Max-pools [pixels, channels]: the largest value and its tap, row · kernel + column.
 
     The tap is the first of equal values and the last NaN, as PyTorch's is; it starts at the first
-    one of the window, which may lie in the padding.
+    one of the window, which may lie in the padding. Where the map is to be multiplied by
+    ``scales`` (edges, C) and a scale is negative, it is the smallest value.
     """
+    sign = 1.0
+    if scales is not None:
+        sign = tl.where(load_channels(scales, EDGE, channel, C) < 0, -1.0, 1.0)
     top = y * GEOMETRY[EDGE][2] - GEOMETRY[EDGE][3]
     left = x * GEOMETRY[EDGE][5] - GEOMETRY[EDGE][6]
     largest = tl.full([y.shape[0], channel.shape[0]], float("-inf"), tl.float32)
@@ -165,15 +176,18 @@ def pool_window(
             offsets = tile_offsets(corner + (r * in_w + k), channel, C)
             mask = valid[:, None] & (channel < C)[None, :]
             v = tl.load(map + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+            if scales is not None:
+                v = tl.where(mask, sign * v, float("-inf"))
             wins = (v > largest) | (v != v)
             largest = tl.where(wins, v, largest)
             tap = tl.where(wins, r * GEOMETRY[EDGE][4] + k, tap)
-    return largest, tap
+    return sign * largest, tap
 
 
 @triton.jit
 def sample(
     map,
+    scales,
     image,
     y,
     x,
@@ -189,7 +203,9 @@ def sample(
 ):
     """[pixels, channels] of a map brought from in_h × in_w to h × w, in float32."""
     if GEOMETRY[EDGE][0] == POOL:
-        value, _ = pool_window(map, image, y, x, inside, channel, in_h, in_w, GEOMETRY, EDGE, C)
+        value, _ = pool_window(
+            map, scales, image, y, x, inside, channel, in_h, in_w, GEOMETRY, EDGE, C
+        )
     else:
         if GEOMETRY[EDGE][0] == NEAREST:
             if GEOMETRY[EDGE][1] > 0:  # whole factors, known when compiling
@@ -207,6 +223,8 @@ def fuse(
     maps,
     heights,
     widths,
+    scales,
+    offsets,
     edge_weights,
     largest,
     total,
@@ -222,11 +240,18 @@ def fuse(
     C: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
 ):
-    """Σ coefficient · resized map, [pixels, channels] in float32."""
+    """Σ coefficient · resized map, [pixels, channels] in float32.
+
+    A map is read as scale·map + offset where there are ``scales`` and ``offsets`` (edges, C).
+    """
     for e in tl.static_range(len(maps)):
         term = sample(
-            maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY, e, C
-        )
+            maps[e], scales, image, y, x, inside, channel, heights[e], widths[e], h, w,
+            GEOMETRY, e, C,
+        )  # fmt: skip
+        if scales is not None:
+            term = term * load_channels(scales, e, channel, C)
+            term += load_channels(offsets, e, channel, C)
         if FUSION != _SUM:
             a = coefficient(edge_weights, e, largest, total, channel, FUSION, C, PER_CHANNEL)
             if PER_CHANNEL:

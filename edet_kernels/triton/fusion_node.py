@@ -85,8 +85,8 @@ def forward(
                 _, valid = neighbour(pixel, y, x, h, w, dy, dx)
                 valid = valid & inside
                 fused = fuse(
-                    maps, heights, widths, edge_weights, largest, total, image, y + dy, x + dx,
-                    valid, channel, h, w, GEOMETRY, FUSION, C, PER_CHANNEL,
+                    maps, heights, widths, None, None, edge_weights, largest, total,
+                    image, y + dy, x + dx, valid, channel, h, w, GEOMETRY, FUSION, C, PER_CHANNEL,
                 )  # fmt: skip
                 # outside is 0 after the activation, whatever the weights are
                 in_map = valid[:, None] & (channel < C)[None, :]

@@ -9,6 +9,7 @@ Output channels beyond one tile repeat the depthwise sums, 9 of 9 + BLOCK_N oper
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -47,6 +48,7 @@ def forward(
     outs,
     maps,
     out_grads,
+    moments,
     dw,
     pw,
     scale,
@@ -63,7 +65,11 @@ def forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``outs``: the convolution, or if BACKWARD the gradient before its activation."""
+    """``outs``: the convolution, or if BACKWARD the gradient before its activation.
+
+    ``moments`` (tiles, 2, C_OUT), where given, receives of each tile the mean of the convolution
+    and the sum of squared deviations from it.
+    """
     tile = tl.program_id(0)
     level = find_level(tile, first)
     map, out = select(level, maps), select(level, outs)
@@ -85,7 +91,16 @@ def forward(
         value = activation_gradient(value, grad, ACTIVATION)
     else:
         value = activate(value, ACTIVATION)
-    tl.store(out + offsets, value.to(dtype), mask=mask)
+    value = value.to(dtype)
+    tl.store(out + offsets, value, mask=mask)
+    if moments is not None:
+        count = tl.sum(inside.to(tl.float32), axis=0)
+        value = tl.where(mask, value.to(tl.float32), 0.0)
+        mean = tl.sum(value, axis=0) / count
+        deviation = tl.where(mask, value - mean[None, :], 0.0)
+        row = moments + tile.to(tl.int64) * (2 * C_OUT) + out_channel
+        tl.store(row, mean, mask=out_channel < C_OUT)
+        tl.store(row + C_OUT, tl.sum(deviation * deviation, axis=0), mask=out_channel < C_OUT)
 
 
 @triton.jit(do_not_specialize=["heights", "widths", "first", "pixels"])
@@ -130,7 +145,23 @@ def backward_depthwise(
     tl.store(grad + here, total.to(grad.dtype.element_ty), mask=mask)
 
 
-def _run(
+class Moments(NamedTuple):
+    """What a convolution's tiles say of its values, for the statistics of batch norms.
+
+    Attributes:
+        tiles: (tiles, 2, C_out), of each tile the mean and the sum of squared deviations from it.
+        first: the first tile of each level, and the number of all.
+        pixels: of each level.
+        block: pixels of a tile; the last one of a level may have fewer.
+    """
+
+    tiles: Tensor
+    first: tuple[int, ...]
+    pixels: tuple[int, ...]
+    block: int
+
+
+def convolve(
     maps: tuple[Tensor, ...],
     out_grads: tuple[Tensor, ...],
     dw_weight: Tensor,
@@ -138,8 +169,12 @@ def _run(
     scale: Tensor,
     shift: Tensor,
     activation: int,
-) -> list[Tensor]:
-    """The forward or, given ``out_grads``, the gradient before its activation."""
+    statistics: bool = False,
+) -> tuple[list[Tensor], Moments]:
+    """The forward or, given ``out_grads``, the gradient before its activation.
+
+    Its arguments are contiguous. The moments are computed with ``statistics`` only.
+    """
     (n, c), c_out = maps[0].shape[:2], scale.shape[1]
     outs = tuple(empty_map(x, c_out, *x.shape[-2:]) for x in maps)
     pixels = tuple(pixel_count(n, *x.shape[-2:]) for x in maps)
@@ -147,12 +182,14 @@ def _run(
     config["BLOCK_K"] = tile_width(c, config["BLOCK_K"])
     config["BLOCK_N"] = tile_width(c_out, config["BLOCK_N"])
     first, total = first_tiles([cdiv(count, config["BLOCK_P"]) for count in pixels])
+    moments = scale.new_empty((total if statistics else 0, 2, c_out))
     launch(
         forward,
         (total, cdiv(c_out, config["BLOCK_N"])),
         outs,
         maps,
         out_grads,
+        moments if statistics else None,
         dw_weight,
         pw_weight,
         scale,
@@ -166,7 +203,7 @@ def _run(
         BACKWARD=bool(out_grads),
         **config,
     )
-    return list(outs)
+    return list(outs), Moments(moments, (*first, total), pixels, config["BLOCK_P"])
 
 
 def separable_conv(
@@ -180,7 +217,7 @@ def separable_conv(
     """The operator ``separable_conv``; see :func:`edet_kernels.separable_conv`."""
     maps = tuple(channels_last(x) for x in inputs)
     dw, pw, scale, shift = (t.contiguous() for t in (dw_weight, pw_weight, scale, shift))
-    return _run(maps, (), dw, pw, scale, shift, activation)
+    return convolve(maps, (), dw, pw, scale, shift, activation)[0]
 
 
 def separable_conv_backward(
@@ -207,7 +244,7 @@ def separable_conv_backward(
     dw, pw, scale, shift = (t.contiguous() for t in (dw_weight, pw_weight, scale, shift))
     out_grads = tuple(channels_last(g) for g in grads)
     if activation:
-        out_grads = tuple(_run(maps, out_grads, dw, pw, scale, shift, activation))
+        out_grads = tuple(convolve(maps, out_grads, dw, pw, scale, shift, activation)[0])
     d_pw, d_scale, d_shift = weight_gradients(maps, out_grads, dw, pw, scale)
     sum_grads = tuple(empty_map(x, *x.shape[1:]) for x in maps)
     input_gradients(out_grads, sum_grads, pw, scale)

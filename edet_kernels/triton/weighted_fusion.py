@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import FUSIONS, POOLS
+from ..reference import fusion_coefficients
 from . import configs
 from .device import (
     NONE,
@@ -25,6 +26,7 @@ from .device import (
     coefficient,
     edge_weight,
     fuse,
+    load_channels,
     normaliser,
     pool_window,
     sample,
@@ -51,6 +53,8 @@ def forward(
     maps,
     heights,
     widths,
+    scales,
+    offsets,
     edge_weights,
     pixels,
     h,
@@ -69,7 +73,7 @@ def forward(
     image, y, x = split_pixel(pixel, h, w)
     largest, total = normaliser(edge_weights, channel, len(maps), FUSION, C, PER_CHANNEL)
     fused = fuse(
-        maps, heights, widths, edge_weights, largest, total,
+        maps, heights, widths, scales, offsets, edge_weights, largest, total,
         image, y, x, inside, channel, h, w, GEOMETRY, FUSION, C, PER_CHANNEL,
     )  # fmt: skip
     value = activate(fused, ACTIVATION).to(out.dtype.element_ty)
@@ -86,6 +90,8 @@ def backward_fused(
     edge_sums,
     heights,
     widths,
+    scales,
+    offsets,
     edge_weights,
     pixels,
     h,
@@ -103,7 +109,8 @@ def backward_fused(
 
     For an edge that is not resized ``grads[e]`` is its input's gradient; for a max-pooled one it
     receives the tap of each maximum. ``d_fused`` receives the gradient before the activation if
-    KEEP; ``edge_sums`` (edges, tiles, C) the sums over a tile of it times the resized inputs.
+    KEEP; ``edge_sums`` (edges, tiles, C) the sums over a tile of it times the resized inputs and,
+    with ``scales``, in one row more the sums of it alone.
     """
     pid = tl.program_id(0)
     pixel = pid * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -116,7 +123,7 @@ def backward_fused(
     d = tl.load(grad + here, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION != 0:
         fused = fuse(
-            maps, heights, widths, edge_weights, largest, total,
+            maps, heights, widths, scales, offsets, edge_weights, largest, total,
             image, y, x, inside, channel, h, w, GEOMETRY, FUSION, C, PER_CHANNEL,
         )  # fmt: skip
         d = tl.where(mask, activation_gradient(fused, d, ACTIVATION), 0.0)
@@ -125,13 +132,14 @@ def backward_fused(
     for e in tl.static_range(len(maps)):
         if GEOMETRY[e][0] == POOL:
             value, tap = pool_window(
-                maps[e], image, y, x, inside, channel, heights[e], widths[e], GEOMETRY, e, C
+                maps[e], scales, image, y, x, inside, channel, heights[e], widths[e], GEOMETRY, e, C
             )
             tl.store(grads[e] + here, tap.to(grads[e].dtype.element_ty), mask=mask)
-        elif FUSION != _SUM:
+        elif edge_sums is not None:
             value = sample(
-                maps[e], image, y, x, inside, channel, heights[e], widths[e], h, w, GEOMETRY, e, C
-            )
+                maps[e], scales, image, y, x, inside, channel, heights[e], widths[e], h, w,
+                GEOMETRY, e, C,
+            )  # fmt: skip
         if GEOMETRY[e][0] == NONE:
             part = d
             if FUSION != _SUM:
@@ -139,11 +147,16 @@ def backward_fused(
                 if PER_CHANNEL:
                     a = a[None, :]
                 part = a * d
+            if scales is not None:
+                part *= load_channels(scales, e, channel, C)
             tl.store(grads[e] + here, part.to(grads[e].dtype.element_ty), mask=mask)
-        if FUSION != _SUM:
+        if edge_sums is not None:
             sums = tl.sum(tl.where(mask, d * value, 0.0), axis=0)
             row = (e * tl.num_programs(0) + pid).to(tl.int64)
             tl.store(edge_sums + row * C + channel, sums, mask=channel < C)
+    if scales is not None:
+        row = (len(maps) * tl.num_programs(0) + pid).to(tl.int64)
+        tl.store(edge_sums + row * C + channel, tl.sum(d, axis=0), mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["pixels", "in_h", "in_w", "h", "w"])
@@ -151,6 +164,7 @@ def backward_resize(
     grad,
     d_fused,
     taps,
+    scales,
     edge_weights,
     pixels,
     in_h,
@@ -213,6 +227,8 @@ def backward_resize(
         if PER_CHANNEL:
             a = a[None, :]
         d = a * d
+    if scales is not None:
+        d *= load_channels(scales, EDGE, channel, C)
     mask = inside[:, None] & in_width
     tl.store(grad + tile_offsets(pixel, channel, C), d.to(grad.dtype.element_ty), mask=mask)
 
@@ -228,7 +244,11 @@ def backward_edge_weights(
     PER_CHANNEL: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the edge weights from that of their coefficients, ``sums``."""
+    """The gradient of the edge weights from that of their coefficients, ``sums``.
+
+    Those are float64, as ``edge_weights`` is: the gradient of a lone positive edge is what is left
+    after almost all of it cancels.
+    """
     channel = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     largest, total = normaliser(edge_weights, channel, EDGES, FUSION, C, PER_CHANNEL)
     mean = 0.0  # Σ coefficient · gradient
@@ -257,6 +277,20 @@ def weighted_fusion(
     activation: int,
 ) -> Tensor:
     """The operator ``weighted_fusion``; see :func:`edet_kernels.weighted_fusion`."""
+    return normalised_fusion(inputs, None, None, edge_weights, size, fusion, pool, activation)
+
+
+def normalised_fusion(
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    size: Sequence[int],
+    fusion: int,
+    pool: int,
+    activation: int,
+) -> Tensor:
+    """:func:`weighted_fusion` of scale·input + offset, ``scales`` and ``offsets`` (inputs, C)."""
     maps = tuple(channels_last(x) for x in inputs)
     (n, c), (h, w) = maps[0].shape[:2], size
     pixels = pixel_count(n, h, w)
@@ -269,6 +303,8 @@ def weighted_fusion(
         out,
         maps,
         *extents(maps),
+        None if scales is None else scales.contiguous(),
+        None if offsets is None else offsets.contiguous(),
         None if edge_weights is None else edge_weights.contiguous(),
         pixels,
         h,
@@ -303,6 +339,29 @@ def weighted_fusion_backward(
         The gradient of each input, channels_last in its dtype, then that of edge_weights, float32
         (empty for none).
     """
+    grads, d_weights, _, _ = normalised_fusion_backward(
+        grad, inputs, None, None, edge_weights, size, fusion, pool, activation
+    )
+    return [*grads, d_weights]
+
+
+def normalised_fusion_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    edge_weights: Tensor | None,
+    size: Sequence[int],
+    fusion: int,
+    pool: int,
+    activation: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Gradients of :func:`normalised_fusion`.
+
+    Returns:
+        Those of the inputs, channels_last in their dtype, and in float32 those of edge_weights,
+        scales and offsets (empty for none).
+    """
     maps = tuple(channels_last(x) for x in inputs)
     grad = channels_last(grad)
     edges, (n, c), (h, w) = len(maps), maps[0].shape[:2], size
@@ -313,6 +372,8 @@ def weighted_fusion_backward(
     block_k = tile_width(c, config.pop("BLOCK_K"))
     tiles = cdiv(pixels, config["BLOCK_P"])
     weights = None if edge_weights is None else edge_weights.contiguous()
+    if scales is not None and offsets is not None:
+        scales, offsets = scales.contiguous(), offsets.contiguous()
     common = {
         "C": c,
         "FUSION": fusion,
@@ -327,7 +388,8 @@ def weighted_fusion_backward(
         if g[0] == POOL:
             dtype = torch.uint8 if g[1] * g[4] <= 256 else torch.int32
             taps[e] = torch.empty_like(grad, dtype=dtype)
-    sums = grad.new_empty((edges, tiles, c), dtype=torch.float32) if weights is not None else None
+    rows = edges + 1 if scales is not None else edges if weights is not None else 0
+    sums = grad.new_empty((rows, tiles, c), dtype=torch.float32)
     launch(
         backward_fused,
         (tiles, cdiv(c, block_k)),
@@ -335,8 +397,10 @@ def weighted_fusion_backward(
         maps,
         tuple(taps.get(e, grads[e]) for e in range(edges)),
         d_fused,
-        sums,
+        sums if rows else None,
         *extents(maps),
+        scales,
+        offsets,
         weights,
         pixels,
         h,
@@ -358,6 +422,7 @@ def weighted_fusion_backward(
             grads[e],
             d_fused,
             taps.get(e),
+            scales,
             weights,
             in_pixels,
             in_h,
@@ -370,20 +435,28 @@ def weighted_fusion_backward(
             **common,
             **config,
         )
-    if weights is None or sums is None:
-        return [*grads, grad.new_empty(0)]
-    per_channel = weights.dim() == 2
-    d_weights = sums.sum(1) if per_channel else sums.sum((1, 2))
-    if FUSIONS[fusion] != "unbounded":
-        d_coefficients, d_weights = d_weights, torch.empty_like(weights)
-        launch(
-            backward_edge_weights,
-            (cdiv(c, block_k) if per_channel else 1,),
-            d_weights,
-            d_coefficients,
-            weights,
-            EDGES=edges,
-            num_warps=1,
-            **common,
-        )
-    return [*grads, d_weights]
+    none = grad.new_empty(0, dtype=torch.float32)
+    d_coefficients, d_weights, d_scales, d_offsets = sums.sum(1), none, none, none
+    if scales is not None and offsets is not None:
+        # of a coefficient a in a·(scale·x + offset), from Σ d·x of each input and Σ d
+        products, total = d_coefficients[:-1], d_coefficients[-1:]
+        a = fusion_coefficients(weights, edges, FUSIONS[fusion])
+        a = torch.ones_like(scales) if a is None else a.view(edges, -1)
+        d_scales, d_offsets = a * products, a * total
+        d_coefficients = scales * products + offsets * total
+    if weights is not None:
+        per_channel = weights.dim() == 2
+        d_weights = d_coefficients if per_channel else d_coefficients.sum(1)
+        if FUSIONS[fusion] != "unbounded":
+            d_coefficients, d_weights = d_weights, torch.empty_like(weights)
+            launch(
+                backward_edge_weights,
+                (cdiv(c, block_k) if per_channel else 1,),
+                d_weights,
+                d_coefficients.double(),
+                weights.double(),
+                EDGES=edges,
+                num_warps=1,
+                **common,
+            )
+    return grads, d_weights, d_scales, d_offsets

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import runs_reference
 
-from .packing import autocast_dtype
+from .packing import PackedModule
 
 _KNOWN_LEAVES = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Conv2d, nn.ModuleDict, nn.ModuleList)
 
 
-def training_maps(module: nn.Module, maps: Sequence[Tensor]) -> list[Tensor] | None:
+def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] | None:
     """The maps in the dtype to compute in, or None where ``module``'s own layers must run.
 
     Its layers must run outside of training and in torch.export, where ``training_node`` has no
     kernel, and where there is a hook on them or another kind of layer in their place.
     """
-    if not module.training or not getattr(module, "fused", True):
+    if not module.training or not module.fused:
         return None
     if torch.compiler.is_exporting():
         return None

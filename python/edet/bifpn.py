@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 import edet_kernels
 from edet_kernels import reference
+from edet_kernels.autocast import autocast_dtype
 
 from .batch_norm import normalise, training_maps
 from .configs import FUSIONS
 from .describe import Edge, FusionNodes, NodeLayers, PackedNodes
-from .packing import PackedModule, autocast_dtype, planned
+from .packing import PackedModule, planned
 
 
 class Node(NamedTuple):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
 from .describe import BackboneBlocks, BlockLayers, PackedBackbone
-from .packing import PackedModule, autocast_dtype, planned
+from .packing import PackedModule, planned
 from .preprocess import normalise
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edet_kernels import current_backend
+from edet_kernels.autocast import autocast_dtype
 
 from .plan import Plan, record
 
@@ -52,15 +53,6 @@ def fold_batch_norm(bn: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Ten
     mean = bn.running_mean.double()
     centred = -mean if bias is None else bias.double() - mean
     return scale, bn.bias.double() + centred * scale
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that ``torch.autocast`` would compute in for ``x``; None where it is off."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    eligible = x.is_floating_point() and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if eligible else None
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -226,7 +218,7 @@ class PackedModule(nn.Module):
 
     _frozen: _Frozen | None = None
     #: False: PyTorch's own layers always run, as for a benchmark's baseline.
-    fused = True
+    fused: bool = True
 
     def __init__(self) -> None:
         super().__init__()

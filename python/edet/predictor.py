@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import choose, current_backend
 
 from . import graph
@@ -28,7 +29,7 @@ from .anchors import model_anchors
 from .efficientdet import EfficientDet, create_model
 from .efficientnet import EfficientNet
 from .labels import label_map
-from .packing import PackedModule, autocast_dtype
+from .packing import PackedModule
 from .plan import CallList, Stage
 from .postprocess import SCORE_THRESHOLDS, postprocess
 from .preprocess import (

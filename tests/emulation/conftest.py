@@ -28,11 +28,7 @@ def emulation():
 @pytest.fixture
 def emulated(emulation, monkeypatch):
     """The module, while every op of :mod:`edet_kernels` runs its emulated CUDA kernel."""
-    monkeypatch.setenv("EDET_BACKEND", "cpu")
-    monkeypatch.setattr(torch.ops, "edet_kernels", torch.ops.edet_emulation)
-    emulation.set_device(emulated_module.MULTIPROCESSORS, emulated_module.SHARED_BYTES)
-    emulation.set_seed(0)
-    return emulation
+    return emulated_module.replace_kernels(monkeypatch)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
-"""Loads the module that emulates the CUDA kernels; as a pytest plugin (``-p emulated``) it puts
-them in the place of the CPU's kernels for a whole run."""
+"""Loads the module that emulates the CUDA kernels and puts them in the place of the CPU's."""
 
 import functools
 import importlib.util
 from pathlib import Path
 
-import pytest
 import torch
+
+from edet_kernels import autocast, autograd, fake
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,11 +24,16 @@ def module():
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     found.set_device(MULTIPROCESSORS, SHARED_BYTES)
+    for registers in (fake, autocast, autograd):
+        registers.register("edet_emulation")
     return found
 
 
-def pytest_configure(config):
-    """Emulates for the whole run."""
-    if module() is None:
-        pytest.exit("the emulation is not built", 1)
-    torch.ops.edet_kernels = torch.ops.edet_emulation
+def replace_kernels(monkeypatch):
+    """Makes every op of :mod:`edet_kernels` run its emulated CUDA kernel; gives the module."""
+    emulation = module()
+    monkeypatch.setenv("EDET_BACKEND", "cpu")
+    monkeypatch.setattr(torch.ops, "edet_kernels", torch.ops.edet_emulation)
+    emulation.set_device(MULTIPROCESSORS, SHARED_BYTES)
+    emulation.set_seed(0)
+    return emulation

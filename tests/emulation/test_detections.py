@@ -1,4 +1,4 @@
-"""nms and detect by their CUDA kernels, executed on the host; ``test_kernels.py`` has the rest."""
+"""nms and detect by their CUDA kernels, executed on the host; ``tests/kernels`` has the rest."""
 
 import pytest
 import torch

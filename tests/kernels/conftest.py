@@ -1,5 +1,6 @@
 """Kernel tests share ``op_utils``, run on one thread, and allocate buffers full of NaN."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "emulation")]  # for op_utils and emulated
+
+from backends import BACKENDS  # noqa: E402
 
 # Read by the library once, at its first allocation: a pixel that is never written shows up as NaN.
 os.environ.setdefault("EDET_POISON", "1")
@@ -35,8 +39,38 @@ def kernels_only(monkeypatch):
     monkeypatch.setenv("EDET_BACKEND", "cpu")
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "reference", "emulated"])
 def backend(request, kernels_only, monkeypatch):
-    """Runs a test on the kernel and on the reference."""
-    monkeypatch.setenv("EDET_BACKEND", request.param)
-    return request.param
+    """Runs a test on one backend, a :class:`backends.Backend`; skips it where that is not there."""
+    name = request.param
+    device = contextlib.nullcontext()
+    if name == "triton":
+        pytest.importorskip("triton", exc_type=ImportError)
+        monkeypatch.setenv("EDET_BACKEND", "triton")
+        if torch.cuda.is_available():
+            device = torch.device("cuda")
+        else:
+            large_tiles(monkeypatch)
+    elif name == "emulated":
+        import emulated
+
+        if not emulated.module():
+            pytest.skip("needs the emulation: EDET_EMULATION=1 python setup.py build_ext --inplace")
+        emulated.replace_kernels(monkeypatch)
+    else:
+        monkeypatch.setenv("EDET_BACKEND", name)
+    with device:
+        yield BACKENDS[name]
+
+
+def large_tiles(monkeypatch):
+    """Makes Triton's programs few and their loops short: interpreted, each step takes its time."""
+    from edet_kernels.triton import configs
+
+    find, large = configs.find, {"BLOCK_P": 256, "BLOCK_N": 256, "BLOCK_K": 256}
+
+    def find_large(*arguments):
+        found = find(*arguments)
+        return found | {name: size for name, size in large.items() if name in found}
+
+    monkeypatch.setattr(configs, "find", find_large)

@@ -327,17 +327,19 @@ def separable_conv(
     return Call("separable_conv", make.maps(channels, sizes), weights, options)
 
 
-def head(make: Maker, channels: int = 24, **options: Any) -> Call:
+def head(
+    make: Maker, channels: int = 24, *, sizes: Sequence[tuple[int, int]] = SIZES, **options: Any
+) -> Call:
     """Two layers and a prediction of another width."""
     layers = [(channels, channels), (channels, channels), (channels, 9)]
-    norms = [make.batch_norm(len(SIZES), c_out) for _, c_out in layers]
+    norms = [make.batch_norm(len(sizes), c_out) for _, c_out in layers]
     weights = (
         [make.depthwise(c) for c, _ in layers],
         [make.pointwise(c_out, c) for c, c_out in layers],
         [scale for scale, _ in norms],
         [shift for _, shift in norms],
     )
-    return Call("head", make.maps(channels, SIZES), weights, options)
+    return Call("head", make.maps(channels, sizes), weights, options)
 
 
 def lateral(
@@ -417,15 +419,16 @@ def training_node(
     *,
     nodes: int = 1,
     normalised: bool = True,
+    sizes: Sequence[tuple[int, int]] = SIZES,
     **options: Any,
 ) -> Call:
     """A node on the maps of :func:`weighted_fusion`; for several nodes, one of the maps each."""
-    fused = weighted_fusion(make, channels, **{"fusion": "fast" if nodes == 1 else "sum"} | options)
-    options = fused.options
+    options = {"fusion": "fast" if nodes == 1 else "sum", **options}
+    fused = weighted_fusion(make, channels, sizes=sizes, **options)
     if nodes == 1:
-        options = {"edge_counts": [len(fused.maps)], "sizes": [SIZES[0]], **options}
+        options = {"edge_counts": [len(sizes)], "sizes": [sizes[0]], **fused.options}
     else:
-        options = {"edge_counts": [1] * nodes, "sizes": list(SIZES), **options}
+        options = {"edge_counts": [1] * nodes, "sizes": list(sizes), **fused.options}
     dw, pw, _, shift = make.separable(channels, out_channels or channels + 3)
     norm = (make.weight(len(fused.maps), channels), make.weight(len(fused.maps), channels))
     norm = norm if normalised else (None, None)
@@ -506,8 +509,8 @@ def gradients(call: Call, function: Callable[..., Any], dtype: torch.dtype) -> l
     total = torch.zeros((), dtype=torch.float64)
     for x in results:
         # exact in every dtype, so that what is compared is the backward pass alone
-        factor = torch.randint(-8, 9, x.shape, generator=generator).double() / 8
-        total = total + (x.double() * factor).sum()
+        factor = torch.randint(-8, 9, x.shape, generator=generator, device="cpu") / 8
+        total = total + (x.double() * factor.to(x.device)).sum()
     return [g.double() for g in torch.autograd.grad(total, leaves)]
 
 

@@ -1,12 +1,15 @@
-"""Every op's CPU kernel against the fp64 reference, with eager PyTorch's error as the yardstick.
+"""Every op on every backend against the fp64 reference, eager PyTorch's error as the yardstick.
 
-``test_instruction_sets.py`` runs this file once more for each instruction set of this CPU.
+The backends are the CPU's kernels, the reference itself, the Triton kernels (interpreted where
+there is no GPU) and the CUDA kernels in their emulation; ``backends.py`` says which cases each of
+them runs. ``test_instruction_sets.py`` runs the CPU's once more for each instruction set.
 """
 
 import threading
 
 import pytest
 import torch
+from backends import cases
 from op_utils import (
     CHANNELS,
     DTYPES,
@@ -23,56 +26,46 @@ from op_utils import (
 from torch import Tensor
 
 import edet_kernels
-from edet_kernels.ops import ACTIVATIONS
+from edet_kernels.ops import ACTIVATIONS, POOLS
 
 FUSION_OPS = ("weighted_fusion", "fusion_node", "bifpn")
+KERNELS = ("cpu", "triton", "emulated")  # the backends that are not plain PyTorch
 
-pytestmark = pytest.mark.usefixtures("kernels_only")
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-map_ops = pytest.mark.parametrize("op", MAP_OPS)
-all_ops = pytest.mark.parametrize("op", SAMPLES)
-fusion_ops = pytest.mark.parametrize("op", FUSION_OPS)
+# NaN and infinity are meant, and lanes outside a map hold anything
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
 # What is computed.
 
 
-@dtypes
-@pytest.mark.parametrize("channels", CHANNELS)
-@map_ops
-def test_channels(op, channels, dtype):
+@cases(op=MAP_OPS, channels=CHANNELS, dtype=DTYPES)
+def test_channels(backend, op, channels, dtype):
     width = "out_channels" if op == "stem" else "channels"
-    sample(op, dtype, **{width: channels}).check(dtype)
+    backend.sample(op, dtype, **{width: channels}).check(dtype)
 
 
-@pytest.mark.parametrize("op", ["fusion_node", "separable_conv", "mbconv"])
-@pytest.mark.parametrize("out_channels", [1, 15, 36, 48, 81, 96, 810])
-def test_output_channels(op, out_channels):
-    # 810 = 9 anchors × 90 classes; the others end every way a group of 16-channel panels can
-    sample(op, channels=24, out_channels=out_channels).check(torch.float32)
+# 810 = 9 anchors × 90 classes; the others end every way a group of 16-channel panels can
+@cases(op=["fusion_node", "separable_conv", "mbconv"], out_channels=[1, 15, 36, 48, 81, 96, 810])
+def test_output_channels(backend, op, out_channels):
+    backend.sample(op, channels=24, out_channels=out_channels).check(torch.float32)
 
 
-@dtypes
-@pytest.mark.parametrize("op", ["separable_conv", "fusion_node", "lateral"])
-def test_wide_maps_of_few_pixels(op, dtype):
+@cases(op=["separable_conv", "fusion_node", "lateral"], dtype=DTYPES)
+def test_wide_maps_of_few_pixels(backend, op, dtype):
     # the coarsest levels of D7x: eager PyTorch multiplies them with another, more exact, routine
     sizes = {"size": (5, 3)} if op == "lateral" else {"sizes": [(5, 3), (3, 2)]}
-    sample(op, dtype, channels=384, **sizes).check(dtype)
+    backend.sample(op, dtype, channels=384, **sizes).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize(("fusion", "per_channel"), FUSIONS)
-@fusion_ops
-def test_fusion_methods(op, fusion, per_channel, pool, dtype):
-    sample(op, dtype, fusion=fusion, per_channel=per_channel, pool=pool).check(dtype)
+@cases(op=FUSION_OPS, method=FUSIONS, pool=POOLS, dtype=DTYPES)
+def test_fusion_methods(backend, op, method, pool, dtype):
+    fusion, per_channel = method
+    backend.sample(op, dtype, fusion=fusion, per_channel=per_channel, pool=pool).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("fusion", ["fast", "softmax", "unbounded"])
-@pytest.mark.parametrize(
-    "weights",
-    [
+@cases(
+    op=["weighted_fusion"],
+    weights=[
         (0.0, 1.0, 2.0),
         (-1.0, 0.5, 2.0),
         (-1.0, 0.0, -2.0),
@@ -83,27 +76,31 @@ def test_fusion_methods(op, fusion, per_channel, pool, dtype):
         (torch.nan, 1.0, 1.0),
         (torch.inf, 1.0, 1.0),
     ],
-    ids=str,
+    fusion=["fast", "softmax", "unbounded"],
+    dtype=DTYPES,
 )
-def test_edge_weight_values(weights, fusion, dtype):
+def test_edge_weight_values(backend, op, weights, fusion, dtype):
     # 2^-14 is near the ε of fast fusion, and subnormal in no dtype
-    call = sample("weighted_fusion", dtype, fusion=fusion, edge_weights=torch.tensor(weights))
-    call.check(dtype)
+    backend.sample(op, dtype, fusion=fusion, edge_weights=torch.tensor(weights)).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 16])
-@pytest.mark.parametrize("resized", ["none", "nearest", "pooled", "all"])
-@pytest.mark.parametrize("op", ["weighted_fusion", "fusion_node"])
-def test_edge_counts(op, resized, count, dtype):
+@cases(
+    op=["weighted_fusion", "fusion_node"],
+    count=[1, 2, 3, 4, 16],
+    resized=["none", "nearest", "pooled", "all"],
+    dtype=DTYPES,
+    spread=True,
+)
+def test_edge_counts(backend, op, count, resized, dtype):
+    same, smaller, larger = backend.fusion_sizes
     sizes = {
-        "none": [(9, 6)],
-        "nearest": [(5, 3)],
-        "pooled": [(17, 12)],
-        "all": [(17, 12), (5, 3), (9, 6)],
+        "none": [same],
+        "nearest": [smaller],
+        "pooled": [larger],
+        "all": [larger, smaller, same],
     }[resized]
     sizes = [sizes[i % len(sizes)] for i in range(count)]
-    sample(op, dtype, sizes=sizes, size=(9, 6)).check(dtype)
+    backend.sample(op, dtype, sizes=sizes, size=same).check(dtype)
 
 
 RESIZES = [
@@ -127,143 +124,162 @@ RESIZES = [
 ]
 
 
-@dtypes
-@pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize(("source", "size"), RESIZES, ids=str)
-@pytest.mark.parametrize("op", ["weighted_fusion", "fusion_node"])
-def test_resize(op, source, size, pool, dtype):
-    sample(op, dtype, channels=20, sizes=[source, size], size=size, pool=pool).check(dtype)
+@cases(op=["weighted_fusion", "fusion_node"], resize=RESIZES, pool=POOLS, dtype=DTYPES, spread=True)
+def test_resize(backend, op, resize, pool, dtype):
+    source, size = resize
+    options = {"channels": 20, "sizes": [source, size], "size": size, "pool": pool}
+    backend.sample(op, dtype, **options).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [
-        ("weighted_fusion", "activation"),
-        ("fusion_node", "pre_activation"),
-        ("fusion_node", "post_activation"),
-        ("bifpn", "pre_activation"),
-        ("bifpn", "post_activation"),
-        ("separable_conv", "activation"),
-        ("head", "activation"),
-        ("mbconv", "activation"),
-        ("stem", "activation"),
-    ],
-)
-def test_activations(op, name, activation, dtype):
-    call = sample(op, dtype, **{name: activation})
-    # wide enough to reach both ends of relu6 and of the exponential in swish
-    map_tree(lambda x: x.mul_(4), call.maps)
-    call.check(dtype)
+ACTIVATION_NAMES = {
+    "weighted_fusion": ["activation"],
+    "fusion_node": ["pre_activation", "post_activation"],
+    "bifpn": ["pre_activation", "post_activation"],
+    "separable_conv": ["activation"],
+    "head": ["activation"],
+    "mbconv": ["activation"],
+    "stem": ["activation"],
+    "training_node": ["activation"],
+}
 
 
-@dtypes
-@pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_values(activation, sign, dtype):
+@cases(op=ACTIVATION_NAMES, activation=ACTIVATIONS, dtype=DTYPES, spread=True)
+def test_activations(backend, op, activation, dtype):
+    for name in ACTIVATION_NAMES[op]:
+        call = backend.sample(op, dtype, **{name: activation})
+        # wide enough to reach both ends of relu6 and of the exponential in swish
+        map_tree(lambda x: x.mul_(4), call.maps)
+        call.check(dtype)
+
+
+@cases(op=["weighted_fusion"], activation=ACTIVATIONS, sign=[-1, 1], dtype=DTYPES)
+def test_activation_values(backend, op, activation, sign, dtype):
     # the negative side alone: its small values are not excused by the large ones of the other
     magnitudes = torch.cat([torch.logspace(-8, 4.5, 1000), torch.linspace(0, 110, 1000)])
-    call = sample("weighted_fusion", dtype, fusion="sum", sizes=[(1, 1)], activation=activation)
+    call = backend.sample(op, dtype, fusion="sum", sizes=[(1, 1)], activation=activation)
     call.maps[0] = (sign * magnitudes).to(dtype).view(1, 16, 5, 25)
     call.check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("pooled", [0, 1, 3])
-@pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize("out_channels", [(16,), (24, 24, 24), (7, 64, 112), (24,) * 16], ids=str)
-def test_lateral(out_channels, pool, pooled, dtype):
-    call = sample(
-        "lateral", dtype, channels=40, out_channels=out_channels, pooled=pooled, pool=pool
-    )
-    call.check(dtype)
-
-
-@dtypes
-@pytest.mark.parametrize("padding", ["same", "symmetric"])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize(
-    "size", [(1, 1), (2, 3), (8, 8), (9, 7), (13, 40)], ids=lambda s: f"{s[0]}x{s[1]}"
+@cases(
+    op=["lateral"],
+    out_channels=[(16,), (24, 24, 24), (7, 64, 112), (24,) * 16],
+    pooled=[0, 1, 3],
+    pool=POOLS,
+    dtype=DTYPES,
 )
-def test_mbconv(size, kernel, stride, padding, dtype):
+def test_lateral(backend, op, out_channels, pooled, pool, dtype):
+    options = {"channels": 40, "out_channels": out_channels, "pooled": pooled, "pool": pool}
+    backend.sample(op, dtype, **options).check(dtype)
+
+
+@cases(
+    op=["mbconv"],
+    size=[(1, 1), (2, 3), (8, 8), (9, 7), (13, 40)],
+    kernel=[3, 5],
+    stride=[1, 2],
+    padding=POOLS,
+    dtype=DTYPES,
+)
+def test_mbconv(backend, op, size, kernel, stride, padding, dtype):
     options = {"size": size, "kernel": kernel, "stride": stride, "padding": padding}
-    sample("mbconv", dtype, channels=8, residual=stride == 1, **options).check(dtype)
+    backend.sample(op, dtype, channels=8, residual=stride == 1, **options).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("expansion", [1, 2, 6])
-@pytest.mark.parametrize("squeeze", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_mbconv_parts(expansion, squeeze, residual, dtype):
+@cases(
+    op=["mbconv"],
+    expansion=[1, 2, 6],
+    squeeze=[False, True],
+    residual=[False, True],
+    dtype=DTYPES,
+)
+def test_mbconv_parts(backend, op, expansion, squeeze, residual, dtype):
     options = {"expansion": expansion, "squeeze": squeeze, "residual": residual}
-    sample("mbconv", dtype, channels=20, **options).check(dtype)
+    backend.sample(op, dtype, channels=20, **options).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("padding", ["same", "symmetric"])
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (16, 16), (33, 57)], ids=str)
-@pytest.mark.parametrize("uint8", [False, True])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_stem(size, uint8, normalise, padding, dtype):
-    call = sample("stem", dtype, size=size, uint8=uint8, normalise=normalise, padding=padding)
-    call.check(dtype)
+@cases(
+    op=["stem"],
+    size=[(1, 1), (2, 3), (16, 16), (33, 57)],
+    uint8=[False, True],
+    normalise=[False, True],
+    padding=POOLS,
+    dtype=DTYPES,
+)
+def test_stem(backend, op, size, uint8, normalise, padding, dtype):
+    options = {"size": size, "uint8": uint8, "normalise": normalise, "padding": padding}
+    backend.sample(op, dtype, **options).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("per_level", [False, True])
-def test_batch_norm_of_levels(per_level, dtype):
-    sample("separable_conv", dtype, per_level=per_level).check(dtype)
+@cases(op=["separable_conv"], per_level=[False, True], dtype=DTYPES)
+def test_batch_norm_of_levels(backend, op, per_level, dtype):
+    backend.sample(op, dtype, per_level=per_level).check(dtype)
 
 
-@dtypes
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@map_ops
-def test_batch(op, batch, dtype):
-    sample(op, dtype, batch=batch).check(dtype)
+@cases(
+    op=["training_node"],
+    options=[{"nodes": 3}, {"normalised": False}, {"statistics": False}],
+    dtype=DTYPES,
+)
+def test_statistics(backend, op, options, dtype):
+    maps, mean, m2 = backend.sample(op, dtype, **options)()
+    if not options.get("statistics", True):
+        assert mean.shape == m2.shape == (0, 27)
+        return
+    near = max(1e-5, torch.finfo(dtype).eps)  # they may be those of the map before it is rounded
+    for i, x in enumerate(maps):
+        values = x.double().transpose(0, 1).flatten(1)
+        torch.testing.assert_close(mean[i].double(), values.mean(1), rtol=near, atol=near)
+        deviations = (values - values.mean(1, keepdim=True)).square().sum(1)
+        torch.testing.assert_close(m2[i].double(), deviations, rtol=2 * near, atol=0)
 
 
-@pytest.mark.parametrize("size", [(40, 131), (131, 40), (64, 64)], ids=str)
-@pytest.mark.parametrize("op", ["fusion_node", "separable_conv", "weighted_fusion", "bifpn"])
-def test_maps_of_many_strips(op, size):
+@cases(op=MAP_OPS, batch=[0, 1, 3], dtype=DTYPES)
+def test_batch(backend, op, batch, dtype):
+    backend.sample(op, dtype, batch=batch).check(dtype)
+
+
+@cases(
+    op=["fusion_node", "separable_conv", "weighted_fusion", "bifpn"],
+    size=[(40, 131), (131, 40), (64, 64)],
+    backends=["cpu"],  # the others' tests have large maps of their own
+)
+def test_maps_of_many_strips(backend, op, size):
     # several bands of rows per thread, rows longer than a strip of pixels
     h, w = size
     if op == "bifpn":
         graph = {"graph": bifpn_graph(size, levels=4, cells=2)}
     else:
         graph = {"sizes": [size, (-(-h // 2), -(-w // 2)), (2 * h - 1, 2 * w)]}
-    sample(op, channels=17, **graph).check(torch.float32)
+    backend.sample(op, channels=17, **graph).check(torch.float32)
 
 
-@dtypes
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@map_ops
-def test_non_finite_inputs(op, value, dtype):
-    call = sample(op, dtype)
+@cases(op=MAP_OPS, value=[torch.nan, torch.inf, -torch.inf], dtype=DTYPES)
+def test_non_finite_inputs(backend, op, value, dtype):
+    call = backend.sample(op, dtype, batch=2)
     for x in tensors(call.maps):
         x[0, 1, x.shape[2] // 2, x.shape[3] // 3] = value
         x[1, 2, 0, -1] = value
     call.check(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_number_passes_through_unchanged(dtype):
+@cases(op=["weighted_fusion"], dtype=[torch.float16, torch.bfloat16], rounded=True)
+def test_every_half_number_passes_through_unchanged(backend, op, dtype):
     bits = torch.arange(2**16).to(torch.int16)
     # 17 channels: whole registers and a tail in every instruction set
     x = torch.cat([bits, bits[: -(2**16) % 17]]).view(dtype).view(1, -1, 1, 17).transpose(1, 3)
-    out = edet_kernels.weighted_fusion([x], fusion="sum")
+    out = getattr(edet_kernels, op)([x], fusion="sum")
     nan = x.isnan()
     assert torch.equal(out.isnan(), nan)
     assert torch.equal(out[~nan].view(torch.int16), x[~nan].view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_sums_are_rounded_once(dtype):
+@cases(op=["weighted_fusion"], dtype=[torch.float16, torch.bfloat16], rounded=True)
+def test_half_sums_are_rounded_once(backend, op, dtype):
     # random bits: all exponents, subnormal results and overflows among them
     a, b = torch.randint(-(2**15), 2**15, (2, 1, 17, 64, 64), dtype=torch.int16).view(dtype)
     b[..., ::2, :] = a[..., ::2, :].nextafter(torch.zeros((), dtype=dtype)).neg()
-    out = edet_kernels.weighted_fusion([a, b], fusion="sum")
+    out = getattr(edet_kernels, op)([a, b], fusion="sum")
     assert_identical(out, (a.float() + b.float()).to(dtype).contiguous())
 
 
@@ -275,7 +291,7 @@ def channels_last(x):
 
 
 def sliced_channels(x):
-    wide = torch.full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), torch.nan).to(x.dtype)
+    wide = torch.full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), torch.nan).to(x)
     wide = channels_last(wide)
     wide[:, 2:-1] = x
     return wide[:, 2:-1]
@@ -283,7 +299,7 @@ def sliced_channels(x):
 
 def every_second_pixel(x):
     n, c, h, w = x.shape
-    wide = torch.full((n, c, 2 * h, 2 * w), torch.nan).to(x.dtype)
+    wide = torch.full((n, c, 2 * h, 2 * w), torch.nan).to(x)
     wide[:, :, ::2, ::2] = x
     return wide[:, :, ::2, ::2]
 
@@ -294,7 +310,7 @@ def transposed(x):
 
 def interior(x):
     n, c, h, w = x.shape
-    wide = channels_last(torch.full((n, c, h + 2, w + 2), torch.nan).to(x.dtype))
+    wide = channels_last(torch.full((n, c, h + 2, w + 2), torch.nan).to(x))
     wide[:, :, 1:-1, 1:-1] = x
     return wide[:, :, 1:-1, 1:-1]
 
@@ -308,11 +324,9 @@ LAYOUTS = {
 }
 
 
-@dtypes
-@pytest.mark.parametrize("layout", LAYOUTS)
-@map_ops
-def test_layouts_give_identical_results(op, layout, dtype):
-    call = sample(op, dtype)
+@cases(op=MAP_OPS, layout=list(LAYOUTS), dtype=DTYPES, backends=KERNELS, spread=True)
+def test_layouts_give_identical_results(backend, op, layout, dtype):
+    call = backend.sample(op, dtype)
     assert_identical(call(map_tree(LAYOUTS[layout], call.maps)), call())
 
 
@@ -321,18 +335,17 @@ def maps(results):
     return [t for t in tensors(results) if t.dim() == 4]
 
 
-@map_ops
-def test_expanded_maps(op):
-    call = sample(op, batch=1)
+@cases(op=MAP_OPS, backends=KERNELS)
+def test_expanded_maps(backend, op):
+    call = backend.sample(op, batch=1)
     batch_of_3 = map_tree(lambda x: x.expand(3, -1, -1, -1), call.maps)
     for out, one in zip(maps(call(batch_of_3)), maps(call()), strict=True):
         assert_identical(out.contiguous(), one.expand(3, -1, -1, -1).contiguous())
 
 
-@dtypes
-@map_ops
-def test_results_are_new_channels_last_maps(op, dtype):
-    call = sample(op, dtype)
+@cases(op=MAP_OPS, dtype=DTYPES, backends=KERNELS)
+def test_results_are_new_channels_last_maps(backend, op, dtype):
+    call = backend.sample(op, dtype)
     outs = maps(call())
     assert all(out.dtype == dtype for out in outs)
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in outs)
@@ -340,9 +353,9 @@ def test_results_are_new_channels_last_maps(op, dtype):
     assert len(addresses) == len(outs) + len(tensors(call.maps))
 
 
-@map_ops
-def test_weights_of_any_dtype_layout_and_packing(op):
-    call = sample(op, torch.float16)
+@cases(op=MAP_OPS, backends=KERNELS)
+def test_weights_of_any_dtype_layout_and_packing(backend, op):
+    call = backend.sample(op, torch.float16)
 
     def strided(w: Tensor) -> Tensor:
         return torch.stack([w, w], -1)[..., 0]
@@ -365,18 +378,17 @@ def packed_weight(w: Tensor) -> Tensor:
     return edet_kernels.pack_stem(w)
 
 
-@all_ops
-def test_arguments_are_unchanged(op):
-    call = sample(op)
+@cases(op=SAMPLES)
+def test_arguments_are_unchanged(backend, op):
+    call = backend.sample(op)
     arguments = (call.maps, call.weights, call.options)
     before = map_tree(Tensor.clone, arguments)
     call()
     assert_identical(tensors(arguments), tensors(before))
 
 
-@dtypes
-@all_ops
-def test_results_do_not_depend_on_threads_or_runs(op, dtype, threads):
+@cases(op=SAMPLES, dtype=DTYPES, backends=["cpu"])
+def test_results_do_not_depend_on_threads_or_runs(backend, op, dtype, threads):
     options = {
         "weighted_fusion": {"sizes": [(37, 50), (19, 25)]},
         "fusion_node": {"sizes": [(37, 50), (19, 25)]},
@@ -386,14 +398,15 @@ def test_results_do_not_depend_on_threads_or_runs(op, dtype, threads):
         "mbconv": {"size": (37, 50)},
         "stem": {"size": (74, 99)},
     }
-    call = sample(op, dtype, **options.get(op, {}))
+    call = backend.sample(op, dtype, **options.get(op, {}))
     expected = call()
     for count in (1, 2, 3, 2):
         threads(count)
         assert_identical(call(), expected)
 
 
-def test_ops_run_at_once_in_python_threads():
+@pytest.mark.usefixtures("kernels_only")
+def test_cpu_ops_run_at_once_in_python_threads():
     calls = [sample(op, dtype) for op in MAP_OPS for dtype in DTYPES]
     expected = [call() for call in calls]
     failures = []

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_utils import MAP_OPS, SAMPLES, Graph, assert_identical, map_tree, sample, tensors
+from backends import cases
+from op_utils import DTYPES, MAP_OPS, SAMPLES, Graph, assert_identical, map_tree, sample, tensors
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +21,7 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "edet_kernels":
+        if function.namespace.startswith("edet_"):
             self.calls.append((function, args, kwargs or {}))
         return function(*args, **(kwargs or {}))
 
@@ -31,6 +32,15 @@ def compiled_call(call):
         call()
     [recorded] = recorder.calls
     return recorded
+
+
+def backward_calls(call):
+    """The compiled ops, with their arguments, that the backward pass of a public call runs."""
+    leaves = [t.requires_grad_() for t in tensors(call.maps) if t.is_floating_point()]
+    total = sum(t.double().sum() for t in tensors(call()))
+    with Recorder() as recorder:
+        torch.autograd.grad(total, leaves)
+    return recorder.calls
 
 
 VARIANTS = {
@@ -60,6 +70,30 @@ def test_opcheck(op, options):
     # and tracing with dynamic shapes
     function, args, kwargs = compiled_call(sample(op, **options))
     torch.library.opcheck(function, args, kwargs)
+
+
+@cases(SAMPLES, dtype=DTYPES, backends=["triton", "emulated"])
+def test_opcheck_of_other_backends(backend, op, dtype):
+    # batches of 0 ask everything of the host's side, and take no time
+    function, args, kwargs = compiled_call(backend.sample(op, dtype, batch=0))
+    torch.library.opcheck(function, args, kwargs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "emulated"], indirect=True)
+def test_opcheck_with_pixels_and_gradients(backend):
+    function, args, kwargs = compiled_call(backend.sample("lateral"))
+    args = map_tree(lambda t: t.requires_grad_() if t.is_floating_point() else t, args)
+    torch.library.opcheck(function, args, kwargs)
+
+
+@cases(["weighted_fusion", "fusion_node", "separable_conv", "lateral", "training_node"],
+       dtype=DTYPES, backends=["cpu", "triton"])  # fmt: skip
+def test_opcheck_of_backward_kernels(backend, op, dtype):
+    calls = backward_calls(backend.sample(op, dtype, batch=2 if backend.name == "cpu" else 0))
+    assert len(calls) == (0 if (backend.name, op) == ("cpu", "lateral") else 1)
+    for function, args, kwargs in calls:
+        assert function.__name__ == f"{op}_backward.default"
+        torch.library.opcheck(function, map_tree(torch.Tensor.detach, args), kwargs)
 
 
 @pytest.mark.parametrize("op", MAP_OPS)

@@ -20,6 +20,8 @@ KERNELS = {
     "weighted_fusion.backward_edge_weights",
     "pointwise.backward_weight",
     "separable_conv.backward_depthwise",
+    "training_node.merge_moments",
+    "training_node.add_statistics_gradient",
 }
 PRODUCTS = {
     "fusion_node.forward",

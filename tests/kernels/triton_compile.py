@@ -115,12 +115,17 @@ def main(arch: int, dtype: torch.dtype, channels: int, height: int, width: int) 
         "fusion_node": {"sizes": sizes, "out_channels": channels},
         "separable_conv": {"sizes": [(height, width), half], "out_channels": channels},
         "lateral": {"size": (height, width), "out_channels": (channels, channels)},
+        "training_node": {"sizes": sizes, "out_channels": channels},
     }
     for op, more in options.items():
         call = sample(op, dtype, 1, channels=channels, **more)
         arguments = operator_arguments(call)
         result = getattr(ops, op)(*arguments)
-        getattr(ops, op + "_backward")(result, *arguments)
+        if op == "training_node":
+            *maps, mean, m2 = result
+            ops.training_node_backward(maps, mean, m2, maps, mean, *arguments[:-1])
+        else:
+            getattr(ops, op + "_backward")(result, *arguments)
 
 
 if __name__ == "__main__":
