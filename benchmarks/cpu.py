@@ -34,10 +34,15 @@ from benchmarks import rivals  # noqa: E402
 from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
 from edet.anchors import generate_anchors  # noqa: E402
 from edet.bench import (  # noqa: E402
+    PAIRS,
     Call,
+    CheckFailed,
+    call_seconds,
     eager_copy,
     machine_name,
+    node_calls,
     part_calls,
+    predictor_calls,
     prepare,
     relative_difference,
     set_batch_norms,
@@ -54,6 +59,8 @@ STAGES = {
     "network": "network",
     "post": "post-processing",
     "network+post": "network + post-processing",
+    "nodes": "BiFPN nodes",
+    "predictor": "predictor",
 }
 #: ``edet.bench`` has another name for the network.
 PART_OF_BENCH = {"network": "whole"}
@@ -152,9 +159,7 @@ def turn(call: Call) -> float:
         call()
     times: list[float] = []
     while not times or sum(times) < TURN_SECONDS:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(call_seconds(call))
     return 1e3 * statistics.median(times)
 
 
@@ -322,6 +327,33 @@ class Case:
         run = rivals.ONNX_RIVALS[name](file, arrays, self.threads, self.dtype_name)
         return lambda: [torch.from_numpy(array) for array in run()]
 
+    @torch.inference_mode(False)  # see create
+    @torch.no_grad()
+    def pair(self, stage: str) -> tuple[dict[str, Call], dict[str, float]]:
+        """The calls of one of ``edet.bench.PAIRS`` and their errors.
+
+        Raises:
+            GateError: they compute something else than the reference.
+        """
+        what = f"{self.ours.config.name}, {self.dtype_name}, {stage}"
+        if stage == "predictor":
+            try:
+                calls, error, eager = predictor_calls(
+                    self.ours, self.eager, self.ours.config.image_size, 1
+                )
+            except CheckFailed as failed:
+                raise GateError(f"{what}: {failed}") from failed
+            errors = dict.fromkeys(calls, error)
+            gate(what, errors, eager, self.dtype, NETWORK_FACTOR)
+            return calls, errors
+        features = [x.clone() for x in self.features]
+        calls = node_calls(self.ours.fpn, features)
+        exact = self.part("bifpn", copy.deepcopy(self.eager).double())()
+        eager = relative_difference(self.part("bifpn", self.eager)(), exact)
+        errors = {name: relative_difference(call(), exact) for name, call in calls.items()}
+        gate(what, errors, eager, self.dtype)
+        return calls, errors
+
     @torch.inference_mode()
     def checked_calls(
         self, stage: str, names: Sequence[str]
@@ -331,6 +363,8 @@ class Case:
         Raises:
             GateError: ours or eager computes something else.
         """
+        if STAGES[stage] in PAIRS:
+            return *self.pair(stage), {}
         calls: dict[str, Call] = {}
         unavailable: dict[str, str] = {}
         if stage == "post":  # the others have none of their own

@@ -248,6 +248,11 @@ def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Tenso
     return batch
 
 
+def geometry(sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+    """(B, 3) float32: height and width of each image, and its pixels per pixel of the network's."""
+    return torch.tensor([(*size, 1 / fit(size, image_size)[0]) for size in sizes])
+
+
 def letterbox_fill(mean: Sequence[float]) -> Tensor:
     """The mean colour in 8 bits, (3,), which the published code fills up with."""
     return (torch.tensor(mean) * 255).round().to(torch.uint8)
