@@ -421,6 +421,7 @@ def stage_row(
         "heads": macs.class_net + macs.box_net,
         "backbone": macs.backbone,
         "post": 0,
+        "nodes": 0,  # the projections are not part of it
     }
     return {
         "model": case.ours.config.name,

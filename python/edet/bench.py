@@ -355,8 +355,7 @@ def predictor_calls(
     predictor = Predictor(model, image_size=size, batch_size=batch, score_threshold=0.0)
     device, levels = predictor.device, model.config.levels
     where = geometry([(480, 640)] * batch, size).to(device)
-    fill = letterbox_fill(model.config.mean).to(device)
-    pixels = letterbox([x.to(device) for x in images], size, fill)
+    pixels = letterbox([x.to(device) for x in images], size, letterbox_fill(model.config.mean))
     outputs = predictor._network([pixels, where])
     mean, std = (
         torch.tensor(values, dtype=torch.float64, device=device)

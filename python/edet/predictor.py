@@ -425,7 +425,7 @@ class Predictor:
             self._mean = torch.tensor(config.mean, device=self.device)
             self._std = torch.tensor(config.std, device=self.device)
             self._mean_of_bytes, self._std_of_bytes = 255 * self._mean, 255 * self._std
-            self._fill = letterbox_fill(config.mean).to(self.device)
+            self._fill = letterbox_fill(config.mean)
             self._captures = graph.captures(self.device)
             if self._captures:
                 self._pool = graph.cuda.graph_pool_handle()
