@@ -34,12 +34,16 @@ from benchmarks import rivals  # noqa: E402
 from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
 from edet.anchors import model_anchors  # noqa: E402
 from edet.bench import (  # noqa: E402
+    PAIRS,
     Call,
     CheckFailed,
+    call_seconds,
     check_detections,
     eager_copy,
     machine_name,
+    node_calls,
     part_calls,
+    predictor_calls,
     prepare,
     relative_difference,
     set_batch_norms,
@@ -56,6 +60,8 @@ STAGES = {
     "network": "network",
     "post": "post-processing",
     "network+post": "network + post-processing",
+    "nodes": "BiFPN nodes",
+    "predictor": "predictor",
 }
 #: ``edet.bench`` has another name for the network.
 PART_OF_BENCH = {"network": "whole"}
@@ -134,9 +140,7 @@ def turn(call: Call) -> float:
         call()
     times: list[float] = []
     while not times or sum(times) < TURN_SECONDS:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(call_seconds(call))
     return 1e3 * statistics.median(times)
 
 
@@ -297,6 +301,33 @@ class Case:
         run = rivals.ONNX_RIVALS[name](file, arrays, self.threads, self.dtype_name)
         return lambda: [torch.from_numpy(array) for array in run()]
 
+    @torch.inference_mode(False)  # see create
+    @torch.no_grad()
+    def pair(self, stage: str) -> tuple[dict[str, Call], dict[str, float]]:
+        """The calls of one of ``edet.bench.PAIRS`` and their errors.
+
+        Raises:
+            GateError: they compute something else than the reference.
+        """
+        what = f"{self.ours.config.name}, {self.dtype_name}, {stage}"
+        if stage == "predictor":
+            try:
+                calls, error, eager = predictor_calls(
+                    self.ours, self.eager, self.ours.config.image_size, 1
+                )
+            except CheckFailed as failed:
+                raise GateError(f"{what}: {failed}") from failed
+            errors = dict.fromkeys(calls, error)
+            gate(what, errors, eager, self.dtype, NETWORK_FACTOR)
+            return calls, errors
+        features = [x.clone() for x in self.features]
+        calls = node_calls(self.ours.fpn, features)
+        exact = self.part("bifpn", copy.deepcopy(self.eager).double())()
+        eager = relative_difference(self.part("bifpn", self.eager)(), exact)
+        errors = {name: relative_difference(call(), exact) for name, call in calls.items()}
+        gate(what, errors, eager, self.dtype)
+        return calls, errors
+
     @torch.inference_mode()
     def checked_calls(
         self, stage: str, names: Sequence[str]
@@ -306,6 +337,8 @@ class Case:
         Raises:
             CheckFailed: ours or eager computes something else.
         """
+        if STAGES[stage] in PAIRS:
+            return *self.pair(stage), {}
         if stage == "network+post":
             return self._with_detections(*self.checked_calls("network", names))
         calls: dict[str, Call] = {}
@@ -385,6 +418,7 @@ def stage_row(
         "heads": macs.class_net + macs.box_net,
         "backbone": macs.backbone,
         "post": 0,
+        "nodes": 0,  # the projections are not part of it
     }
     return {
         "model": case.ours.config.name,

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,28 @@ import edet_kernels
 
 from . import report
 from .anchors import model_anchors
+from .bifpn import BiFPN
 from .configs import get_config
 from .efficientdet import EfficientDet, count_macs, count_parameters, create_model
 from .extras import require
 from .files import replacing
 from .packing import PackedModule
+from .plan import record
 from .postprocess import postprocess
-from .preprocess import preprocess
+from .predictor import Predictor, columns
+from .preprocess import geometry, letterbox, letterbox_fill, normalise, preprocess
 
 #: The rows of the table. Pre- and post-processing run around the network, which is ``whole``.
 PARTS = ("BiFPN", "heads", "backbone", "whole", "pre-processing", "post-processing")
 
+#: Further rows, each compared with another way of ours: all nodes of the BiFPN in one call with a
+#: call for each; image to detections with what of it is spent inside operators.
+PAIRS = {"BiFPN nodes": "node by node", "predictor": "its kernels"}
+
 #: Rounds that are run and not counted: weights are packed and caches filled in them.
 WARM_UP = 3
 
-Call = Callable[[], list[Tensor]]
+Call = Callable[[], Any]
 
 
 class CheckFailed(RuntimeError):
@@ -47,7 +55,7 @@ class Row:
     """One part of the model.
 
     Attributes:
-        part: one of :data:`PARTS`.
+        part: one of :data:`PARTS` or :data:`PAIRS`.
         milliseconds: for each variant the time of every round.
         difference: largest difference of ours from the float64 reference, as a fraction of the
             reference's largest value.
@@ -252,15 +260,11 @@ def outer_calls(model: EfficientDet, images: Tensor) -> tuple[Call, Call, Call]:
     """
     config, batch = model.config, images.shape[0]
     size = (int(images.shape[2]), int(images.shape[3]))
-    generator = torch.Generator().manual_seed(0)
-    photographs = [
-        torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8, generator=generator)
-        for _ in range(batch)
-    ]
+    originals = photographs(batch)
 
     def before() -> list[Tensor]:
         arguments: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
-        return [preprocess(photographs, size, mean=config.mean, std=config.std, **arguments).images]
+        return [preprocess(originals, size, mean=config.mean, std=config.std, **arguments).images]
 
     anchors = model_anchors(config, size, device=images.device)
     classes, boxes = model(images)
@@ -273,6 +277,104 @@ def outer_calls(model: EfficientDet, images: Tensor) -> tuple[Call, Call, Call]:
             return after()
 
     return before, after, by_references
+
+
+def photographs(batch: int) -> list[Tensor]:
+    """As many images of noise, (3, 480, 640) uint8."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 480, 640)
+    return [
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(batch)
+    ]
+
+
+class KernelTime:
+    """A call of which only the time inside operators that do work is measured."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def __call__(self) -> Any:
+        return self.call()
+
+    def seconds(self) -> float:
+        """The time inside operators of one call."""
+        with _Operations() as operations:
+            self.call()
+        return operations.seconds
+
+
+def call_seconds(call: Call) -> float:
+    """Seconds of one call, on the host's clock."""
+    if isinstance(call, KernelTime):
+        return call.seconds()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def node_calls(fpn: BiFPN, maps: Sequence[Tensor]) -> dict[str, Call]:
+    """The nodes of a BiFPN in one ``bifpn`` call and in a ``fusion_node`` call each, both planned.
+
+    The projections of the backbone's ``maps``, the same for both, are not part of the calls.
+    """
+    dtype = maps[0].dtype
+    weights = fpn.pack(dtype)
+    inputs, sizes = weights.node_inputs(maps, dtype)
+    calls: dict[str, Call] = {}
+    for name, run in (
+        (PAIRS["BiFPN nodes"], weights.run_node_by_node),
+        (report.OURS, weights.run_nodes),
+    ):
+        _, plan = record(partial(run, inputs, sizes), inputs)
+        calls[name] = partial(run, inputs, sizes) if plan.refusal else partial(plan, inputs)
+    return calls
+
+
+def predictor_calls(
+    model: EfficientDet, eager: EfficientDet, size: tuple[int, int], batch: int
+) -> tuple[dict[str, Call], float, float]:
+    """Photographs to detections by a :class:`Predictor`; on a CPU also its time inside operators.
+
+    Returns:
+        the calls, and the differences of the network's and of ``eager``'s outputs from those of
+        ``eager`` in float64.
+
+    Raises:
+        CheckFailed: the detections are not those of the references on the same outputs.
+    """
+    images = photographs(batch)
+    predictor = Predictor(model, image_size=size, batch_size=batch, score_threshold=0.0)
+    device, levels = predictor.device, model.config.levels
+    where = geometry([(480, 640)] * batch, size).to(device)
+    pixels = letterbox([x.to(device) for x in images], size, letterbox_fill(model.config.mean))
+    outputs = predictor._network([pixels, where])
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64, device=device)
+        for values in (model.config.mean, model.config.std)
+    )
+    normalised = normalise(pixels.double() / 255, mean, std, torch.float64)
+    theirs, exact = eager(normalised.to(predictor.dtype)), copy.deepcopy(eager).double()(normalised)
+    differences = [
+        relative_difference([*found[0], *found[1]], [*exact[0], *exact[1]])
+        for found in ((outputs[:levels], outputs[levels:-1]), theirs)
+    ]
+    with edet_kernels.backend("reference"):
+        [expected] = predictor._postprocess(predictor._anchors(size), outputs)
+    call = partial(predictor, images)
+    for _ in range(3):
+        found = call()
+    for x, rows in zip(found, expected.cpu(), strict=True):
+        boxes, scores, labels = columns(rows)
+        same = torch.equal(x.labels, labels)
+        if not same or relative_difference([x.boxes, x.scores], [boxes, scores]) > 1e-6:
+            raise CheckFailed(
+                "predictor finds other boxes than the references: no times are reported"
+            )
+    calls: dict[str, Call] = {report.OURS: call}
+    if device.type == "cpu":
+        calls = {PAIRS["predictor"]: KernelTime(call), **calls}
+    return calls, differences[0], differences[1]
 
 
 def relative_difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -340,12 +442,12 @@ def check_detections(name: str, found: Sequence[Tensor], expected: Sequence[Tens
 
 def _timed(call: Call, device: torch.device) -> float:
     """Milliseconds of one call."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if device.type == "cpu":
+        return 1e3 * call_seconds(call)
+    torch.accelerator.synchronize(device)
     start = time.perf_counter()
     call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    torch.accelerator.synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -432,11 +534,23 @@ def run_bench(
         0.0,
     )
     variants["ours"] |= {"pre-processing": before, "post-processing": after}
+    pairs = {"BiFPN nodes": node_calls(ours.fpn, features)}
+    found = pairs["BiFPN nodes"]
+    difference = relative_difference(found["ours"](), found[PAIRS["BiFPN nodes"]]())
+    check("BiFPN nodes", difference, 0.0, dtype)
+    differences["BiFPN nodes"] = difference, 0.0
+    size = (int(images.shape[2]), int(images.shape[3]))
+    pairs["predictor"], mine, theirs = predictor_calls(ours, eager, size, images.shape[0])
+    check("predictor", mine, theirs, dtype)
+    differences["predictor"] = mine, theirs
 
-    times: dict[str, dict[str, list[float]]] = {part: {v: [] for v in variants} for part in PARTS}
     turns = [
         (part, v, calls[part]) for part in PARTS for v, calls in variants.items() if part in calls
     ]
+    turns += [(part, v, call) for part, calls in pairs.items() for v, call in calls.items()]
+    times: dict[str, dict[str, list[float]]] = {part: {} for part, _, _ in turns}
+    for part, v, _ in turns:
+        times[part][v] = []
     finished = -WARM_UP
     start = time.perf_counter()
     while finished < min(rounds, 3) or (
@@ -459,7 +573,7 @@ def run_bench(
         "whole": (macs.total, parameters.total, [images, *outputs]),
     }
 
-    def size(part: str) -> dict[str, int]:
+    def counted(part: str) -> dict[str, int]:
         if part not in counts:
             return {}
         operations, weights, maps = counts[part]
@@ -482,8 +596,8 @@ def run_bench(
         backends={c.op: c.backend for c in edet_kernels.explain(device, dtype)},
         variants=list(variants),
         rows=[
-            Row(part, {v: t for v, t in times[part].items() if t}, *differences[part], **size(part))
-            for part in PARTS
+            Row(part, samples, *differences[part], **counted(part))
+            for part, samples in times.items()
         ],
         peak_gflops=roofs[0],
         bandwidth_gbs=roofs[1],
@@ -508,7 +622,7 @@ def format_table(bench: Bench) -> str:
     baselines = bench.variants[:-1]
     header = ["part", *bench.variants, *(f"vs {v.split()[1]}" for v in baselines), "difference"]
     lines = [header]
-    for row in bench.rows:
+    for row in (row for row in bench.rows if row.part in PARTS):
         ours = row.median("ours")
         medians = [row.median(v) for v in bench.variants]
         assert ours is not None
@@ -529,10 +643,16 @@ def format_table(bench: Bench) -> str:
         for line in lines
     )
     height, width = bench.image_size
+    pairs = []
+    for row in (row for row in bench.rows if row.part in PAIRS):
+        mine, other = row.median("ours"), row.median(PAIRS[row.part])
+        assert mine is not None
+        against = "" if other is None else f"; {PAIRS[row.part]} {other:.2f} ({other / mine:.2f}x)"
+        pairs.append(f"{row.part}: {mine:.2f}{against}")
     return (
         f"{bench.model}, {height}x{width}, batch {bench.batch_size}, {bench.dtype}, "
         f"{bench.device}, {bench.threads} threads\n{bench.machine}; torch {bench.torch}\n\n"
-        f"{table}\n\n"
+        f"{table}\n\n" + "\n".join(pairs) + "\n\n"
         f"Times are medians of {bench.rounds} rounds in ms. eager: the model's PyTorch layers,\n"
         "eval mode, no gradients, channels_last. difference: of ours from a float64\n"
         "reference, as a fraction of its largest value."
@@ -591,18 +711,23 @@ def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-class _OperationCounter(TorchDispatchMode):
-    """Counts operations that do work: neither views nor bare allocations."""
+class _Operations(TorchDispatchMode):
+    """Counts and times operations that do work: neither views nor bare allocations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.seconds = 0.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += not (func.is_view or func.overloadpacket.__name__.startswith("empty"))
-        return func(*args, **(kwargs or {}))
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        if not (func.is_view or func.overloadpacket.__name__.startswith("empty")):
+            self.seconds += time.perf_counter() - start
+            self.count += 1
+        return result
 
 
 @torch.no_grad()
@@ -622,8 +747,8 @@ def count_operations(model: EfficientDet) -> dict[str, int]:
     for part in ("backbone", "fpn", "class_net", "box_net"):
         module = getattr(model, part)
         module(maps)  # packs the weights
-        with _OperationCounter() as counter:
+        with _Operations() as operations:
             out = module(maps)
-        counts[part] = counter.count
+        counts[part] = operations.count
         maps = out if part in ("backbone", "fpn") else maps
     return counts

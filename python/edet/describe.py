@@ -308,6 +308,12 @@ class PackedNodes:
 
     def run(self, maps: Sequence[Tensor], dtype: torch.dtype) -> Any:
         """What the network makes of ``maps`` (N, C, H, W), computed in ``dtype``."""
+        return self.finish(self.run_nodes(*self.node_inputs(maps, dtype)))
+
+    def node_inputs(
+        self, maps: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """The projected maps that the nodes fuse, and the size of each level."""
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in maps]
         while len(sizes) < self.levels:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
@@ -326,37 +332,43 @@ class PackedNodes:
                 (x,) = edet_kernels.lateral(x, *projection)
             pyramid.append(self._pooled(x, sizes[len(pyramid)]))
         inputs += pyramid[self.inputs :]
-        return self.finish(self._run_nodes(inputs, sizes))
+        return inputs, sizes
 
     def _pooled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if self.pool == "zero":
             return zero_padded_max_pool(x, size)
         return edet_kernels.weighted_fusion([x], size=size, fusion="sum", pool=self.pool)
 
-    def _run_nodes(self, inputs: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+    def run_nodes(self, inputs: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """All nodes, in one call where the op has their pool."""
+        if self.pool == "zero":
+            return self.run_node_by_node(inputs, sizes)
+        return edet_kernels.bifpn(
+            inputs,
+            self.edge_weights,
+            self.dw_weight,
+            self.pw_weight,
+            self.scale,
+            self.shift,
+            nodes=self.nodes,
+            sizes=[sizes[level] for level in self.node_levels],
+            outputs=self.outputs,
+            fusion=self.fusion,
+            pool=self.pool,
+            **self.activations,
+        )
+
+    def run_node_by_node(self, inputs: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """All nodes, in a call each."""
+        zero = self.pool == "zero"
         node_sizes = [sizes[level] for level in self.node_levels]
-        if self.pool != "zero":
-            return edet_kernels.bifpn(
-                inputs,
-                self.edge_weights,
-                self.dw_weight,
-                self.pw_weight,
-                self.scale,
-                self.shift,
-                nodes=self.nodes,
-                sizes=node_sizes,
-                outputs=self.outputs,
-                fusion=self.fusion,
-                pool=self.pool,
-                **self.activations,
-            )
         known = list(inputs)
         for i, (ids, shrinks) in enumerate(zip(self.nodes, self.shrinks, strict=True)):
             size = node_sizes[i]
             known.append(
                 edet_kernels.fusion_node(
                     [
-                        zero_padded_max_pool(known[e], size) if shrink else known[e]
+                        zero_padded_max_pool(known[e], size) if zero and shrink else known[e]
                         for e, shrink in zip(ids, shrinks, strict=True)
                     ],
                     None if self.edge_weights is None else self.edge_weights[i, : len(ids)],
@@ -366,6 +378,7 @@ class PackedNodes:
                     self.shift[i],
                     size=size,
                     fusion=self.fusion,
+                    pool="same" if zero else self.pool,
                     **self.activations,
                 )
             )

@@ -36,6 +36,7 @@ from .preprocess import (
     ImageLike,
     as_list,
     fit,
+    geometry,
     letterbox,
     letterbox_fill,
     load_image,
@@ -220,7 +221,9 @@ class Predictor:
         self.max_detections = max_detections
         self.batch_size = batch_size
         self.max_plans = max_plans
-        self.model = model.to(device=device, dtype=dtype).eval()
+        if device is not None or dtype is not None:  # which thaws a frozen model
+            model.to(device=device, dtype=dtype)
+        self.model = model.eval()
         self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
         self._frozen: list[Any] = []
         self._lock = threading.Lock()
@@ -423,7 +426,7 @@ class Predictor:
             self._mean = torch.tensor(config.mean, device=self.device)
             self._std = torch.tensor(config.std, device=self.device)
             self._mean_of_bytes, self._std_of_bytes = 255 * self._mean, 255 * self._std
-            self._fill = letterbox_fill(config.mean).to(self.device)
+            self._fill = letterbox_fill(config.mean)
             self._captures = graph.captures(self.device)
             if self._captures:
                 self._pool = graph.cuda.graph_pool_handle()
@@ -444,32 +447,31 @@ class Predictor:
     @torch.no_grad()
     def _detect(self, images: list[_Image], size: tuple[int, int]) -> list[Detections]:
         start = time.perf_counter()
-        here = torch.tensor([(*x.size, 1 / fit(x.size, size)[0]) for x in images])
         inputs = [
             x.prepared.result() if isinstance(x.prepared, graph.Upload) else x.prepared
             for x in images
         ]
         with graph.cuda.device(self.device) if self._captures else nullcontext():
-            geometry = here.to(self.device)
+            where = geometry([x.size for x in images], size).to(self.device)
             anchors = model_anchors(self.model.config, size, device=self.device)
             stages: list[Stage] = [self._network, partial(self._postprocess, anchors)]
             if self._captures:
-                stages.insert(0, lambda raw: [letterbox(raw, size, self._fill), geometry])
+                stages.insert(0, lambda raw: [letterbox(raw, size, self._fill), where])
             else:
                 pixels = letterbox([x.to(self.device) for x in inputs], size, self._fill)
-                inputs = [pixels, geometry]
+                inputs = [pixels, where]
             before = time.perf_counter() - start
             key = (
                 size,
                 (self.score_threshold, self.nms, self.iou_threshold, self.sigma),
                 self.max_detections,
                 current_backend(),
-                autocast_dtype(geometry),
+                autocast_dtype(where),
                 *((x.shape, x.dtype) for x in inputs),
             )
             rows, seconds = self._run(key, stages, inputs)
         results = [
-            Detections(*_columns(found), image.size, self.label_names)
+            Detections(*columns(found), image.size, self.label_names)
             for image, found in zip(images, rows, strict=True)
         ]
         read = sum(x.seconds for x in images)
@@ -517,36 +519,35 @@ class Predictor:
 
     def _network(self, inputs: list[Tensor]) -> list[Tensor]:
         """Pixels and geometry to class outputs, box outputs and geometry."""
-        pixels, geometry = inputs
+        pixels, where = inputs
         backbone = self.model.backbone
         if pixels.dtype == torch.uint8 and isinstance(backbone, EfficientNet):
             maps = backbone.forward_pixels(pixels, self._mean_of_bytes, self._std_of_bytes)
         else:
             maps = backbone(normalise(pixels, self._mean, self._std, self.dtype))
         pyramid = self.model.fpn(maps)
-        return [*self.model.class_net(pyramid), *self.model.box_net(pyramid), geometry]
+        return [*self.model.class_net(pyramid), *self.model.box_net(pyramid), where]
 
     def _postprocess(self, anchors: Tensor, outputs: list[Tensor]) -> list[Tensor]:
         """Head outputs and geometry to rows (B, K, 6) of box, score and label; label 0 is none."""
-        levels, geometry = self.model.config.levels, outputs[-1]
+        levels, where = self.model.config.levels, outputs[-1]
         boxes, scores, labels, _ = postprocess(
             outputs[:levels],
             outputs[levels:-1],
             anchors,
-            sizes=geometry[:, :2],
-            scales=geometry[:, 2],
+            sizes=where[:, :2],
+            scales=where[:, 2],
             method=self.nms,
             iou_threshold=self.iou_threshold,
             sigma=self.sigma,
             score_threshold=self.score_threshold,
             max_detections=self.max_detections,
         )
-        columns = [boxes, scores[..., None], labels[..., None].to(boxes.dtype)]
-        return [torch.cat(columns, -1)]
+        return [torch.cat([boxes, scores[..., None], labels[..., None].to(boxes.dtype)], -1)]
 
 
-def _columns(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of one image."""
+def columns(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and labels of an image's rows."""
     found = rows[rows[:, 5] > 0]
     return found[:, :4].contiguous(), found[:, 4].contiguous(), found[:, 5].long()
 

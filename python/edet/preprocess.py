@@ -225,21 +225,26 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Tensor) -> Tensor:
+def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Sequence[int]) -> Tensor:
     """Images (3, h, w) scaled to fit ``image_size``, at the top left of one batch.
 
     Args:
         images: uint8, or float32 in [0, 1], on one device.
         image_size: (H, W) of the batch.
-        fill: (3,) uint8, the colour of the rest, on the same device.
+        fill: three values of 0 … 255, the colour of the rest.
 
     Returns:
         (B, 3, H, W), uint8 when all images are, otherwise float32 in [0, 1].
     """
     as_bytes = all(x.dtype == torch.uint8 for x in images)
     # one plane per channel: what follows is slow on runs of three numbers
-    shape = (len(images), 3, *image_size)
-    batch = (fill if as_bytes else fill / 255).view(1, 3, 1, 1).expand(shape).contiguous()
+    batch = torch.empty(
+        (len(images), 3, *image_size),
+        dtype=torch.uint8 if as_bytes else torch.float32,
+        device=images[0].device,
+    )
+    for plane, value in zip(batch.unbind(1), fill, strict=True):
+        plane.fill_(value if as_bytes else value / 255)
     for slot, pixels in zip(batch, images, strict=True):
         _, size = fit((pixels.shape[1], pixels.shape[2]), image_size)
         unit = 255 if pixels.dtype == torch.uint8 and not as_bytes else 1
@@ -248,9 +253,14 @@ def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Tenso
     return batch
 
 
-def letterbox_fill(mean: Sequence[float]) -> Tensor:
-    """The mean colour in 8 bits, (3,), which the published code fills up with."""
-    return (torch.tensor(mean) * 255).round().to(torch.uint8)
+def geometry(sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+    """(B, 3) float32: height and width of each image, and its pixels per pixel of the network's."""
+    return torch.tensor([(*size, 1 / fit(size, image_size)[0]) for size in sizes])
+
+
+def letterbox_fill(mean: Sequence[float]) -> list[int]:
+    """The mean colour in 8 bits, which the published code fills up with."""
+    return [round(255 * value) for value in mean]
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,7 +309,7 @@ def preprocess(
     resized = [
         resize(p, fit((p.shape[1], p.shape[2]), image_size)[1]).to(device or "cpu") for p in loaded
     ]
-    fill = letterbox_fill(mean).to(device or "cpu")
+    fill = letterbox_fill(mean)
     centre, spread = (torch.tensor(values, device=device) for values in (mean, std))
     sizes = [(p.shape[1], p.shape[2]) for p in loaded]
     return ImageBatch(

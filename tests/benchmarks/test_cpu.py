@@ -168,6 +168,17 @@ def test_wrong_rival_is_left_out(monkeypatch):
     assert "must differ" in row["unavailable"]["torch.compile"]
 
 
+def test_ways_of_ours_are_compared():
+    names = ["eager", "ours"]
+    stages = ["nodes", "predictor"]
+    found = cpu.run(["tf_efficientdet_lite0"], stages=stages, names=names, **SMALL)
+    nodes, predictor = found["rows"]
+    assert set(nodes["times"]) == {"node by node", "ours"}
+    assert set(predictor["times"]) == {"its kernels", "ours"}
+    assert nodes["times"]["ours"]["error"] < 1e-4 and predictor["times"]["ours"]["error"] < 1e-4
+    assert "| predictor |" in report.markdown(found)
+
+
 def test_wrong_results_of_ours_are_not_timed(monkeypatch):
     own = cpu.Case.part
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def table(model):
 
 
 def test_table(table):
-    assert [row.part for row in table.rows] == list(bench.PARTS)
+    assert [row.part for row in table.rows] == [*bench.PARTS, *bench.PAIRS]
     assert table.variants == ["eager softmax", "eager fast", "ours"]
     for row in table.rows:
         times = row.milliseconds
@@ -37,6 +38,8 @@ def test_table(table):
             if row.part in ("BiFPN", "whole")
             else {"ours"}
             if row.part.endswith("processing")
+            else {"ours", bench.PAIRS[row.part]}
+            if row.part in bench.PAIRS
             else {"eager fast", "ours"}
         )
         assert all(len(t) == table.rounds == 2 and min(t) > 0 for t in times.values())
@@ -49,7 +52,28 @@ def test_text_fits_a_terminal(table):
     assert max(map(len, lines)) <= 80
     header = next(line for line in lines if line.startswith("part"))
     assert header.split()[-1] == "difference"
-    assert sum(line.count("x") for line in lines if line.startswith("BiFPN")) == 2
+    assert sum(line.count("x") for line in lines if line.startswith("BiFPN ")) == 3
+    assert any(line.startswith("predictor: ") and "; its kernels " in line for line in lines)
+
+
+def test_time_inside_operators_leaves_the_rest_out():
+    x = torch.ones(1 << 16)
+
+    def call():
+        time.sleep(0.05)
+        return x.view(-1, 2).exp()
+
+    timed = bench.KernelTime(call)
+    assert torch.equal(timed(), call())
+    assert 0 < bench.call_seconds(timed) < 0.05 < bench.call_seconds(call)
+
+
+def test_wrong_detections_are_not_timed(model, monkeypatch):
+    right = bench.columns
+    monkeypatch.setattr(bench, "columns", lambda rows: (right(rows)[0] + 1, *right(rows)[1:]))
+    eager = bench.eager_copy(model)
+    with torch.no_grad(), pytest.raises(bench.CheckFailed, match="predictor finds other boxes"):
+        bench.predictor_calls(model, eager, (128, 128), 1)
 
 
 def test_json(table, tmp_path):
@@ -67,7 +91,7 @@ def test_json(table, tmp_path):
 
 def test_several_tables_make_one_result(table):
     found = bench.result([table, dataclasses.replace(table, batch_size=4)])
-    assert [row["batch_size"] for row in found["rows"]] == [1] * 6 + [4] * 6
+    assert [row["batch_size"] for row in found["rows"]] == [1] * 8 + [4] * 8
     assert report.check(found) is found
 
 

@@ -279,13 +279,13 @@ def test_bench_compare_and_report(tmp_path):
     assert edet_("bench", "run", *arguments).exit_code == 0
     result = edet_("bench", "compare", "a.json", "a.json")
     assert result.exit_code == 0 and "slower" not in result.stdout
-    assert sum("batch 2" in line for line in result.stdout.splitlines()) == 6
+    assert sum("batch 2" in line for line in result.stdout.splitlines()) == 8
     table = json.loads((tmp_path / "a.json").read_text())
     for row in table["rows"]:
         row["times"]["ours"]["samples_ms"] = [9 * t for t in row["times"]["ours"]["samples_ms"]]
     (tmp_path / "b.json").write_text(json.dumps(table))
     result = edet_("bench", "compare", "a.json", "b.json")
-    assert_one_line_error(result, "12 of 12 rows became slower", code=1)
+    assert_one_line_error(result, "16 of 16 rows became slower", code=1)
     assert edet_("bench", "report", "a.json", "-o", "report").exit_code == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
     (tmp_path / "c.json").write_text("{}")
