@@ -307,7 +307,7 @@ class Case:
         """The calls of one of ``edet.bench.PAIRS`` and their errors.
 
         Raises:
-            GateError: they compute something else than the reference.
+            CheckFailed: they compute something else than the reference.
         """
         what = f"{self.ours.config.name}, {self.dtype_name}, {stage}"
         if stage == "predictor":
@@ -316,7 +316,7 @@ class Case:
                     self.ours, self.eager, self.ours.config.image_size, 1
                 )
             except CheckFailed as failed:
-                raise GateError(f"{what}: {failed}") from failed
+                raise CheckFailed(f"{what}: {failed}") from failed
             errors = dict.fromkeys(calls, error)
             gate(what, errors, eager, self.dtype, NETWORK_FACTOR)
             return calls, errors

@@ -11,6 +11,10 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #if defined(__x86_64__)
 extern "C" void edet_switch_stack(void** from, void* to);
@@ -50,38 +54,69 @@ constexpr size_t kGuard = 4096;  // below each stack
 constexpr int64_t kSector = 32;
 constexpr int kBanks = 32;
 
-#if defined(__x86_64__)
+// AddressSanitizer must know on which stack the program is.
+struct Stack {
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+};
+#if defined(__SANITIZE_ADDRESS__)
+void leave_for(const Stack& other, void** kept) {
+  __sanitizer_start_switch_fiber(kept, other.bottom, other.bytes);
+}
+void arrived(void* kept, Stack* from) {
+  __sanitizer_finish_switch_fiber(kept, from ? &from->bottom : nullptr,
+                                  from ? &from->bytes : nullptr);
+}
+// Frames that are left for good stay marked as in use.
+void forget_frames(const char* stacks, size_t bytes) {
+  __asan_unpoison_memory_region(stacks, bytes);
+}
+#else
+void leave_for(const Stack&, void**) {}
+void arrived(void*, Stack*) {}
+void forget_frames(const char*, size_t) {}
+#endif
+
 class Context {
  public:
-  void prepare(char* stack, size_t bytes, void (*entry)()) {
-    auto* top = reinterpret_cast<void**>(stack + bytes);
+  Stack stack;
+
+  void prepare(char* bottom, size_t bytes, void (*entry)()) {
+    stack = {bottom, bytes};
+#if defined(__x86_64__)
+    auto* top = reinterpret_cast<void**>(bottom + bytes);
     *--top = nullptr;  // where entry would return to; keeps the stack aligned
     *--top = reinterpret_cast<void*>(entry);
     top -= 6;
     std::memset(top, 0, 6 * sizeof(void*));
     at_ = top;
-  }
-  void switch_to(Context& other) { edet_switch_stack(&at_, other.at_); }
-
- private:
-  void* at_ = nullptr;
-};
 #else
-class Context {
- public:
-  void prepare(char* stack, size_t bytes, void (*entry)()) {
     getcontext(&context_);
-    context_.uc_stack.ss_sp = stack;
+    context_.uc_stack.ss_sp = bottom;
     context_.uc_stack.ss_size = bytes;
     context_.uc_link = nullptr;
     makecontext(&context_, entry, 0);
+#endif
   }
-  void switch_to(Context& other) { swapcontext(&context_, &other.context_); }
+
+  void switch_to(Context& other) {
+    void* kept = nullptr;
+    leave_for(other.stack, &kept);
+#if defined(__x86_64__)
+    edet_switch_stack(&at_, other.at_);
+#else
+    swapcontext(&context_, &other.context_);
+#endif
+    arrived(kept, nullptr);
+  }
 
  private:
+#if defined(__x86_64__)
+  void* at_ = nullptr;
+#else
   ucontext_t context_;
-};
 #endif
+};
 
 enum class State { ready, at_barrier, in_warp, done };
 
@@ -156,7 +191,7 @@ class Machine {
   std::vector<int> ready_, next_;
   std::vector<int> arrived_;  // lanes of each warp that wait for the others
   int at_barrier_ = 0, done_ = 0;
-  int block_clock_ = 0;
+  int block_clock_ = 0;  // counts on from barrier to barrier and from block to block
   std::vector<int> warp_clock_;
   std::vector<char> memory_;
   size_t shared_bytes_ = 0;
@@ -181,6 +216,7 @@ std::string text(const Thread& t) {
 
 void Machine::entry() {
   Machine& m = machine();
+  arrived(nullptr, &m.scheduler_.stack);
   m.body_(m.kernel_, m.params_);
   m.now->state = State::done;
   m.done_++;
@@ -269,10 +305,11 @@ void Machine::report_divergence() {
 void Machine::run_block() {
   const int warps = (threads_ + kWarp - 1) / kWarp;
   std::fill(memory_.begin(), memory_.end(), '\xff');  // NaN in every float type
-  std::fill(shadow_.begin(), shadow_.end(), Shadow{});
+  // of the block before, nothing is remembered
+  block_clock_++;
   arrived_.assign(static_cast<size_t>(warps), 0);
   warp_clock_.assign(static_cast<size_t>(warps), 0);
-  at_barrier_ = done_ = block_clock_ = 0;
+  at_barrier_ = done_ = 0;
   next_.clear();
   for (int i = 0; i < threads_; i++) {
     Fiber& f = fibers_[static_cast<size_t>(i)];
@@ -294,7 +331,7 @@ void Machine::run_block() {
     for (int i : ready_) {
       now = &fibers_[static_cast<size_t>(i)];
       scheduler_.switch_to(now->context);
-      if (!error.empty()) return;
+      if (!error.empty()) return forget_frames(stacks_, kMostThreads * kStack);
     }
   }
   for (int w = 0; w < warps; w++) count_conflicts(w);

@@ -47,7 +47,8 @@ py::array_t<float> reverse(const py::array_t<float>& numbers, int threads,
                                       "global_overrun",
                                       "global_misaligned",
                                       "input_written",
-                                      "shared_overrun"};
+                                      "shared_overrun",
+                                      "local_overrun"};
   int number = -1;
   for (int i = 0; i < static_cast<int>(std::size(names)); i++)
     if (fault == names[i]) number = i;

@@ -17,6 +17,7 @@ enum class Fault : int {
   global_misaligned,
   input_written,
   shared_overrun,
+  local_overrun,  // of an array of a thread's own: only sanitizers see it
 };
 
 struct ReverseParams {
@@ -46,6 +47,10 @@ reverse(EDET_PARAMS(ReverseParams) p) {
     }
     x = get(tile + (threads - 1 - t));
     if (p.fault != Fault::missing_last_barrier) block_barrier();
+  }
+  if (p.fault == Fault::local_overrun) {
+    volatile float own[4] = {};
+    x += own[threads];
   }
   if (p.fault == Fault::divergent_warp && t % 2) x = shuffle(x, 0);
   if (p.fault == Fault::missing_warp_barrier) {

@@ -360,7 +360,9 @@ def predictor_calls(
         for found in ((outputs[:levels], outputs[levels:-1]), theirs)
     ]
     with edet_kernels.backend("reference"):
-        [expected] = predictor._postprocess(predictor._anchors(size), outputs)
+        [expected] = predictor._postprocess(
+            model_anchors(predictor.model.config, size, device=predictor.device), outputs
+        )
     call = partial(predictor, images)
     for _ in range(3):
         found = call()

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ MULTIPROCESSORS, SHARED_BYTES = 4, 227 * 1024
 
 @functools.cache
 def module():
-    """The module edet_emulation of the newest build, None when there is none."""
+    """The module edet_emulation of ``EDET_EMULATED`` or of the newest build, None without any."""
     built = sorted(ROOT.glob("build/*/edet_emulation.so"), key=lambda path: path.stat().st_mtime)
+    if os.environ.get("EDET_EMULATED"):
+        built = [Path(os.environ["EDET_EMULATED"])]
     if not built:
         return None
     spec = importlib.util.spec_from_file_location("edet_emulation", built[-1])

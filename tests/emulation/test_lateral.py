@@ -1,7 +1,6 @@
-"""lateral by its CUDA kernels, executed on the host."""
+"""What CUDA alone has of lateral, on the host; ``test_kernels.py`` has the rest."""
 
 import pytest
-import torch
 from op_utils import DTYPES, assert_identical, sample
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -9,34 +8,16 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @dtypes
-@pytest.mark.parametrize("channels", [1, 7, 16, 88, 112, 320, 640])
+@pytest.mark.parametrize("channels", [320, 640])
 def test_channels(channels, dtype):
     sample("lateral", dtype, channels=channels).check(dtype)
 
 
 @dtypes
-@pytest.mark.parametrize("pooled", [0, 1, 3])
-@pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize(
-    "outs", [(16,), (24, 24, 24), (7, 64, 112), (160, 384), (8,) * 16], ids=str
-)
-def test_projections(outs, pool, pooled, dtype):
-    call = sample("lateral", dtype, channels=40, out_channels=outs, pooled=pooled, pool=pool)
-    call.check(dtype)
-
-
-@dtypes
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_batch(batch, dtype):
-    sample("lateral", dtype, batch=batch).check(dtype)
-
-
-@dtypes
-@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_non_finite_inputs(value, dtype):
-    call = sample("lateral", dtype)
-    call.maps[0, 1, 4, 2] = value
-    call.check(dtype)
+@pytest.mark.parametrize("outs", [(7, 64, 112), (160, 384), (8,) * 16], ids=str)
+def test_projections(outs, dtype):
+    # slices of several widths, more than one of a projection
+    sample("lateral", dtype, channels=40, out_channels=outs).check(dtype)
 
 
 @dtypes
