@@ -46,13 +46,13 @@ void mbconv_depthwise(const float* const* rows, const float* dw, const float* sh
   const auto run = [&](auto tag) {
     depthwise_row<K, S>(rows, dw, cp, count, [&](int64_t x, int64_t i, const auto& sum) {
       const vf b = load(shift + i);
-      vf total = load(sums + i);
+      vf total = vf{};
       for (const vf& s : sum) {
         const vf v = activate<decltype(tag)::value>(s + b);
         store(out + x++ * pitch + i, v);
         total += v;
       }
-      store(sums + i, total);
+      store(sums + i, load(sums + i) + total);
     });
   };
   if (activation == Activation::swish) return run(Constant<Activation::swish>{});
@@ -150,9 +150,17 @@ inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch)
   float* reduced = bias + pitch + rp;
   float* gate = p.gate + image * pitch;
   const float inverse = 1.0f / static_cast<float>(p.out_h * p.out_w);
+  // An error of the mean is one of every pixel: it does not average out in the layers to come, so
+  // sums of few terms are summed.
+  constexpr int64_t kFew = 16;
   for (int64_t i = 0; i < pitch; i += kWidth) {
     vf sum = vf{};
-    for (int64_t y = 0; y < p.out_h; y++) sum += load(p.sums + (image * p.out_h + y) * pitch + i);
+    for (int64_t first = 0; first < p.out_h; first += kFew) {
+      vf few = vf{};
+      for (int64_t y = first; y < p.out_h && y < first + kFew; y++)
+        few += load(p.sums + (image * p.out_h + y) * pitch + i);
+      sum += few;
+    }
     store(mean + i, sum * inverse);
   }
   for (int64_t i = 0; i < pitch + rp; i += kWidth) store(ones + i, set1(1.0f));
