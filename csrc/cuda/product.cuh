@@ -100,6 +100,7 @@ class Product : public ProductTile<Operand, kTilesM, kTilesN>,
     const int lane = thread().x % kWarp, warp = thread().x / kWarp;
     const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
     const Shared<T> right = w + (lane * kPitchW + warp / 2 * 8);
+    EDET_LOOP
     for (int k = 0; k < depth; k += kDepth) {
       uint32_t rows[2][kTilesM][4];
       EDET_UNROLL
