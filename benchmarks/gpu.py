@@ -7,11 +7,13 @@ settings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,26 @@ from edet import report  # noqa: E402
 from edet.bench import machine_name, relative_difference  # noqa: E402
 from edet.configs import ModelConfig, get_config  # noqa: E402
 from edet.report import OURS  # noqa: E402
+from edet.schedule import graph_of  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
 SCHEMA = "edet-bench-gpu/1"
 MODELS = tuple(f"tf_efficientdet_d{i}" for i in (*range(8), "7x"))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-#: Variants: ours and eager as they are and in a CUDA graph, and what torch.compile makes of eager.
-VARIANTS = (OURS, "ours, graph", "eager", "eager, graph", "compile", "compile, max-autotune")
+#: How a graph of nodes can be launched (EDET_CUDA_LAUNCH), and the ops that are one.
+LAUNCHES = ("nodes", "pdl", "persistent")
+GRAPH_OPS = ("bifpn", "head")
+#: Variants: ours and eager as they are and in a CUDA graph, ours for each launch too, and what
+#: torch.compile makes of eager.
+VARIANTS = (
+    OURS,
+    "ours, graph",
+    *(f"ours, {launch}{graph}" for launch in LAUNCHES for graph in ("", ", graph")),
+    "eager",
+    "eager, graph",
+    "compile",
+    "compile, max-autotune",
+)
 #: Bytes of inputs that rotate when the second-level cache is to be cold: more than any GPU has.
 COLD_BYTES = 512 * 2**20
 
@@ -48,10 +63,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     bytes: int = 0
     operations: int = 0
+    #: For the reference, where it would unpack weights that our op takes packed only.
+    unpacked: tuple[Any, ...] | None = None
 
     def run(self, module: Any) -> list[Tensor]:
         """The op's results, by ``edet_kernels`` or by ``edet_kernels.reference``."""
-        found = getattr(module, self.op)(*self.arguments, **self.options)
+        unpacked = self.unpacked if module is reference else None
+        arguments = self.arguments if unpacked is None else unpacked
+        found = getattr(module, self.op)(*arguments, **self.options)
         return [found] if isinstance(found, Tensor) else list(found)
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -65,7 +84,7 @@ class Case:
         options = {name: cast(value) for name, value in self.options.items()}
         if "dtype" in options:
             options["dtype"] = dtype
-        return Case(self.op, cast(self.arguments), options)
+        return Case(self.op, cast(self.arguments), options, unpacked=cast(self.unpacked))
 
 
 @dataclass
@@ -137,6 +156,39 @@ def _layer(make: Maker) -> Case:
     return _cost(case, [(make.batch, c, *size) for size in sizes], 2 * pixels * c * (9 + c))
 
 
+def _bifpn(make: Maker) -> Case:
+    c, graph = make.config.width, graph_of(make.config)
+    count, levels = len(graph.nodes), make.config.levels
+    maps = [make.map(c, size) for size in graph.input_sizes]
+    edges = None
+    if make.config.fusion != "sum":
+        edges = torch.ones(count, max(map(len, graph.nodes)), device=make.device)
+    dw, pw, scales, shifts = zip(*(make.separable(c, c) for _ in range(count)), strict=True)
+    scale, shift = torch.stack(scales), torch.stack(shifts)
+    packed = [torch.stack([edet_kernels.pack_depthwise(w) for w in dw]),
+              torch.stack([edet_kernels.pack_pointwise(w) for w in pw])]  # fmt: skip
+    case = Case("bifpn", (maps, edges, *packed, scale, shift))
+    rows = [] if edges is None else [edges[i, : len(ids)] for i, ids in enumerate(graph.nodes)]
+    case.unpacked = (maps, rows or None, list(dw), list(pw), scale, shift)
+    case.options = {"nodes": graph.nodes, "sizes": graph.sizes,
+                    "outputs": list(range(count, levels + count)),
+                    "fusion": make.config.fusion}  # fmt: skip
+    pixels = make.batch * sum(h * w for h, w in graph.sizes)
+    shapes = [(make.batch, c, *size) for size in graph.input_sizes]
+    return _cost(case, shapes, 2 * pixels * c * (9 + c))
+
+
+def _head(make: Maker) -> Case:
+    c, levels = make.config.width, make.config.levels
+    sizes = [make.size(level) for level in range(levels)]
+    outs = [c] * make.config.head_repeats + [9 * 90]
+    layers = zip(*(make.separable(c, c_out) for c_out in outs), strict=True)
+    case = Case("head", ([make.map(c, size) for size in sizes], *map(list, layers)))
+    pixels = make.batch * sum(h * w for h, w in sizes)
+    shapes = [(make.batch, outs[-1], *size) for size in sizes]
+    return _cost(case, shapes, 2 * pixels * c * sum(9 + c_out for c_out in outs))
+
+
 def _lateral(make: Maker) -> Case:
     c_in, c, size = 320, make.config.width, make.size(2)
     count, pixels = 3, make.batch * size[0] * size[1]
@@ -185,6 +237,8 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "fusion_node, P3 of 2": lambda make: _node(make, 0, (0, 1)),
     "fusion_node, P4 of 3": lambda make: _node(make, 1, (1, 1, 0)),
     "fusion_node, softmax": lambda make: _node(make, 0, (0, 1), "softmax"),
+    "bifpn": _bifpn,
+    "head": _head,
     "separable_conv": _layer,
     "lateral": _lateral,
     "stem": _stem,
@@ -205,9 +259,27 @@ def check(name: str, case: Case, dtype: torch.dtype) -> float:
         return 0.0
     exact = case.to(torch.float64).run(reference)
     eager = relative_difference(case.to(dtype).run(reference), exact)
-    error = relative_difference(found, exact)
-    gate(name, {OURS: error}, eager, dtype)
-    return error
+    errors = {OURS: relative_difference(found, exact)}
+    for launch in LAUNCHES if case.op in GRAPH_OPS else ():
+        with launched(f"{OURS}, {launch}"):
+            errors[f"{OURS}, {launch}"] = relative_difference(case.run(edet_kernels), exact)
+    gate(name, errors, eager, dtype)
+    return errors[OURS]
+
+
+@contextlib.contextmanager
+def launched(name: str) -> Iterator[None]:
+    """Sets how the variant ``name`` launches graphs of nodes."""
+    before = os.environ.get("EDET_CUDA_LAUNCH")
+    wanted = [launch for launch in LAUNCHES if launch in name.split(", ")]
+    os.environ["EDET_CUDA_LAUNCH"] = wanted[0] if wanted else "auto"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["EDET_CUDA_LAUNCH"]
+        else:
+            os.environ["EDET_CUDA_LAUNCH"] = before
 
 
 def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -278,8 +350,11 @@ def row(
     times: dict[str, Any] = {}
     unavailable: dict[str, str] = {}
     for name in names:
+        if case.op not in GRAPH_OPS and any(launch in name for launch in LAUNCHES):
+            continue
         try:
-            times[name] = measure([variant(name, c, make.dtype) for c in cases], seconds)
+            with launched(name):
+                times[name] = measure([variant(name, c, make.dtype) for c in cases], seconds)
         except Exception as reason:
             if name.startswith(OURS):
                 raise

@@ -1,9 +1,11 @@
-"""The tile schedule of a model's BiFPN, as CUDA computes it in one launch: a table and a picture."""
+"""The tile schedule of a model's BiFPN, as CUDA computes it in one launch: table and picture."""
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
+from edet_kernels.ops import Size
 from edet_kernels.schedule import Schedule, tile_schedule
 
 from .bifpn import bifpn_nodes
@@ -12,13 +14,16 @@ from .extras import require
 from .files import replacing
 
 
-def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Schedule:
-    """The schedule of all cells of a model's BiFPN.
+class Graph(NamedTuple):
+    """What ``edet_kernels.bifpn`` is told of a network: its inputs' sizes, nodes, their sizes."""
 
-    Raises:
-        ValueError: it has more nodes than one launch can hold.
-        RuntimeError: the op library is not built.
-    """
+    input_sizes: list[Size]
+    nodes: list[tuple[int, ...]]
+    sizes: list[Size]
+
+
+def graph_of(config: ModelConfig) -> Graph:
+    """All cells of a model's BiFPN; the last nodes, one for each level, are its outputs."""
     h, w = config.image_size
     sizes = []
     for level in range(config.min_level + config.levels):
@@ -35,9 +40,17 @@ def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Sche
             ids = [*ids, config.levels + len(nodes) - 1]
         known = ids[-config.levels :]
     levels = [node.level for node in cell] * config.cells
-    return tile_schedule(
-        sizes, nodes, [sizes[level] for level in levels], batch=batch, tile_rows=tile_rows
-    )
+    return Graph(sizes, nodes, [sizes[level] for level in levels])
+
+
+def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Schedule:
+    """The schedule of all cells of a model's BiFPN.
+
+    Raises:
+        ValueError: it has more nodes than one launch can hold.
+        RuntimeError: the op library is not built.
+    """
+    return tile_schedule(*graph_of(config), batch=batch, tile_rows=tile_rows)
 
 
 def _name(schedule: Schedule, map_id: int, min_level: int, levels: int) -> str:
