@@ -142,8 +142,9 @@ EDET_DEVICE void set_tile(const Plan& plan, int number, const SharedTile& tile) 
             min(layer.c_out - n, layer.columns)});
 }
 
+// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
 template <class P>
-EDET_KERNEL(kProductThreads, P::kBlocks)
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
 bifpn(EDET_PARAMS(Plan) plan) {
   EDET_SHARED(char, memory);
   const auto tile_of = [&](int turn) {

@@ -21,6 +21,13 @@
 // A kernel for blocks of at most `threads` threads, of which a multiprocessor holds at least
 // `blocks`.
 #define EDET_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// The blocks of EDET_KERNEL where a multiprocessor of sm_75, with its 64 KiB of shared memory,
+// holds `turing` of them at most: asking for more would only take registers away.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define EDET_BLOCKS(blocks, turing) (turing)
+#else
+#define EDET_BLOCKS(blocks, turing) (blocks)
+#endif
 // Parameter structs are read where the launch put them, in constant memory, instead of being
 // copied.
 #define EDET_PARAMS(type) const __grid_constant__ type
@@ -29,6 +36,8 @@
   extern __shared__ __align__(16) char name##_raw[]; \
   const Shared<type> name { reinterpret_cast<type*>(name##_raw) }
 #define EDET_UNROLL _Pragma("unroll")
+// Not unrolled, because registers are scarce.
+#define EDET_LOOP _Pragma("unroll 1")
 
 namespace edet::cuda {
 
@@ -40,8 +49,8 @@ EDET_DEVICE Index block() { return {int(blockIdx.x), int(blockIdx.y), int(blockI
 EDET_DEVICE Index block_size() { return {int(blockDim.x), int(blockDim.y), int(blockDim.z)}; }
 EDET_DEVICE Index grid_size() { return {int(gridDim.x), int(gridDim.y), int(gridDim.z)}; }
 
-// The same number, in which the compiler does not recognise it: what follows from it is computed here
-// and not ahead of a loop, where it would hold registers for long.
+// The same number, in which the compiler does not recognise it: what follows from it is computed
+// here and not ahead of a loop, where it would hold registers for long.
 EDET_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

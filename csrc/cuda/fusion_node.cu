@@ -52,8 +52,9 @@ struct LevelNode {
   EDET_DEVICE bool aligned_out() const { return plan.aligned_out; }
 };
 
+// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
 template <class P>
-EDET_KERNEL(kProductThreads, P::kBlocks)
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
 node(EDET_PARAMS(Plan) plan) {
   const FusionNodeParams& p = plan.p;
   EDET_SHARED(char, memory);

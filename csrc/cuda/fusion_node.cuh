@@ -142,7 +142,8 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
   const int y = thread().x / (kVectors * kTileWidth) * kDown;
   if (vector * V >= depth) return;
   float sum[kDown][V] = {};
-  EDET_UNROLL
+  // the loads of three columns at once would leave no registers
+  EDET_LOOP
   for (int dx = 0; dx < 3; dx++) {
     Vector<T, V> column[kDown + 2];
     EDET_UNROLL
@@ -205,6 +206,7 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
     const int k = chunk * kChunk<T>;
     const int depth = round_up(min(kChunk<T>, c - k), kDepth);
     if (first || chunks > 1) {
+      EDET_LOOP
       for (int i = thread().x; i < 9 * kChunk<T>; i += kProductThreads) {
         const int tap = i / kChunk<T>, channel = i % kChunk<T>;
         const float value =

@@ -19,6 +19,7 @@
 #define EDET_SHARED(type, name) \
   const Shared<type> name { reinterpret_cast<type*>(emulation::shared_memory()) }
 #define EDET_UNROLL
+#define EDET_LOOP
 
 namespace edet::cuda {
 
