@@ -167,8 +167,12 @@ def tile_schedule(
     for i in range(wait_count.value):
         tile, node, row0, row1, column0, column1, done = wait_rows[7 * i : 7 * i + 7]
         waits[tile].append(Wait(node, (row0, row1), (column0, column1), done))
+    tiles = []
+    for i in range(count):
+        node, image, row, column, part, flag = rows[6 * i : 6 * i + 6]
+        tiles.append(Tile(node, image, row, column, part, flag, tuple(waits[i])))
     return Schedule(
-        tuple(Tile(*rows[6 * i : 6 * i + 6], tuple(waits[i])) for i in range(count)),
+        tuple(tiles),
         len(input_sizes),
         tuple(map(tuple, nodes)),
         tuple((h, w) for h, w in sizes),
