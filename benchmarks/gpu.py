@@ -7,13 +7,15 @@ settings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,15 +37,28 @@ from edet.bench import (  # noqa: E402
 )
 from edet.configs import ModelConfig, get_config  # noqa: E402
 from edet.report import OURS  # noqa: E402
+from edet.schedule import graph_of  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
 SCHEMA = "edet-bench-gpu/1"
 MODELS = tuple(f"tf_efficientdet_d{i}" for i in (*range(8), "7x"))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+#: How a graph of nodes can be launched (EDET_CUDA_LAUNCH), and the ops that are one.
+LAUNCHES = ("nodes", "pdl", "persistent")
+GRAPH_OPS = ("bifpn", "head")
 #: Variants: ours by its CUDA and by its Triton kernels and eager, as they are and in a CUDA graph,
-#: and what torch.compile makes of eager.
-VARIANTS = (OURS, "ours, graph", "Triton", "Triton, graph", "eager", "eager, graph",
-            "compile", "compile, max-autotune")  # fmt: skip
+#: ours for each launch too, and what torch.compile makes of eager.
+VARIANTS = (
+    OURS,
+    "ours, graph",
+    *(f"ours, {launch}{graph}" for launch in LAUNCHES for graph in ("", ", graph")),
+    "Triton",
+    "Triton, graph",
+    "eager",
+    "eager, graph",
+    "compile",
+    "compile, max-autotune",
+)
 #: Where the arguments are and the backend of ours.
 DEVICE = "cuda"
 #: Bytes of inputs that rotate when the second-level cache is to be cold: more than any GPU has.
@@ -59,10 +74,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     bytes: int = 0
     operations: int = 0
+    #: For the reference, where it would unpack weights that our op takes packed only.
+    unpacked: tuple[Any, ...] | None = None
 
     def run(self, module: Any) -> list[Tensor]:
         """The op's results, by ``edet_kernels`` or by ``edet_kernels.reference``."""
-        return self.listed(getattr(module, self.op)(*self.arguments, **self.options))
+        unpacked = self.unpacked if module is reference else None
+        arguments = self.arguments if unpacked is None else unpacked
+        return self.listed(getattr(module, self.op)(*arguments, **self.options))
 
     @staticmethod
     def listed(found: Any) -> list[Tensor]:
@@ -80,7 +99,7 @@ class Case:
         options = {name: cast(value) for name, value in self.options.items()}
         if "dtype" in options:
             options["dtype"] = dtype
-        return Case(self.op, cast(self.arguments), options)
+        return Case(self.op, cast(self.arguments), options, unpacked=cast(self.unpacked))
 
 
 @dataclass
@@ -152,6 +171,39 @@ def _layer(make: Maker) -> Case:
     return _cost(case, [(make.batch, c, *size) for size in sizes], 2 * pixels * c * (9 + c))
 
 
+def _bifpn(make: Maker) -> Case:
+    c, graph = make.config.width, graph_of(make.config)
+    count, levels = len(graph.nodes), make.config.levels
+    maps = [make.map(c, size) for size in graph.input_sizes]
+    edges = None
+    if make.config.fusion != "sum":
+        edges = torch.ones(count, max(map(len, graph.nodes)), device=make.device)
+    dw, pw, scales, shifts = zip(*(make.separable(c, c) for _ in range(count)), strict=True)
+    scale, shift = torch.stack(scales), torch.stack(shifts)
+    packed = [torch.stack([edet_kernels.pack_depthwise(w) for w in dw]),
+              torch.stack([edet_kernels.pack_pointwise(w) for w in pw])]  # fmt: skip
+    case = Case("bifpn", (maps, edges, *packed, scale, shift))
+    rows = [] if edges is None else [edges[i, : len(ids)] for i, ids in enumerate(graph.nodes)]
+    case.unpacked = (maps, rows or None, list(dw), list(pw), scale, shift)
+    case.options = {"nodes": graph.nodes, "sizes": graph.sizes,
+                    "outputs": list(range(count, levels + count)),
+                    "fusion": make.config.fusion}  # fmt: skip
+    pixels = make.batch * sum(h * w for h, w in graph.sizes)
+    shapes = [(make.batch, c, *size) for size in graph.input_sizes]
+    return _cost(case, shapes, 2 * pixels * c * (9 + c))
+
+
+def _head(make: Maker) -> Case:
+    c, levels = make.config.width, make.config.levels
+    sizes = [make.size(level) for level in range(levels)]
+    outs = [c] * make.config.head_repeats + [9 * 90]
+    layers = zip(*(make.separable(c, c_out) for c_out in outs), strict=True)
+    case = Case("head", ([make.map(c, size) for size in sizes], *map(list, layers)))
+    pixels = make.batch * sum(h * w for h, w in sizes)
+    shapes = [(make.batch, outs[-1], *size) for size in sizes]
+    return _cost(case, shapes, 2 * pixels * c * sum(9 + c_out for c_out in outs))
+
+
 def _lateral(make: Maker) -> Case:
     c_in, c, size = 320, make.config.width, make.size(2)
     count, pixels = 3, make.batch * size[0] * size[1]
@@ -200,6 +252,8 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "fusion_node, P3 of 2": lambda make: _node(make, 0, (0, 1)),
     "fusion_node, P4 of 3": lambda make: _node(make, 1, (1, 1, 0)),
     "fusion_node, softmax": lambda make: _node(make, 0, (0, 1), "softmax"),
+    "bifpn": _bifpn,
+    "head": _head,
     "separable_conv": _layer,
     "lateral": _lateral,
     "stem": _stem,
@@ -239,6 +293,21 @@ class Judge:
         return error
 
 
+@contextlib.contextmanager
+def launched(name: str) -> Iterator[None]:
+    """Sets how the variant ``name`` launches graphs of nodes."""
+    before = os.environ.get("EDET_CUDA_LAUNCH")
+    wanted = [launch for launch in LAUNCHES if launch in name.split(", ")]
+    os.environ["EDET_CUDA_LAUNCH"] = wanted[0] if wanted else "auto"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["EDET_CUDA_LAUNCH"]
+        else:
+            os.environ["EDET_CUDA_LAUNCH"] = before
+
+
 def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     """``call`` as a CUDA graph."""
     stream = torch.cuda.Stream()
@@ -267,7 +336,12 @@ def variant(name: str, op: str) -> Callable[[Case], list[Tensor]]:
         return lambda case: case.run(reference)
     mode = "max-autotune" if name.endswith("max-autotune") else None
     function = torch.compile(getattr(reference, op), mode=mode, fullgraph=True, dynamic=False)
-    return lambda case: Case.listed(function(*case.arguments, **case.options))
+
+    def compiled(case: Case) -> list[Tensor]:
+        arguments = case.arguments if case.unpacked is None else case.unpacked
+        return Case.listed(function(*arguments, **case.options))
+
+    return compiled
 
 
 def measure(calls: Sequence[Callable[[], Any]], seconds: float) -> dict[str, Any]:
@@ -320,17 +394,20 @@ def rows(
     errors: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     for name in names:
+        if case.op not in GRAPH_OPS and any(launch in name for launch in LAUNCHES):
+            continue
         try:
             run = variant(name, case.op)
             mine = cases if name.startswith((OURS, "Triton")) else cast
-            errors[name] = judge.check(name, run(mine[0]))
-            calls: list[Callable[[], Any]] = [partial(run, c) for c in mine]
-            if name.endswith("graph"):
-                calls = [_graph(call) for call in calls]
-            for cache in caches:
-                times[cache][name] = measure(calls if cache == "cold" else calls[:1], seconds)
+            with launched(name):
+                errors[name] = judge.check(name, run(mine[0]))
+                calls: list[Callable[[], Any]] = [partial(run, c) for c in mine]
+                if name.endswith("graph"):
+                    calls = [_graph(call) for call in calls]
+                for cache in caches:
+                    times[cache][name] = measure(calls if cache == "cold" else calls[:1], seconds)
         except Exception as reason:
-            if name.startswith(OURS):
+            if name == OURS:
                 raise
             unavailable[name] = first_line(reason)
     return [

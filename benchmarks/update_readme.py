@@ -1,7 +1,8 @@
-"""Fills the marked block of README.md with one table for each file in benchmarks/results.
+"""Fills the marked blocks of README.md and docs/benchmarks.md from the files in benchmarks/results.
 
-The files are what `edet bench --json FILE` and benchmarks/cpu.py write. Run this after adding one;
-with --check it changes nothing and fails when the README is not what the files say.
+The files are what `edet bench --json FILE`, benchmarks/cpu.py and benchmarks/dropin.py write. The
+README gets the main table of some, docs/benchmarks.md all that they hold. Run this after adding a
+file; with --check it changes nothing and fails when a page is not what the files say.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+#: Files whose main tables the README shows.
+MAIN = ("cpu-d0-fp32", "dropin-d0-fp32")
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -23,51 +25,54 @@ sys.path[:0] = [
     str(ROOT / "python"),
 ]  # as a program, only its own folder is searched
 from edet import report  # noqa: E402
+from edet.files import replacing  # noqa: E402
 
 
-def table(result: dict[str, Any], picture: Path | None = None) -> str:
-    """One result file as Markdown, with its picture when there is one."""
-    text = report.markdown(report.check(result))
-    if picture is None or not picture.exists():
-        return text
-    first, *blocks = text.split("\n\n")
-    link = f"![Times longer than edet-kernels]({picture.relative_to(ROOT).as_posix()})"
-    return "\n\n".join([first, link, *blocks])
+def table(file: Path, page: Path, *, whole: bool) -> str:
+    """One result file as Markdown for ``page``, with its picture when there is one.
+
+    Args:
+        whole: everything the file holds; otherwise its conditions and first table.
+    """
+    result = report.check(json.loads(file.read_text(encoding="utf-8")))
+    first, *blocks = report.markdown(result).split("\n\n")
+    picture = file.with_suffix(".png")
+    if picture.exists():
+        link = os.path.relpath(picture, page.parent)
+        blocks.insert(0, f"![Times longer than edet-kernels]({Path(link).as_posix()})")
+    return "\n\n".join([first, *(blocks if whole else blocks[: 2 + picture.exists()])])
 
 
-def updated(readme: str, tables: list[str]) -> str:
-    """``readme`` with ``tables`` between its two marks.
+def updated(text: str, tables: list[str]) -> str:
+    """``text`` with ``tables`` between its two marks.
 
     Raises:
         ValueError: a mark is missing or there are several.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each")
-    before, rest = readme.split(BEGIN)
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"a page must hold {BEGIN} and {END} once each")
+    before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return before + "\n\n".join([BEGIN, *tables, END]) + after
 
 
 def main() -> None:
-    """Updates README.md, or compares it."""
-    parser = argparse.ArgumentParser(description="Fills README.md's table from benchmarks/results.")
+    """Updates the pages, or compares them."""
+    parser = argparse.ArgumentParser(description="Fills the pages' tables from benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail when stale")
     check = parser.parse_args().check
 
-    files = sorted(RESULTS.glob("*.json"))
-    old = README.read_text(encoding="utf-8")
-    tables = [
-        table(json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".png"))
-        for file in files
-    ]
-    new = updated(old, tables)
-    if new == old:
-        return
-    if check:
-        sys.exit("README.md is stale: run python benchmarks/update_readme.py")
-    temporary = README.with_suffix(".md.tmp")
-    temporary.write_text(new, encoding="utf-8")
-    os.replace(temporary, README)
+    # benchmarks/gpu.py has a format of its own
+    files = [f for f in sorted(RESULTS.glob("*.json")) if report.SCHEMA in f.read_text("utf-8")]
+    for page, shown in ((README, [f for f in files if f.stem in MAIN]), (PAGE, files)):
+        old = page.read_text(encoding="utf-8")
+        new = updated(old, [table(file, page, whole=page == PAGE) for file in shown])
+        if new == old:
+            continue
+        if check:
+            sys.exit(f"{page.name} is stale: run python benchmarks/update_readme.py")
+        with replacing(page) as temporary:
+            temporary.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

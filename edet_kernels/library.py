@@ -13,6 +13,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,6 +128,15 @@ def _attempt() -> BuildInfo | str:
 def load() -> bool:
     """Loads the op library, once per process; whether its ops are there."""
     return isinstance(_attempt(), BuildInfo)
+
+
+def symbol(name: str) -> Any:
+    """A C function of the loaded library.
+
+    Raises:
+        AttributeError: it has none of that name.
+    """
+    return getattr(ctypes.CDLL(str(path())), name)
 
 
 def has_op(name: str) -> bool:

@@ -12,6 +12,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
+#include <mutex>
 #include <type_traits>
 
 #define EDET_DEVICE __device__ __forceinline__
@@ -47,6 +49,13 @@ EDET_DEVICE Index thread() { return {int(threadIdx.x), int(threadIdx.y), int(thr
 EDET_DEVICE Index block() { return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)}; }
 EDET_DEVICE Index block_size() { return {int(blockDim.x), int(blockDim.y), int(blockDim.z)}; }
 EDET_DEVICE Index grid_size() { return {int(gridDim.x), int(gridDim.y), int(gridDim.z)}; }
+
+// The same number, in which the compiler does not recognise it: what follows from it is computed
+// here and not ahead of a loop, where it would hold registers for long.
+EDET_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // Waits until every thread of the block is here; shared memory written before is seen after.
 EDET_DEVICE void block_barrier() { __syncthreads(); }
@@ -119,6 +128,21 @@ EDET_DEVICE Vector<T, V> load_constant(const T* p) {
   return v;
 }
 
+// Reads what other blocks write during the launch, or launches that it may overtake, once a flag or
+// a launch was awaited: through the first-level cache, which an acquire empties.
+template <class T, int V>
+EDET_DEVICE Vector<T, V> load_written(const T* p) {
+  Vector<T, V> v;
+  if constexpr (sizeof(v) == 16) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    memcpy(&v, &bits, sizeof(v));
+  } else {
+    static_assert(V == 1, "an access is 16 bytes or one element");
+    v.value[0] = *p;
+  }
+  return v;
+}
+
 // Reads what another block may have written during the launch.
 template <class T>
 EDET_DEVICE T load_shared_by_blocks(const T* p) {
@@ -159,6 +183,67 @@ EDET_DEVICE T atomic_add(T* p, T v) {
 template <class T>
 EDET_DEVICE T atomic_add(Shared<T> s, T v) {
   return atomicAdd(s.at, v);
+}
+
+// What a thread waits for: a word of global memory to become `value` or more; and of which tile it
+// is, for the report.
+struct Flag {
+  const uint32_t* at;
+  uint32_t value;
+  int tile, node, number;
+};
+// Adds to a flag: what this thread wrote before, and what its block wrote before the last barrier,
+// is seen by whoever awaits the sum.
+EDET_DEVICE void add_release(uint32_t* p, uint32_t v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+EDET_DEVICE uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+EDET_DEVICE uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+// Returns when the flag has its value; this thread, and after a barrier its block, then sees what
+// was released with it. A flag that does not come is a mistake: the first one that is overdue is
+// reported, and the launch fails.
+EDET_DEVICE void await_flag(const Flag& flag, const Overdue& overdue) {
+  if (load_acquire(flag.at) >= flag.value) return;
+  const uint64_t start = nanoseconds();
+  for (;;) {
+    const uint32_t found = load_acquire(flag.at);
+    if (found >= flag.value) return;
+    const uint64_t waited = nanoseconds() - start;
+    if (waited > overdue.nanoseconds) {
+      OverdueReport* const r = overdue.report;
+      const bool first = atomicCAS_system(&r->reported, 0, 1) == 0;
+      if (first) {
+        r->tile = flag.tile, r->node = flag.node, r->flag = flag.number;
+        r->value = int(flag.value), r->found = int(found);
+        __threadfence_system();
+      }
+      if (first || waited > 2 * overdue.nanoseconds) __trap();  // the others leave it time to write
+    }
+    __nanosleep(20);
+  }
+}
+
+// Where a launch may begin while the one before it runs (programmatic dependent launch, from
+// sm_90): waits for the end of that one, whose writes are then seen; what comes before the call
+// must touch nothing that earlier launches write, or read, other than constants.
+EDET_DEVICE void await_earlier_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The launch after this one may begin when all blocks have called this or ended.
+EDET_DEVICE void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Copies 16 bytes of global memory, or zeros, past the registers (from sm_80; through them before).
@@ -265,23 +350,46 @@ constexpr Error kInvalidValue = cudaErrorInvalidValue;
 
 // What launchers ask of the current device.
 struct Device {
+  int id, capability;  // capability: 90 for 9.0
   int multiprocessors;
   int shared_bytes;  // that one block may have
-  int major;         // of the compute capability
 };
 inline Error current_device(Device* device) {
-  int id = 0;
-  Error error = cudaGetDevice(&id);
+  int major = 0, minor = 0;
+  const auto get = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, device->id);
+  };
+  Error error = cudaGetDevice(&device->id);
+  if (error == kSuccess) error = get(&major, cudaDevAttrComputeCapabilityMajor);
+  if (error == kSuccess) error = get(&minor, cudaDevAttrComputeCapabilityMinor);
+  if (error == kSuccess) error = get(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error == kSuccess) {
-    error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, id);
+    error = get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   }
-  if (error == kSuccess) {
+  device->capability = 10 * major + minor;
+  return error;
+}
+
+// Where this process's kernels report flags that do not come: pinned memory, which lives as long as
+// the process and outlives a failed launch.
+inline Error overdue_report(OverdueReport** report) {
+  static std::mutex mutex;
+  static OverdueReport* memory = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Error error = kSuccess;
+  if (!memory) {
+    // allowed while a graph is captured: it is no work of the stream
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    void* data = nullptr;
     error =
-        cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+        cudaHostAlloc(&data, sizeof(OverdueReport), cudaHostAllocMapped | cudaHostAllocPortable);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error != kSuccess) return error;
+    memset(data, 0, sizeof(OverdueReport));
+    memory = static_cast<OverdueReport*>(data);
   }
-  if (error == kSuccess) {
-    error = cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, id);
-  }
+  *report = memory;
   return error;
 }
 
@@ -290,19 +398,24 @@ inline Error clear(void* data, size_t bytes, Stream stream) {
   return cudaMemsetAsync(data, 0, bytes, stream);
 }
 
-// Starts kernel(params) on `stream`; returns the launch's own error, not the kernel's.
+// Starts kernel(params) on `stream`; returns the launch's own error, not the kernel's. `overtakes`:
+// it may begin before the launch before it has ended, which the kernel awaits.
 template <class Params>
 Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, Stream stream,
-             const Params& params) {
+             const Params& params, bool overtakes = false) {
   if (shared_bytes > 48 * 1024) {  // what every kernel has without asking
     const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes));
     if (error != kSuccess) return error;
   }
-  // clang-format off
-  kernel<<<grid, block, shared_bytes, stream>>>(params);
-  // clang-format on
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = overtakes ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace edet::cuda

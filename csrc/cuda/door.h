@@ -32,6 +32,16 @@ EDET_DEVICE Shared<T> as(Shared<U> s) {
   return {reinterpret_cast<T*>(s.at)};
 }
 
+// Where await_flag leaves its report when a flag does not come in time: memory of the host that the
+// device can write, zero before.
+struct OverdueReport {
+  int32_t reported, tile, node, flag, value, found;
+};
+struct Overdue {
+  OverdueReport* report;
+  uint64_t nanoseconds;  // to wait at most
+};
+
 constexpr int kWarp = 32;  // threads that run in step
 constexpr uint32_t kAllLanes = ~0u;
 

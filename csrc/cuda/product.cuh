@@ -63,7 +63,7 @@ class TensorCoreSums {
   // Calls put(factors(column), row, column, sum, sum of column + 1) for all sums of this thread.
   template <class Factors, class Put>
   EDET_DEVICE void each(const Factors& factors, const Put& put) const {
-    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
     EDET_UNROLL
     for (int n = 0; n < kTilesN; n++) {
       const int column = (n * 4 + warp / 2) * 8 + lane % 4 * 2;
@@ -269,7 +269,7 @@ Error by_operand(DType dtype, bool allow_tf32, const Launch& launch) {
   switch (dtype) {
     case DType::f32:
       if (!allow_tf32) return launch(Tag<float>{}, device);
-      return device.major < 8 ? kInvalidValue : launch(Tag<tf32>{}, device);
+      return device.capability < 80 ? kInvalidValue : launch(Tag<tf32>{}, device);
     case DType::f16: return launch(Tag<f16>{}, device);
     case DType::bf16: return launch(Tag<bf16>{}, device);
   }
@@ -339,14 +339,24 @@ EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int
   }
 }
 
+// kWritten: the map may be written during the launch.
+template <bool kWritten, int V, class T>
+EDET_DEVICE Vector<T, V> load_map(const T* p) {
+  if constexpr (kWritten) {
+    return load_written<T, V>(p);
+  } else {
+    return load_constant<T, V>(p);
+  }
+}
+
 // V channels of a pixel that `c` are left of; `aligned` when 16 bytes may be read at once.
-template <class T>
+template <bool kWritten = false, class T>
 EDET_DEVICE Vector<T, kVector<T>> load_pixel(const T* p, int64_t c, bool aligned) {
-  if (aligned) return load_constant<T, kVector<T>>(p);
+  if (aligned) return load_map<kWritten, kVector<T>>(p);
   Vector<T, kVector<T>> v;
   EDET_UNROLL
   for (int i = 0; i < kVector<T>; i++) {
-    v.value[i] = i < c ? load_constant<T, 1>(p + i).value[0] : from_float<T>(0.0f);
+    v.value[i] = i < c ? load_map<kWritten, 1>(p + i).value[0] : from_float<T>(0.0f);
   }
   return v;
 }

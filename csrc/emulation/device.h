@@ -31,13 +31,14 @@ inline Index index_of(emulation::Extent e) { return {e.x, e.y, e.z}; }
 inline Index block() { return index_of(emulation::block()); }
 inline Index block_size() { return index_of(emulation::block_size()); }
 inline Index grid_size() { return index_of(emulation::grid_size()); }
+inline int opaque(int x) { return x; }
 inline int lane() { return emulation::thread().linear % kWarp; }
 
 inline void block_barrier(int line = __builtin_LINE()) { emulation::barrier(line); }
 inline void warp_barrier(int line = __builtin_LINE()) {
   emulation::together(line, nullptr, [](void**, int) {});
 }
-inline void global_fence() {}  // blocks follow each other
+inline void global_fence() { emulation::fence(); }
 
 template <class T>
 T shuffle(T value, int from, int line = __builtin_LINE()) {
@@ -76,18 +77,26 @@ inline float exp(float x) { return std::exp(x); }
 template <class T, int V>
 Vector<T, V> load_constant(const T* p) {
   static_assert(sizeof(Vector<T, V>) == 16 || V == 1, "an access is 16 bytes or one element");
-  emulation::global_access(p, sizeof(Vector<T, V>), false);
+  emulation::global_access(p, sizeof(Vector<T, V>), emulation::Use::constant);
+  Vector<T, V> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T, int V>
+Vector<T, V> load_written(const T* p) {
+  static_assert(sizeof(Vector<T, V>) == 16 || V == 1, "an access is 16 bytes or one element");
+  emulation::global_access(p, sizeof(Vector<T, V>), emulation::Use::read);
   Vector<T, V> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 template <class T>
 T load_shared_by_blocks(const T* p) {
-  return load_constant<T, 1>(p).value[0];
+  return load_written<T, 1>(p).value[0];
 }
 template <class T, int V>
 void store(T* p, const Vector<T, V>& v) {
-  emulation::global_access(p, sizeof v, true);
+  emulation::global_access(p, sizeof v, emulation::Use::write);
   std::memcpy(p, &v, sizeof v);
 }
 template <class T>
@@ -118,11 +127,28 @@ void store(Shared<T> s, T v) {
 
 template <class T>
 T atomic_add(T* p, T v) {
-  emulation::global_access(p, sizeof v, true);
+  emulation::global_access(p, sizeof v, emulation::Use::atomic);
+  emulation::atomic(p);
   const T before = *p;
   *p = static_cast<T>(before + v);
+  emulation::changed(p);
   return before;
 }
+
+using Flag = emulation::Flag;
+inline void add_release(uint32_t* p, uint32_t v) {
+  emulation::global_access(p, sizeof v, emulation::Use::atomic);
+  emulation::release(p);
+  *p += v;
+  emulation::changed(p);
+}
+// Its thread runs again when the flag has the value; when no thread can, that is reported at once.
+inline void await_flag(const Flag& flag, const Overdue&, int line = __builtin_LINE()) {
+  emulation::await(flag, line);
+}
+inline void await_earlier_launches() { emulation::await_launches(); }
+inline void allow_next_launch() {}
+
 template <class T>
 T atomic_add(Shared<T> s, T v) {
   emulation::shared_atomic(s.at, sizeof v);
@@ -280,13 +306,19 @@ constexpr Error kSuccess = cudaSuccess;
 constexpr Error kInvalidValue = cudaErrorInvalidValue;
 
 struct Device {
+  int id, capability;
   int multiprocessors;
   int shared_bytes;
-  int major;
 };
 inline Error current_device(Device* device) {
-  *device = {emulation::multiprocessors(), emulation::most_shared_bytes(),
-             emulation::architecture() / 10};
+  *device = {0, emulation::architecture(), emulation::multiprocessors(),
+             emulation::most_shared_bytes()};
+  return kSuccess;
+}
+
+inline Error overdue_report(OverdueReport** report) {
+  static OverdueReport memory{};  // nothing is ever overdue: a deadlock is found at once
+  *report = &memory;
   return kSuccess;
 }
 
@@ -294,10 +326,10 @@ inline Error clear(void* data, size_t bytes, Stream) { return emulation::clear(d
 
 template <class Params>
 Error launch(void (*kernel)(const Params&), Dim3 grid, Dim3 block, size_t shared_bytes, Stream,
-             const Params& params) {
+             const Params& params, bool overtakes = false) {
   const auto extent = [](Dim3 d) { return emulation::Extent{int(d.x), int(d.y), int(d.z)}; };
   return emulation::run(
-      __PRETTY_FUNCTION__, extent(grid), extent(block), shared_bytes,
+      __PRETTY_FUNCTION__, extent(grid), extent(block), shared_bytes, overtakes,
       [](const void* kernel, const void* params) {
         (*static_cast<void (*const*)(const Params&)>(kernel))(*static_cast<const Params*>(params));
       },

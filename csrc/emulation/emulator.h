@@ -1,5 +1,5 @@
-// Runs the blocks of a kernel on the host: each thread of a block is a fiber, blocks follow each
-// other. Watches memory, barriers and races; docs/cuda.md explains what is and is not checked.
+// Runs the blocks of a kernel on the host, some of them together: each thread of a block is a
+// fiber. Watches memory, barriers and races; docs/cuda.md explains what is and is not checked.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +30,8 @@ struct Launch {
 void set_seed(uint64_t seed);  // of the order in which fibers and blocks run
 // The device launchers believe in.
 void set_device(int multiprocessors, int shared_bytes, int architecture);
+// How many blocks run together, in turns; those of a launch follow each other where it is 1.
+void set_resident(int blocks);
 void count_launches(bool on);  // begins a new list, or ends counting
 const std::vector<Launch>& launches();
 const std::string& last_error();
@@ -54,7 +56,9 @@ void barrier(int line);
 // them, in order of lanes.
 void together(int line, void* mine, void (*meet)(void** lanes, int count));
 
-void global_access(const void* p, size_t bytes, bool write);
+// A read through the read-only cache, a read, a write or an atomic.
+enum class Use { constant, read, write, atomic };
+void global_access(const void* p, size_t bytes, Use use);
 void shared_access(const void* p, size_t bytes, bool write);
 void shared_atomic(const void* p, size_t bytes);
 char* shared_memory();
@@ -62,11 +66,26 @@ char* shared_memory();
 // Ends the launch with an error.
 [[noreturn]] void fail(const std::string& what);
 
+// What a thread waits for: a word of global memory to become `value` or more; and of which tile it
+// is, for the report of a deadlock.
+struct Flag {
+  const uint32_t* at;
+  uint32_t value;
+  int tile, node, number;
+};
+void await(const Flag& flag, int line);
+void release(const void* p);  // by who wrote to p
+void atomic(const void* p);   // is executed there
+void changed(const void* p);  // by an atomic
+void fence();
+void await_launches();  // before this one
+
 int multiprocessors();
 int architecture();
 int most_shared_bytes();
 cudaError_t clear(void* data, size_t bytes);
-cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes,
+// `overtakes`: it may begin while the launches before it run, which kernels must await.
+cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
                 void (*body)(const void* kernel, const void* params), const void* kernel,
                 const void* params);
 

@@ -92,6 +92,38 @@ void touch(int stride, int vector) {
                      nullptr, p));
 }
 
+// Passes numbers from block to block; see probe.cuh.
+py::array_t<int> pass(const py::array_t<int>& numbers, int blocks, const std::string& fault) {
+  static const char* const names[] = {"none",          "no_await",   "no_release", "no_barrier",
+                                      "constant_read", "wrong_flag", "deadlock"};
+  int number = -1;
+  for (int i = 0; i < static_cast<int>(std::size(names)); i++)
+    if (fault == names[i]) number = i;
+  if (number < 0) throw std::invalid_argument("fault is unknown: " + fault);
+  py::array_t<int> result({static_cast<py::ssize_t>(blocks), numbers.size()});
+  py::array_t<uint32_t> flags(blocks + 1);
+  std::fill_n(flags.mutable_data(), flags.size(), 0u);
+  std::fill_n(result.mutable_data(), result.size(), -1);
+  Memory memory;
+  const cuda::PassParams p{static_cast<cuda::PassFault>(number), memory.in(numbers),
+                           memory.out(result), memory.out(flags)};
+  check(cuda::launch(cuda::pass, static_cast<unsigned>(blocks),
+                     static_cast<unsigned>(numbers.size()), sizeof(int), nullptr, p));
+  return result;
+}
+
+// Adds one to numbers twice, the second time by a launch that may overtake the first.
+py::array_t<int> overtake(const py::array_t<int>& numbers, const std::string& fault) {
+  py::array_t<int> once(numbers.size()), twice(numbers.size());
+  Memory memory;
+  const auto threads = static_cast<unsigned>(numbers.size());
+  const cuda::OvertakeParams first{true, memory.in(numbers), memory.out(once)};
+  check(cuda::launch(cuda::overtake, 1u, threads, 0, nullptr, first));
+  const cuda::OvertakeParams second{fault != "no_await", once.data(), memory.out(twice)};
+  check(cuda::launch(cuda::overtake, 1u, threads, 0, nullptr, second, true));
+  return twice;
+}
+
 py::list launches() {
   py::list list;
   for (const emulation::Launch& l : emulation::launches()) {
@@ -115,10 +147,14 @@ PYBIND11_MODULE(edet_emulation, m) {
   m.def("set_seed", &emulation::set_seed, "Of the order in which threads and blocks run.");
   m.def("set_device", &emulation::set_device, py::arg("multiprocessors"), py::arg("shared_bytes"),
         py::arg("architecture") = 90);
+  m.def("set_resident", &emulation::set_resident, py::arg("blocks"),
+        "How many blocks of a launch run together; 1 at first.");
   m.def("count_launches", &emulation::count_launches, "Begins a new list, or ends counting.");
   m.def("launches", &launches, "What each launch since then did.");
   m.def("reverse", &reverse, py::arg("numbers"), py::arg("threads"), py::arg("fault") = "none");
   m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("d"), py::arg("type"));
   m.def("warp", &warp, py::arg("numbers"));
+  m.def("pass_on", &pass, py::arg("numbers"), py::arg("blocks"), py::arg("fault") = "none");
+  m.def("overtake", &overtake, py::arg("numbers"), py::arg("fault") = "none");
   m.def("touch", &touch, py::arg("stride"), py::arg("vector"));
 }

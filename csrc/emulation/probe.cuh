@@ -123,6 +123,71 @@ warp(EDET_PARAMS(WarpParams) p) {
   if (t == 0) store(p.sums + 1, get(sum));
 }
 
+enum class PassFault : int {
+  none,
+  no_await,
+  no_release,
+  no_barrier,
+  constant_read,
+  wrong_flag,
+  deadlock,
+};
+
+struct PassParams {
+  PassFault fault;
+  const int* from;  // (threads)
+  int* to;          // (blocks, threads)
+  uint32_t* flags;  // (blocks + 1), zero; the last one counts claims
+};
+
+// Blocks claim rows: the first is `from`, each other the row before, turned around, plus one.
+// Commits `fault`.
+EDET_KERNEL(1024, 1)
+pass(EDET_PARAMS(PassParams) p) {
+  EDET_SHARED(int, claimed);
+  const int t = thread().x, threads = block_size().x, blocks = grid_size().x;
+  if (t == 0) store(claimed, int(atomic_add(p.flags + blocks, 1u)));
+  block_barrier();
+  // a block that is claimed first and needs the last one never ends
+  const int row = get(claimed);
+  const bool forward = p.fault == PassFault::deadlock && row == 0;
+  const int before = forward ? blocks - 1 : row - 1;
+  int x = 0;
+  if (before < 0) {
+    x = load_constant<int, 1>(p.from + t).value[0];
+  } else {
+    const int flag = p.fault == PassFault::wrong_flag ? max(before - 1, 0) : before;
+    if (t == 0 && p.fault != PassFault::no_await) {
+      await_flag(Flag{p.flags + flag, 1, row, 0, flag}, Overdue{});
+    }
+    if (p.fault != PassFault::no_barrier) block_barrier();
+    const int* from = p.to + before * threads + (threads - 1 - t);
+    x = p.fault == PassFault::constant_read ? load_constant<int, 1>(from).value[0]
+                                            : load_written<int, 1>(from).value[0];
+    x++;
+  }
+  store(p.to + row * threads + t, x);
+  block_barrier();
+  if (t == 0 && p.fault == PassFault::no_release) {
+    atomic_add(p.flags + row, 1u);  // relaxed: nobody learns what was written before
+  } else if (t == 0) {
+    add_release(p.flags + row, 1u);
+  }
+}
+
+struct OvertakeParams {
+  bool awaits;
+  const int* from;  // (threads)
+  int* to;
+};
+
+EDET_KERNEL(1024, 1)
+overtake(EDET_PARAMS(OvertakeParams) p) {
+  if (p.awaits) await_earlier_launches();
+  const int t = thread().x;
+  store(p.to + t, load_written<int, 1>(p.from + t).value[0] + 1);
+}
+
 struct StrideParams {
   int stride;  // between the words of neighbouring lanes
   int vector;  // words at once: 1 or 4

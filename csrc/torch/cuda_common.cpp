@@ -2,6 +2,10 @@
 // what kernels may read and write is what goes through here.
 #include "cuda_common.h"
 
+#include <string>
+
+#include "../cuda/bifpn.h"
+
 #ifdef EDET_EMULATION
 #include <cstring>
 
@@ -99,6 +103,10 @@ void CudaCall::check(cudaError_t error) const {
   STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, op_,
                   ": the op library holds no code for this GPU; edet_kernels.library.status() says "
                   "what it was built for, EDET_CUDA_ARCHS builds it for another");
+  const std::string overdue = error == cudaSuccess ? "" : cuda::overdue_text();
+  STD_TORCH_CHECK(overdue.empty(), op_, ": an earlier bifpn or head failed: ", overdue,
+                  ". This is a bug, or a debugger held the GPU (EDET_CUDA_TIMEOUT sets the seconds "
+                  "to wait); every later call of this process fails");
   STD_TORCH_CHECK(error == cudaSuccess, op_, " on a map (", like_.size(0), ", ", like_.size(1),
                   ", ", like_.dim() > 2 ? like_.size(2) : 1, ", ",
                   like_.dim() > 3 ? like_.size(3) : 1, "): ", cudaGetErrorString(error));

@@ -1,4 +1,4 @@
-"""The sub-commands of ``edet``: predict, info, bench, models."""
+"""The sub-commands of ``edet``: predict, info, bench, schedule, models."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from torch import Tensor
 import edet_kernels
 
 from . import report as reports
+from . import schedule as schedules
 from . import video
 from .bench import Bench, CheckFailed, count_operations, eager_copy, plot, result, run_bench
 from .configs import get_config, list_models
@@ -702,6 +703,42 @@ def bench_report(
         check_writable(output, "--output", create=True)
         for path in reports.write_report(reports.read(result_file), output):
             typer.echo(path)
+
+
+@app.command()
+def schedule(
+    model: Annotated[str, ModelName] = "tf_efficientdet_d0",
+    batch: Annotated[int, typer.Option(help="Images.", min=1, metavar="N")] = 1,
+    blocks: Annotated[
+        int, typer.Option(help="Blocks that a GPU runs at once.", min=1, metavar="N")
+    ] = 264,
+    tile_rows: Annotated[
+        int, typer.Option(help="Rows of a tile of 8 columns: 8, or 4 for small maps.", metavar="N")
+    ] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the schedule to this file (PNG, SVG or PDF).")
+    ] = None,
+) -> None:
+    """Show how CUDA computes a model's BiFPN in one launch: its tiles and what they wait for.
+
+    A step is the time of one tile, the same for all: begin and end say when the first tile of a
+    node begins and the last one ends on that many blocks.
+    """
+    with one_line_errors():
+        if tile_rows not in (4, 8):
+            raise ValueError(f"--tile-rows must be 4 or 8, got {tile_rows}")
+        if plot is not None:
+            check_writable(plot.parent, "--plot")
+        config = get_config(model)
+        pyramid = schedules.of_model(config, batch=batch, tile_rows=tile_rows)
+        print_table(schedules.table(pyramid, config.min_level, config.levels, blocks))
+        typer.echo(
+            f"\n{len(pyramid.tiles)} tiles of {tile_rows}x8 pixels; the longest chain is "
+            f"{pyramid.steps()} tiles, {blocks} blocks take {pyramid.steps(blocks)} steps"
+        )
+        if plot is not None:
+            schedules.draw(pyramid, plot, blocks, f"{model}, batch {batch}")
+            typer.echo(plot)
 
 
 @app.command()

@@ -36,6 +36,20 @@ def test_a_case_is_right_and_knows_its_cost(title):
     assert (case.operations > 0) == (title != "detect")
 
 
+def test_launches_are_compared_for_graphs_of_nodes(monkeypatch):
+    monkeypatch.delenv("EDET_CUDA_LAUNCH", raising=False)
+    for name in gpu.VARIANTS:
+        with gpu.launched(name):
+            wanted = os.environ["EDET_CUDA_LAUNCH"]
+        assert wanted in ("auto", *gpu.LAUNCHES)
+        assert (f"ours, {wanted}" in name) == (wanted != "auto")
+    assert "EDET_CUDA_LAUNCH" not in os.environ
+    make = gpu.Maker(get_config("tf_efficientdet_d7x"), 1, torch.float16, torch.device("cpu"))
+    nodes = gpu.graph_of(make.config).nodes
+    assert len(nodes) == 80
+    assert nodes[:2] == [(4, 5), (3, 6)]
+
+
 def test_cost_of_a_node():
     make = gpu.Maker(get_config("tf_efficientdet_d0"), 2, torch.float16, torch.device("cpu"))
     case = gpu.CASES["fusion_node, P3 of 2"](make)

@@ -50,7 +50,7 @@ def test_uses_no_python():
 
 
 def test_shows_only_the_build_info():
-    assert dynamic_symbols("defined") == {"edet_build_info"}
+    assert dynamic_symbols("defined") == {"edet_build_info", "edet_tile_schedule"}
 
 
 def test_only_the_stream_is_asked_of_libtorch_cuda_and_only_weakly():

@@ -244,6 +244,23 @@ def test_bench(tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def test_schedule(tmp_path):
+    if not edet_kernels.library.load():
+        pytest.skip("needs the op library")
+    result = edet_("schedule", "tf_efficientdet_d0", "--blocks", 132, "--plot", "tiles.png")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len([line for line in lines if re.match(r"P\d\.\d+ ", line)]) == 24
+    assert lines[1].split()[:5] == ["P6.0", "P6", "P7", "8x8", "1"]
+    # 1 + 4 + 16 + 64 tiles down, 16 + 4 + 1 + 1 up, three times
+    assert "321 tiles of 8x8 pixels; the longest chain is 24 tiles, 132 blocks take " in lines[-2]
+    assert max(map(len, lines)) <= 80
+    with Image.open(tmp_path / "tiles.png") as picture:
+        assert picture.size[0] == 1350
+    result = edet_("schedule", "tf_efficientdet_d7x", "--tile-rows", 4, "--batch", 1)
+    assert result.exit_code == 0
+
+
 def test_mistakes_of_the_other_commands(tmp_path):
     for arguments, words in [
         (("info", "nope"), ["nope"]),
@@ -253,6 +270,9 @@ def test_mistakes_of_the_other_commands(tmp_path):
         (("bench", MODEL, "--plot", "x.docx"), ["--plot", ".png"]),
         (("bench", MODEL, "--json", "none/x.json"), ["--json", "none"]),
         (("bench", MODEL, "--device", "gpu"), ["--device"]),
+        (("schedule", "nope"), ["nope"]),
+        (("schedule", "--tile-rows", 3), ["--tile-rows", "3"]),
+        (("schedule", "--plot", "none/x.png"), ["--plot", "none"]),
         (("frobnicate",), ["frobnicate"]),
     ]:
         assert_one_line_error(edet_(*arguments), *words)
@@ -295,7 +315,17 @@ def test_bench_compare_and_report(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "predict", "info", "bench", "bench run", "bench compare", "bench report", "models"],
+    [
+        "",
+        "predict",
+        "info",
+        "bench",
+        "bench run",
+        "bench compare",
+        "bench report",
+        "schedule",
+        "models",
+    ],
 )
 def test_help(command):
     result = edet_(*command.split(), "--help")

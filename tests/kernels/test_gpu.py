@@ -1,8 +1,10 @@
 """Every op's CUDA kernel on a GPU against the fp64 reference; needs an NVIDIA GPU."""
 
+import threading
+
 import pytest
 import torch
-from op_utils import DTYPES, SAMPLES, Call, assert_identical, map_tree, sample
+from op_utils import DTYPES, SAMPLES, Call, assert_identical, bifpn_graph, map_tree, sample
 
 from edet_kernels import explain
 from edet_kernels.backend import TF32_OPS
@@ -65,3 +67,95 @@ def test_cuda_graph(op):
     graph.replay()
     torch.cuda.synchronize()
     assert_identical(found, expected)
+
+
+# --- graphs of nodes: EDET_CUDA_LAUNCH ------------------------------------------------------------
+
+launches = pytest.mark.parametrize("launch", ["nodes", "pdl", "persistent"])
+
+
+def pyramid(monkeypatch, launch, dtype=torch.float16, **options):
+    """A BiFPN as node launches compute it, and its call by ``launch``."""
+    options = {"batch": 1, "channels": 64, "graph": bifpn_graph((64, 64), 5, 3), **options}
+    call = on_gpu(sample("bifpn", dtype, **options))
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "nodes")
+    expected = call()
+    torch.cuda.synchronize()
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", launch)
+    return call, expected
+
+
+@dtypes
+@launches
+@pytest.mark.parametrize("op", ["bifpn", "head"])
+def test_sanitize_launches(monkeypatch, op, launch, dtype):
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", launch)
+    on_gpu(sample(op, dtype)).check(dtype)
+
+
+@dtypes
+@launches
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # D0
+        {"batch": 8},
+        {"channels": 88, "graph": bifpn_graph((75, 57), 5, 4), "fusion": "softmax"},
+        {"channels": 384, "graph": bifpn_graph((48, 48), 6, 8), "fusion": "sum"},  # D7x's nodes
+    ],
+    ids=["D0", "batch 8", "odd sizes", "D7x's nodes"],
+)
+def test_every_launch_computes_the_same(monkeypatch, launch, dtype, options):
+    call, expected = pyramid(monkeypatch, launch, dtype, **options)
+    for _ in range(20):
+        assert_identical(call(), expected)
+
+
+@launches
+def test_a_captured_graph_can_be_replayed(monkeypatch, launch):
+    call, expected = pyramid(monkeypatch, launch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for _ in range(20):
+        for x in found:
+            x.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_identical(found, expected)
+
+
+@launches
+def test_streams_overlap(monkeypatch, launch):
+    call, expected = pyramid(monkeypatch, launch, batch=4)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    found = []
+    for i in range(30):
+        with torch.cuda.stream(streams[i % 3]):
+            found.append(call())
+    torch.cuda.synchronize()
+    for result in found:
+        assert_identical(result, expected)
+
+
+@launches
+def test_threads_overlap(monkeypatch, launch):
+    call, expected = pyramid(monkeypatch, launch)
+    found = {}
+
+    def work(name):
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            found[name] = [call() for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    workers = [threading.Thread(target=work, args=(name,)) for name in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4
+    for results in found.values():
+        for result in results:
+            assert_identical(result, expected)

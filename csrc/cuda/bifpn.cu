@@ -1,0 +1,392 @@
+// The CUDA kernel for a graph of fusion nodes in one launch, all cells of a BiFPN or all layers of
+// heads; and the launch of the same graph node by node.
+//
+// Floors. At batch 1 the maps lie in the second-level cache and the least is latency: the longest
+// chain of tiles that need each other, where node launches add a gap for each node. At large
+// batches it is the bytes of every node, as in fusion_node.cu. Budget: 255 registers, tensor cores.
+//
+// Blocks claim tiles in the order of core/tile_schedule.h by an atomic counter. A tile's sources
+// were claimed before it, by blocks that run: whatever the number of blocks at a time, the first
+// tile that is not done can always be done, and nothing waits forever. A block loads a tile's
+// weights, waits for the tiles that the tile's halo touches, computes it as fusion_node.cu does,
+// and releases its flag. The flags, zero before, are of the call, so that calls may overlap.
+#include "bifpn.h"
+
+#include <algorithm>
+
+#include "fusion_node.cuh"
+
+namespace edet::cuda {
+namespace {
+
+constexpr int kMostLayers = 16;
+
+// From compute capability `capability` on and for graphs whose maps take `most_bytes` at most, the
+// first rule that fits. Rules come from measurements (benchmarks/gpu.py), and nothing has been
+// measured on a GPU: until then node launches, which need no forward progress of other blocks.
+struct LaunchRule {
+  int capability;
+  int64_t most_bytes;
+  GraphLaunch launch;
+};
+constexpr LaunchRule kLaunchRules[] = {{0, INT64_MAX, GraphLaunch::nodes}};
+
+// A layer as a block sees it.
+struct Layer {
+  const float *dw, *pw, *scale, *shift;
+  int c, c_out, columns;  // columns: of a slice
+  Activation post_activation;
+  bool shared, aligned_out;
+};
+
+struct Plan {
+  TileGraph g;
+  void* map[kMostMaps];
+  Layer layer[kMostLayers];
+  uint8_t node_layer[kMostNodes], node_row[kMostNodes];
+  EdgeWeights weights;
+  int weights_pitch;
+  Activation pre_activation;
+  int chunks;  // of the widest layer's input
+  bool resident, aligned_in;
+  uint32_t *claimed, *flags;
+  Overdue overdue;
+};
+static_assert(sizeof(Plan) <= 4096, "kernels have 4 KiB of parameters before CUDA 12.1");
+
+// A node of the graph, as its tiles see it.
+struct PlanNode {
+  const Plan& plan;
+  SharedTile tile;
+
+  EDET_DEVICE int node() const { return tile.node(); }
+  EDET_DEVICE int row() const { return plan.node_row[node()]; }
+  EDET_DEVICE int map() const { return plan.g.inputs + node(); }
+  EDET_DEVICE const Layer& layer() const { return plan.layer[plan.node_layer[node()]]; }
+  EDET_DEVICE int c() const { return layer().c; }
+  EDET_DEVICE int c_out() const { return layer().c_out; }
+  EDET_DEVICE int h() const { return plan.g.h[map()]; }
+  EDET_DEVICE int w() const { return plan.g.w[map()]; }
+  EDET_DEVICE int edges() const {
+    return plan.g.first_edge[node() + 1] - plan.g.first_edge[node()];
+  }
+  EDET_DEVICE Edge edge(int e) const {
+    const GraphEdge& from = plan.g.edge[plan.g.first_edge[node()] + e];
+    Edge edge;
+    edge.data = plan.map[from.source];
+    edge.h = plan.g.h[from.source];
+    edge.w = plan.g.w[from.source];
+    edge.resize = edge.h == h() && edge.w == w()    ? Resize::none
+                  : is_pooled(plan.g, node(), from) ? Resize::max_pool
+                                                    : Resize::nearest;
+    edge.rows = {from.stride_y + 1, from.stride_y, from.before_y};
+    edge.columns = {from.stride_x + 1, from.stride_x, from.before_x};
+    return edge;
+  }
+  EDET_DEVICE EdgeWeights weights() const {
+    return {plan.weights.fusion, plan.weights.values + row() * plan.weights_pitch,
+            plan.weights.per_channel};
+  }
+  EDET_DEVICE Activation pre_activation() const { return plan.pre_activation; }
+  EDET_DEVICE Activation post_activation() const { return layer().post_activation; }
+  EDET_DEVICE const float* dw() const {
+    return layer().dw + (layer().shared ? 0 : row() * 9 * c());
+  }
+  EDET_DEVICE const float* pw() const {
+    const int floats = round_up(c_out(), kPanel) * c();
+    return layer().pw + (layer().shared ? 0 : int64_t(row()) * floats);
+  }
+  EDET_DEVICE const float* scale() const { return layer().scale + row() * c_out(); }
+  EDET_DEVICE const float* shift() const { return layer().shift + row() * c_out(); }
+  EDET_DEVICE void* out() const { return plan.map[map()]; }
+  EDET_DEVICE bool aligned_in() const { return plan.aligned_in; }
+  EDET_DEVICE bool aligned_out() const { return layer().aligned_out; }
+};
+
+template <class P>
+EDET_DEVICE GraphTile place_of(const SharedTile& tile) {
+  return {tile.node(), tile.image(), tile.y0() / kTileHeight<P>, tile.x0() / kTileWidth, 0};
+}
+
+// Waits, the block's threads side by side, for all tiles that this one reads.
+template <class P>
+EDET_DEVICE void await_sources(const Plan& plan, const SharedTile& shared) {
+  const TileGraph& g = plan.g;
+  const GraphTile tile = place_of<P>(shared);
+  const int first = g.first_edge[tile.node];
+  for (int e = first; e < g.first_edge[tile.node + 1]; e++) {
+    if (g.edge[e].source < g.inputs) continue;
+    const TileRange r = tiles_read(g, tile, e);
+    const int across = r.column1 - r.column0, count = (r.row1 - r.row0) * across;
+    // each edge begins with another warp
+    const int begin = (int(thread().x) + kProductThreads - (e - first) * kWarp % kProductThreads) %
+                      kProductThreads;
+    for (int i = begin; i < count; i += kProductThreads) {
+      const int flag = flag_of(g, r.node, r.image, r.row0 + i / across, r.column0 + i % across);
+      const int number = flag_of(g, tile.node, tile.image, tile.row, tile.column);
+      const Flag wanted{plan.flags + flag, g.slices[r.node], number, tile.node, flag};
+      await_flag(wanted, plan.overdue);
+    }
+  }
+  block_barrier();
+}
+
+// What a block does for a claimed number, by one of its threads; no node is left after the last.
+template <class P>
+EDET_DEVICE void set_tile(const Plan& plan, int number, const SharedTile& tile) {
+  if (number >= plan.g.first_tile[plan.g.nodes]) return tile.set({-1, 0, 0, 0, 0, 0});
+  const GraphTile t = tile_at(plan.g, number);
+  const Layer& layer = plan.layer[plan.node_layer[t.node]];
+  const int n = t.slice * layer.columns;
+  tile.set({t.node, t.image, t.row * kTileHeight<P>, t.column * kTileWidth, n,
+            min(layer.c_out - n, layer.columns)});
+}
+
+// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
+template <class P>
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
+bifpn(EDET_PARAMS(Plan) plan) {
+  EDET_SHARED(char, memory);
+  const auto tile_of = [&](int turn) {
+    return SharedTile(as<int>(memory + turn * 4 * SharedTile::kWords));
+  };
+  if (thread().x == 0) set_tile<P>(plan, int(atomic_add(plan.claimed, 1u)), tile_of(0));
+  block_barrier();
+  int turn = 0, loaded = -1;  // loaded: whose weights are in shared memory
+
+  while (tile_of(turn).node() >= 0) {
+    const SharedTile tile = tile_of(turn);
+    const PlanNode node{plan, tile};
+    int next = 0;
+    if (thread().x == 0) next = int(atomic_add(plan.claimed, 1u));  // it comes while weights do
+    const int weights =
+        (node.layer().shared ? kMostNodes + plan.node_layer[node.node()] : node.node()) << 16 |
+        tile.n();
+    compute_tile<P>(node, tile, memory, weights != loaded, plan.resident, [&] {
+      if (thread().x == 0) set_tile<P>(plan, next, tile_of(turn ^ 1));
+      await_sources<P>(plan, tile);
+    });
+    loaded = weights;
+    block_barrier();  // all of the tile is stored
+    if (thread().x == 0) {
+      const GraphTile done = place_of<P>(tile);
+      add_release(plan.flags + flag_of(plan.g, done.node, done.image, done.row, done.column), 1u);
+    }
+    turn ^= 1;
+  }
+}
+
+// ---- one launch ----
+
+// A layer much wider than its input, such as a head's prediction, is cut into slices: a block as
+// wide as that would leave the other layers few registers.
+int64_t block_columns(const NodeLayer& layer) {
+  return std::min(layer.c_out, std::max<int64_t>(128, layer.c));
+}
+
+struct Slices {
+  int64_t columns, count;
+};
+Slices slices_of(const NodeLayer& layer, int tiles_n) {
+  const int64_t least = (layer.c_out + 32 * tiles_n - 1) / (32 * tiles_n);
+  const int64_t columns = ((layer.c_out + least - 1) / least + kPanel - 1) / kPanel * kPanel;
+  return {columns, (layer.c_out + columns - 1) / columns};
+}
+
+// Whether one launch can hold the graph; then its tiles.
+template <class Operand>
+bool cut(const NodeGraph& graph, const Device& device, GraphPlan* plan) {
+  if (graph.layers.size() > size_t(kMostLayers)) return false;
+  int64_t widest = 0, pixels = 0;
+  for (const NodeLayer& layer : graph.layers) widest = std::max(widest, block_columns(layer));
+  plan->tiles_n = product_shape<Operand>(widest, device.shared_bytes).tiles_n;
+  for (size_t i = 0; i < graph.nodes.size(); i++) {
+    const GraphMap& map = graph.maps[i + static_cast<size_t>(graph.inputs())];
+    const auto layer = static_cast<size_t>(graph.nodes[i].layer);
+    const Slices slices = slices_of(graph.layers[layer], plan->tiles_n);
+    pixels = std::max(pixels, graph.n * map.h * map.w * slices.count);
+  }
+  // as for a single node: small tiles where the largest node has few
+  plan->tiles_m = plan->tiles_n <= 4 && pixels < int64_t(64) * 2 * device.multiprocessors ? 1 : 2;
+  plan->tiles = empty_graph(graph.n, 32 * plan->tiles_m / kTileWidth);
+  for (int i = 0; i < graph.inputs(); i++) {
+    const GraphMap& map = graph.maps[static_cast<size_t>(i)];
+    if (!add_input(plan->tiles, map.h, map.w)) return false;
+  }
+  for (size_t i = 0; i < graph.nodes.size(); i++) {
+    const GraphNode& node = graph.nodes[i];
+    const GraphMap& map = graph.maps[i + static_cast<size_t>(graph.inputs())];
+    const NodeLayer& layer = graph.layers[static_cast<size_t>(node.layer)];
+    if (node.row > UINT8_MAX || !add_node(plan->tiles, map.h, map.w, node.sources.data(),
+                                          static_cast<int>(node.sources.size()), graph.pool,
+                                          slices_of(layer, plan->tiles_n).count))
+      return false;
+  }
+  plan->workspace = (plan->tiles.first_tile[plan->tiles.nodes] + 4) * int64_t(sizeof(uint32_t));
+  return true;
+}
+
+template <class P>
+Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Device& device,
+                   void* workspace, double seconds, Stream stream) {
+  using T = typename P::Type;
+  Plan plan{};
+  plan.g = cut_plan.tiles;
+  const int tiles = plan.g.first_tile[plan.g.nodes];
+  bool aligned_maps = true;
+  for (size_t i = 0; i < graph.maps.size(); i++) {
+    plan.map[i] = graph.maps[i].data;
+    aligned_maps = aligned_maps && is_aligned(graph.maps[i].data);
+  }
+  plan.aligned_in = aligned_maps;
+  for (size_t i = 0; i < graph.layers.size(); i++) {
+    const NodeLayer& layer = graph.layers[i];
+    plan.layer[i] = {layer.dw,
+                     layer.pw,
+                     layer.scale,
+                     layer.shift,
+                     static_cast<int>(layer.c),
+                     static_cast<int>(layer.c_out),
+                     static_cast<int>(slices_of(layer, P::kColumns / 32).columns),
+                     layer.post_activation,
+                     layer.shared,
+                     aligned_maps && layer.c_out % kVector<T> == 0};
+    plan.aligned_in = plan.aligned_in && layer.c % kVector<T> == 0;
+    plan.chunks = std::max(plan.chunks, static_cast<int>((layer.c + kChunk<T> - 1) / kChunk<T>));
+  }
+  for (size_t i = 0; i < graph.nodes.size(); i++) {
+    plan.node_layer[i] = static_cast<uint8_t>(graph.nodes[i].layer);
+    plan.node_row[i] = static_cast<uint8_t>(graph.nodes[i].row);
+  }
+  plan.weights = graph.weights;
+  plan.weights_pitch = static_cast<int>(graph.weights_pitch);
+  plan.pre_activation = graph.pre_activation;
+  plan.claimed = static_cast<uint32_t*>(workspace);
+  plan.flags = plan.claimed + 4;
+  plan.overdue.nanoseconds = static_cast<uint64_t>(seconds * 1e9);
+  Error error = overdue_report(&plan.overdue.report);
+  if (error == kSuccess) {
+    error = clear(workspace, static_cast<size_t>(cut_plan.workspace), stream);
+  }
+  if (error != kSuccess) return error;
+  ProductGrid blocks{};
+  error = product_grid<P>(
+      tiles, 1, device, [&](bool resident) { return NodeMemory<P>::bytes(plan.chunks, resident); },
+      &blocks);
+  if (error != kSuccess) return error;
+  plan.resident = blocks.resident;
+  return launch(bifpn<P>, blocks.grid, Dim3(kProductThreads), static_cast<size_t>(blocks.bytes),
+                stream, plan);
+}
+
+// ---- a launch for each node ----
+
+// Whether a node can be a level of the launch of the nodes from `first` on: a layer's nodes whose
+// only input is a map of their size that none of them computes.
+bool is_level(const NodeGraph& graph, size_t first, size_t node) {
+  const GraphNode& a = graph.nodes[first];
+  const GraphNode& b = graph.nodes[node];
+  if (!graph.layers[static_cast<size_t>(a.layer)].shared || b.layer != a.layer ||
+      b.sources.size() != 1)
+    return false;
+  const auto inputs = static_cast<size_t>(graph.inputs());
+  const auto source = static_cast<size_t>(b.sources[0]);
+  const GraphMap &from = graph.maps[source], &to = graph.maps[inputs + node];
+  return source < inputs + first && from.h == to.h && from.w == to.w;
+}
+
+Error launch_nodes(const NodeGraph& graph, bool overtake, Stream stream) {
+  const auto inputs = static_cast<size_t>(graph.inputs());
+  size_t end = 0;
+  for (size_t i = 0; i < graph.nodes.size(); i = end) {
+    const GraphNode& node = graph.nodes[i];
+    const NodeLayer& layer = graph.layers[static_cast<size_t>(node.layer)];
+    FusionNodeParams p{};
+    p.dtype = graph.dtype;
+    p.tf32 = graph.tf32;
+    p.pre_activation = graph.pre_activation;
+    p.post_activation = layer.post_activation;
+    p.n = graph.n, p.c = layer.c, p.c_out = layer.c_out;
+    p.edges = static_cast<int>(node.sources.size());
+    p.weights = graph.weights;
+    p.weights.values += node.row * graph.weights_pitch;
+    const int row = layer.shared ? 0 : node.row;
+    p.dw = layer.dw + row * 9 * layer.c;
+    p.pw = layer.pw + row * padded(layer.c_out) * layer.c;
+    for (end = i; end < graph.nodes.size(); end++) {
+      if (end > i && (p.levels == kMaxLevels || !is_level(graph, i, i) || !is_level(graph, i, end)))
+        break;
+      const GraphNode& level = graph.nodes[end];
+      const GraphMap& to = graph.maps[inputs + end];
+      for (size_t e = 0; e < level.sources.size(); e++) {
+        const GraphMap& from = graph.maps[static_cast<size_t>(level.sources[e])];
+        p.edge[static_cast<size_t>(p.levels) + e] = {from.data,
+                                                     from.h,
+                                                     from.w,
+                                                     resize_kind(from.h, from.w, to.h, to.w),
+                                                     pool_window(from.h, to.h, graph.pool),
+                                                     pool_window(from.w, to.w, graph.pool),
+                                                     -1};
+      }
+      p.level[p.levels++] = {to.h, to.w, layer.scale + level.row * layer.c_out,
+                             layer.shift + level.row * layer.c_out, to.data};
+    }
+    const Error error = fusion_node(p, stream, overtake && i > 0);
+    if (error != kSuccess) return error;
+  }
+  return kSuccess;
+}
+
+}  // namespace
+
+Error plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* plan) {
+  return by_operand(graph.dtype, graph.tf32, [&](auto operand, const Device& device) {
+    if (wanted) {
+      plan->launch = *wanted;
+    } else {
+      int64_t bytes = 0;
+      for (size_t i = 0; i < graph.maps.size(); i++) {
+        const size_t node = i - std::min(i, static_cast<size_t>(graph.inputs()));
+        const NodeLayer& layer = graph.layers[static_cast<size_t>(graph.nodes[node].layer)];
+        bytes += graph.n * graph.maps[i].h * graph.maps[i].w * layer.c_out *
+                 (graph.dtype == DType::f32 ? 4 : 2);
+      }
+      for (const LaunchRule& rule : kLaunchRules) {
+        plan->launch = rule.launch;
+        if (device.capability >= rule.capability && bytes <= rule.most_bytes) break;
+      }
+    }
+    plan->workspace = 0;
+    const bool possible = plan->launch == GraphLaunch::pdl ? device.capability >= 90
+                          : plan->launch == GraphLaunch::persistent
+                              ? cut<typename decltype(operand)::Type>(graph, device, plan)
+                              : true;
+    if (!possible) plan->launch = GraphLaunch::nodes;
+    return kSuccess;
+  });
+}
+
+Error run_graph(const NodeGraph& graph, const GraphPlan& plan, void* workspace, double seconds,
+                Stream stream) {
+  if (graph.n == 0) return kSuccess;
+  if (plan.launch != GraphLaunch::persistent) {
+    return launch_nodes(graph, plan.launch == GraphLaunch::pdl, stream);
+  }
+  return by_operand(graph.dtype, graph.tf32, [&](auto operand, const Device& device) {
+    using Operand = typename decltype(operand)::Type;
+    return by_tiles<Operand>({plan.tiles_n, 1}, plan.tiles_m == 1, [&](auto product) {
+      using P = typename decltype(product)::Type;
+      return launch_graph<P>(graph, plan, device, workspace, seconds, stream);
+    });
+  });
+}
+
+std::string overdue_text() {
+  OverdueReport* r = nullptr;
+  if (overdue_report(&r) != kSuccess || !r->reported) return {};
+  return "tile " + std::to_string(r->tile) + " of node " + std::to_string(r->node) +
+         " waited in vain for flag " + std::to_string(r->flag) + " to become " +
+         std::to_string(r->value) + "; it was " + std::to_string(r->found);
+}
+
+}  // namespace edet::cuda

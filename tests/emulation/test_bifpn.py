@@ -1,0 +1,193 @@
+"""Node graphs by their CUDA launches, executed on the host: node by node, overtaking, all at once.
+
+In one launch blocks run together in orders that a seed shuffles, and the emulation reports reads of
+what another block has not released, and deadlocks. Every result must be that of separate nodes.
+"""
+
+import pytest
+import torch
+from op_utils import DTYPES, FUSIONS, Graph, assert_identical, bifpn_graph, sample
+
+import edet_kernels
+
+LAUNCHES = ("nodes", "pdl", "persistent")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+launches = pytest.mark.parametrize("launch", LAUNCHES)
+
+
+@pytest.fixture(autouse=True)
+def together(emulated, monkeypatch):
+    """All graphs in one launch of blocks that run together, unless a test says otherwise."""
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "persistent")
+    emulated.set_resident(5)
+    yield
+    emulated.set_resident(1)
+
+
+def count_launches(emulated, call):
+    emulated.count_launches(True)
+    result = call()
+    emulated.count_launches(False)
+    return len(emulated.launches()), result
+
+
+def node_by_node(call):
+    """The result of a ``bifpn`` from one ``fusion_node`` for each node."""
+    edge_weights, *weights = call.weights
+    options = dict(call.options)
+    nodes, sizes, outputs = (options.pop(name) for name in ("nodes", "sizes", "outputs"))
+    maps = list(call.maps)
+    for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
+        edge = None if edge_weights is None else edge_weights[i, : len(edges)]
+        node = [w[i] for w in weights]
+        maps.append(
+            edet_kernels.fusion_node([maps[e] for e in edges], edge, *node, size=size, **options)
+        )
+    return [maps[o] for o in outputs]
+
+
+def layer_by_layer(call):
+    """The result of a ``head`` from one ``separable_conv`` for each layer."""
+    maps = call.maps
+    for i, layer in enumerate(zip(*call.weights, strict=True)):
+        last = i + 1 == len(call.weights[0])
+        maps = edet_kernels.separable_conv(maps, *layer, activation="none" if last else "swish")
+    return maps
+
+
+@launches
+@dtypes
+@pytest.mark.parametrize(
+    ("size", "levels", "cells", "channels"),
+    [
+        ((13, 18), 5, 1, 24),  # odd sizes all the way down
+        ((36, 33), 6, 1, 16),  # the ten nodes of D7x
+        ((1, 1), 3, 2, 7),
+        ((20, 9), 3, 1, 88),  # two chunks of channels, the second one not full
+    ],
+)
+def test_efficientdet_graphs(monkeypatch, launch, size, levels, cells, channels, dtype):
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", launch)
+    graph = bifpn_graph(size, levels, cells)
+    call = sample("bifpn", dtype, batch=1, channels=channels, graph=graph)
+    call.check(dtype)
+    assert_identical(call(), node_by_node(call))
+
+
+@dtypes
+@launches
+@pytest.mark.parametrize("op", ["bifpn", "head", "separable_conv"])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_batch(monkeypatch, op, batch, launch, dtype):
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", launch)
+    sample(op, dtype, batch=batch).check(dtype)
+
+
+@pytest.mark.parametrize("pool", ["same", "symmetric"])
+@pytest.mark.parametrize(("fusion", "per_channel"), FUSIONS)
+def test_fusion_methods(fusion, per_channel, pool):
+    call = sample("bifpn", torch.float16, fusion=fusion, per_channel=per_channel, pool=pool)
+    call.check(torch.float16)
+    assert_identical(call(), node_by_node(call))
+
+
+def test_non_finite_inputs():
+    call = sample("bifpn", torch.bfloat16)
+    call.maps[0][0, 1, 4, 2] = torch.nan
+    call.maps[1][0, 2, 0, 0] = torch.inf
+    call.check(torch.bfloat16)
+    assert_identical(call(), node_by_node(call))
+
+
+def test_one_launch(emulated, monkeypatch):
+    for op, nodes in (("bifpn", None), ("head", 3), ("separable_conv", 1)):
+        call = sample(op)
+        count, result = count_launches(emulated, call)
+        assert count == 1
+        for launch in ("nodes", "pdl"):
+            monkeypatch.setenv("EDET_CUDA_LAUNCH", launch)
+            count, other = count_launches(emulated, call)
+            assert count == (nodes or len(call.options["nodes"]))
+            assert_identical(other, result)
+        monkeypatch.setenv("EDET_CUDA_LAUNCH", "persistent")
+
+
+def test_a_launch_without_a_wish_is_node_by_node(emulated, monkeypatch):
+    monkeypatch.delenv("EDET_CUDA_LAUNCH")
+    call = sample("bifpn")
+    assert count_launches(emulated, call)[0] == len(call.options["nodes"])
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "one")
+    with pytest.raises(RuntimeError, match="EDET_CUDA_LAUNCH must be auto, nodes, pdl or persi"):
+        call()
+
+
+def test_all_cells_of_d7x_are_one_launch(emulated):
+    graph = bifpn_graph((9, 8), levels=6, cells=8)
+    call = sample("bifpn", batch=1, channels=8, graph=graph, fusion="sum")
+    count, result = count_launches(emulated, call)
+    assert (len(graph.nodes), count) == (80, 1)
+    assert_identical(result, node_by_node(call))
+
+
+def test_a_graph_that_one_launch_cannot_hold(emulated):
+    chain = Graph([(4, 3)], [(i,) for i in range(81)], [(4, 3)] * 81, [81])
+    call = sample("bifpn", batch=1, channels=4, graph=chain)
+    count, result = count_launches(emulated, call)
+    assert count == 81
+    assert_identical(result, node_by_node(call))
+    # a max pool of stride 300
+    call = sample("bifpn", batch=1, channels=4, graph=Graph([(300, 1)], [(0,)], [(1, 1)], [1]))
+    call.check(torch.float32)
+
+
+def test_any_graph():
+    # maps on several edges, nodes that nobody reads, outputs in the middle and in another order
+    graph = Graph(
+        [(17, 12), (5, 3)],
+        [(0, 0, 1), (2, 1), (2, 2), (3, 2, 1), (0,), (5, 4)],
+        [(9, 6), (17, 12), (9, 6), (5, 3), (9, 6), (17, 12)],
+        [7, 3, 5],
+    )
+    call = sample("bifpn", torch.float16, graph=graph)
+    call.check(torch.float16)
+    assert_identical(call(), node_by_node(call))
+
+
+@dtypes
+def test_a_head_with_a_wide_prediction(emulated, dtype):
+    # 300 columns are three slices of a block that is made for 24
+    make = sample("head", dtype)
+    wide = sample("separable_conv", dtype, out_channels=300).weights
+    weights = [[*parts[:-1], last] for parts, last in zip(make.weights, wide, strict=True)]
+    call = type(make)("head", make.maps, tuple(weights))
+    call.check(dtype)
+    assert_identical(call(), layer_by_layer(call))
+
+
+@dtypes
+def test_little_shared_memory(emulated, dtype):
+    emulated.set_device(4, 64 * 1024)  # weights stream
+    call = sample("bifpn", dtype, channels=200, graph=bifpn_graph((9, 6), levels=2, cells=1))
+    assert_identical(call(), node_by_node(call))
+
+
+def sweep(emulated, dtype, seeds, residents):
+    graph = bifpn_graph((18, 11), levels=4, cells=2)
+    call = sample("bifpn", dtype, channels=16, graph=graph)
+    expected = node_by_node(call)
+    emulated.set_device(16, 227 * 1024)  # 32 blocks: more than run together
+    for resident in residents:
+        emulated.set_resident(resident)
+        for seed in seeds:
+            emulated.set_seed(seed)
+            assert_identical(call(), expected)
+
+
+def test_orders_of_blocks(emulated):
+    sweep(emulated, torch.float16, range(2), (1, 2, 3, 7, 32))
+
+
+@pytest.mark.slow
+@dtypes
+def test_many_orders_of_blocks(emulated, dtype):
+    sweep(emulated, dtype, range(20), (1, 2, 3, 7, 13, 32))
