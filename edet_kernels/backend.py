@@ -87,7 +87,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``. Any name but ``auto`` is a
-            request that is met or refused, never replaced.
+            request that is met or refused, never replaced. A graph of torch.compile keeps the
+            backend that it was traced with.
 
     Raises:
         ValueError: unknown name.

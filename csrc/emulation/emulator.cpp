@@ -720,7 +720,7 @@ void set_resident(int blocks) { machine().resident = std::max(blocks, 1); }
 
 void know_memory(const void* data, size_t bytes, bool writable) {
   const char* at = static_cast<const char*>(data);
-  machine().ranges.push_back({at, at + bytes, writable, {}});
+  machine().ranges.push_back({at, at + bytes, writable, {}, {}});
 }
 void forget_memory() { machine().ranges.clear(); }
 

@@ -2,6 +2,7 @@
 
 from edet_kernels import __version__
 
+from . import layers, losses, targets, training
 from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .configs import ModelConfig, list_models
 from .dropin import accelerate, restore
@@ -23,9 +24,13 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "create_model",
+    "layers",
     "list_models",
     "load_checkpoint",
+    "losses",
     "read_checkpoint",
     "restore",
     "save_checkpoint",
+    "targets",
+    "training",
 ]
