@@ -3,7 +3,8 @@
 //
 // Floors. At batch 1 the maps lie in the second-level cache and the least is latency: the longest
 // chain of tiles that need each other, where node launches add a gap for each node. At large
-// batches it is the bytes of every node, as in fusion_node.cu. Budget: 255 registers, tensor cores.
+// batches it is the bytes of every node, as in fusion_node.cu.
+// Budget: 255 registers, tensor cores.
 //
 // Blocks claim tiles in the order of core/tile_schedule.h by an atomic counter. A tile's sources
 // were claimed before it, by blocks that run: whatever the number of blocks at a time, the first

@@ -84,6 +84,7 @@ class Context {
 
   void prepare(char* bottom, size_t bytes, void (*entry)()) {
     stack = {bottom, bytes};
+    forget_frames(bottom, bytes);
 #if defined(__x86_64__)
     auto* top = reinterpret_cast<void**>(bottom + bytes);
     *--top = nullptr;  // where entry would return to; keeps the stack aligned
@@ -192,7 +193,10 @@ struct Block {
 class Machine {
  public:
   ~Machine() {
-    if (stacks_) munmap(stacks_, stack_bytes_);
+    if (stacks_) {
+      forget_frames(stacks_, stack_bytes_);  // others may be given this memory
+      munmap(stacks_, stack_bytes_);
+    }
   }
 
   // of the host thread
@@ -368,7 +372,10 @@ void Machine::report_deadlock() {
 
 bool Machine::make_stacks(size_t count) {
   if (stack_bytes_ >= count * kStack) return true;
-  if (stacks_) munmap(stacks_, stack_bytes_);
+  if (stacks_) {
+    forget_frames(stacks_, stack_bytes_);  // others may be given this memory
+    munmap(stacks_, stack_bytes_);
+  }
   stack_bytes_ = 0;
   void* p = mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -682,10 +689,7 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
       for (const Block* b : active_)
         if (std::none_of(b->fibers.begin(), b->fibers.end(), at_flag)) report_divergence(*b);
     }
-    if (!error.empty()) {
-      forget_frames(stacks_, stack_bytes_);
-      return cudaErrorLaunchFailure;
-    }
+    if (!error.empty()) return cudaErrorLaunchFailure;
     const auto at = active_.begin() + static_cast<std::ptrdiff_t>((first + tried) % active_.size());
     Block& b = **at;
     if (b.done < threads_) continue;

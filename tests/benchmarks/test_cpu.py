@@ -127,11 +127,18 @@ def test_markdown_holds_every_figure(result):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_readme_takes_both_kinds_of_result(result):
+def test_readme_gets_the_first_table_and_the_page_all(result, tmp_path):
+    file = tmp_path / "a.json"
+    report.write(result, file)
     readme = f"a\n{update_readme.BEGIN}\nold\n{update_readme.END}\nb"
-    text = update_readme.updated(readme, [update_readme.table(result)])
-    assert "old" not in text and "| D0 512×512 | BiFPN |" in text
-    assert text.startswith("a\n") and text.endswith("\nb")
+    short, whole = (
+        update_readme.updated(readme, [update_readme.table(file, tmp_path / "b.md", whole=whole)])
+        for whole in (False, True)
+    )
+    for text in (short, whole):
+        assert "old" not in text and "| D0 512×512 | BiFPN |" in text
+        assert text.startswith("a\n") and text.endswith("\nb")
+    assert "1 thread, ms" in whole and "1 thread, ms" not in short
 
 
 def test_plot_is_written_whole(result, tmp_path):
@@ -254,7 +261,9 @@ def test_tiny_run_from_the_command_line(tmp_path, capsys):
     result = report.read(output)
     assert [row["stage"] for row in result["rows"]] == list(cpu.STAGES.values())
     for row in result["rows"]:
-        assert set(row["times"]) == {"eager", "ours"} and row["best_rival"] == "eager"
+        rival = {"BiFPN nodes": "node by node", "predictor": "its kernels"}.get(row["stage"])
+        rival = rival or "eager"
+        assert set(row["times"]) == {rival, "ours"} and row["best_rival"] == rival
         assert len(row["times"]["ours"]["samples_ms"]) == row["rounds"] >= 1
     assert result["peak_gflops"]["float32"] > 0
     assert report.markdown(copy.deepcopy(result)) in capsys.readouterr().out
