@@ -35,6 +35,9 @@ ROW_KEYS = ("model", "image_size", "dtype", "stage", "macs", "rounds", "times", 
 STAGE_ORDER = ("pre-processing", "backbone", "BiFPN", "heads", "post-processing", "network",
                "network + post-processing")  # fmt: skip
 
+#: Stages whose other variant is our own reference, which is written to be read.
+NO_RIVALS = ("post-processing",)
+
 #: Latencies published elsewhere, ms, as context and not as a comparison: batch 1, whole detector.
 PUBLISHED: dict[str, dict[str, float]] = {
     "Titan V, FP32, TensorFlow 2.1, with pre- and post-processing (paper, table 2)": {
@@ -186,11 +189,13 @@ def markdown(result: dict[str, Any]) -> str:
             for name in names:
                 ratio = row["ratios"].get(name)
                 note = f" ({ratio['of_medians']:.1f}×)" if ratio else ""
+                note = " (the reference)" if note and row["stage"] in NO_RIVALS else note
                 cells.append(f"{times[name]['median_ms']:.1f}{note}" if name in times else "")
             cells.append(f"**{times[OURS]['median_ms']:.2f}**" if OURS in times else "")
             if batches:
                 cells.append(f"{throughput(row, OURS):.1f}" if OURS in times else "")
-            cells.append(f"**{row['ratios'][best]['of_medians']:.2f}×**" if best else "")
+            rival = best and row["stage"] not in NO_RIVALS
+            cells.append(f"**{row['ratios'][best]['of_medians']:.2f}×**" if rival else "")
             fraction = row["peak_fraction"].get(OURS)
             cells.append(f"{fraction:.0%}" if fraction else "")
             body.append(cells)
@@ -738,7 +743,7 @@ def plot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """
     panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        if row["ratios"]:
+        if row["ratios"] and row["stage"] not in NO_RIVALS:
             panels.setdefault((row["dtype"], row["model"]), []).append(row)
     if not panels:
         return
