@@ -6,7 +6,15 @@ what another block has not released, and deadlocks. Every result must be that of
 
 import pytest
 import torch
-from op_utils import DTYPES, FUSIONS, Graph, assert_identical, bifpn_graph, sample
+from op_utils import (
+    DTYPES,
+    FUSIONS,
+    Graph,
+    assert_identical,
+    bifpn_graph,
+    node_by_node,
+    sample,
+)
 
 import edet_kernels
 
@@ -29,21 +37,6 @@ def count_launches(emulated, call):
     result = call()
     emulated.count_launches(False)
     return len(emulated.launches()), result
-
-
-def node_by_node(call):
-    """The result of a ``bifpn`` from one ``fusion_node`` for each node."""
-    edge_weights, *weights = call.weights
-    options = dict(call.options)
-    nodes, sizes, outputs = (options.pop(name) for name in ("nodes", "sizes", "outputs"))
-    maps = list(call.maps)
-    for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
-        edge = None if edge_weights is None else edge_weights[i, : len(edges)]
-        node = [w[i] for w in weights]
-        maps.append(
-            edet_kernels.fusion_node([maps[e] for e in edges], edge, *node, size=size, **options)
-        )
-    return [maps[o] for o in outputs]
 
 
 def layer_by_layer(call):

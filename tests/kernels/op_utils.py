@@ -517,3 +517,18 @@ def gradients(call: Call, function: Callable[..., Any], dtype: torch.dtype) -> l
 def sample(op: str, dtype: torch.dtype = torch.float32, batch: int = 2, **options: Any) -> Call:
     """A small call of ``op``."""
     return SAMPLES[op](Maker(dtype, batch), **options)
+
+
+def node_by_node(call):
+    """The result of a ``bifpn`` from one ``fusion_node`` for each node."""
+    edge_weights, *weights = call.weights
+    options = dict(call.options)
+    nodes, sizes, outputs = (options.pop(name) for name in ("nodes", "sizes", "outputs"))
+    maps = list(call.maps)
+    for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
+        edge = None if edge_weights is None else edge_weights[i, : len(edges)]
+        node = [w[i] for w in weights]
+        maps.append(
+            edet_kernels.fusion_node([maps[e] for e in edges], edge, *node, size=size, **options)
+        )
+    return [maps[o] for o in outputs]

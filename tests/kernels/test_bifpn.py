@@ -4,27 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_utils import DTYPES, Graph, assert_identical, bifpn_graph, sample
-
-import edet_kernels
+from op_utils import DTYPES, Graph, assert_identical, bifpn_graph, node_by_node, sample
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def node_by_node(call):
-    """The result of ``call`` from one fusion_node call per node."""
-    edge_weights, *weights = call.weights
-    options = dict(call.options)
-    nodes, sizes, outputs = (options.pop(name) for name in ("nodes", "sizes", "outputs"))
-    maps = list(call.maps)
-    for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
-        edge = None if edge_weights is None else edge_weights[i, : len(edges)]
-        node = [w[i] for w in weights]
-        maps.append(
-            edet_kernels.fusion_node([maps[e] for e in edges], edge, *node, size=size, **options)
-        )
-    return [maps[o] for o in outputs]
 
 
 @dtypes
