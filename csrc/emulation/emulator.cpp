@@ -192,12 +192,7 @@ struct Block {
 
 class Machine {
  public:
-  ~Machine() {
-    if (stacks_) {
-      forget_frames(stacks_, stack_bytes_);  // others may be given this memory
-      munmap(stacks_, stack_bytes_);
-    }
-  }
+  ~Machine() { free_stacks(); }
 
   // of the host thread
   uint64_t seed = 0;
@@ -227,6 +222,7 @@ class Machine {
 
  private:
   static void entry();
+  void free_stacks();
   bool make_stacks(size_t count);
   void begin_block(Block& b, int64_t number);
   bool run_some(Block& b);
@@ -370,12 +366,15 @@ void Machine::report_deadlock() {
   }
 }
 
+void Machine::free_stacks() {
+  if (!stacks_) return;
+  forget_frames(stacks_, stack_bytes_);  // others may be given this memory
+  munmap(stacks_, stack_bytes_);
+}
+
 bool Machine::make_stacks(size_t count) {
   if (stack_bytes_ >= count * kStack) return true;
-  if (stacks_) {
-    forget_frames(stacks_, stack_bytes_);  // others may be given this memory
-    munmap(stacks_, stack_bytes_);
-  }
+  free_stacks();
   stack_bytes_ = 0;
   void* p = mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
