@@ -31,9 +31,10 @@ sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is se
 
 import edet_kernels  # noqa: E402
 from benchmarks import rivals  # noqa: E402
-from edet import EfficientDet, count_macs, create_model, report  # noqa: E402
-from edet.anchors import model_anchors  # noqa: E402
-from edet.bench import (  # noqa: E402
+from edet import EfficientDet, count_macs, create_model  # noqa: E402
+from edet.bench import report  # noqa: E402
+from edet.bench.report import OURS  # noqa: E402
+from edet.bench.stages import (  # noqa: E402
     PAIRS,
     Call,
     CheckFailed,
@@ -48,8 +49,8 @@ from edet.bench import (  # noqa: E402
     relative_difference,
     set_batch_norms,
 )
-from edet.postprocess import postprocess  # noqa: E402
-from edet.report import OURS  # noqa: E402
+from edet.detection.anchors import model_anchors  # noqa: E402
+from edet.detection.postprocess import postprocess  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
 #: Names on the command line and in the tables.

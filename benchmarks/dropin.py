@@ -27,9 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # as a program, only its own f
 import edet  # noqa: E402
 import edet_kernels  # noqa: E402
 from benchmarks import cpu  # noqa: E402
-from edet import report  # noqa: E402
-from edet.bench import Call, CheckFailed, relative_difference, set_batch_norms  # noqa: E402
-from edet.report import OURS  # noqa: E402
+from edet.bench import report  # noqa: E402
+from edet.bench.report import OURS  # noqa: E402
+from edet.bench.stages import Call, CheckFailed, relative_difference, set_batch_norms  # noqa: E402
 
 #: The baselines' columns.
 EFFDET, CHANNELS_LAST = "effdet", "effdet, channels_last"

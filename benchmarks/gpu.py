@@ -29,15 +29,15 @@ sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is se
 
 import edet_kernels  # noqa: E402
 from benchmarks.cpu import gate  # noqa: E402
-from edet import report  # noqa: E402
-from edet.bench import (  # noqa: E402
+from edet.bench import report  # noqa: E402
+from edet.bench.report import OURS  # noqa: E402
+from edet.bench.stages import (  # noqa: E402
     check_detections,
     machine_name,
     relative_difference,
 )
-from edet.configs import ModelConfig, get_config  # noqa: E402
-from edet.report import OURS  # noqa: E402
-from edet.schedule import graph_of  # noqa: E402
+from edet.models.bifpn import graph_of  # noqa: E402
+from edet.models.configs import ModelConfig, get_config  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
 SCHEMA = "edet-bench-gpu/1"

@@ -31,7 +31,7 @@ SPARE = 20
 #: Bytes of a log that are kept: its end.
 LOG_BYTES = 2**20
 #: Files that hold tests for a GPU: the others may need packages that are not there.
-TESTS = ("tests/kernels/test_gpu.py", "tests/models/test_packing.py")
+TESTS = ("tests/kernels/test_gpu.py", "tests/fused/test_module.py")
 
 
 @dataclass

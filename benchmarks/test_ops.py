@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import edet_kernels
 from benchmarks.gpu import CASES, Case, Maker
-from edet.bench import check, check_detections, relative_difference
-from edet.configs import get_config
+from edet.bench.stages import check, check_detections, relative_difference
 from edet.layers import bifpn_nodes
+from edet.models.configs import get_config
 from edet_kernels import reference
 
 VARIANTS = ("eager", "compiled", "fused")

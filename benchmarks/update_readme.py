@@ -24,7 +24,7 @@ sys.path[:0] = [
     str(ROOT),
     str(ROOT / "python"),
 ]  # as a program, only its own folder is searched
-from edet import report  # noqa: E402
+from edet.bench import report  # noqa: E402
 from edet.files import replacing  # noqa: E402
 
 

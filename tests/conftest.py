@@ -1,9 +1,19 @@
-"""What every test shares: GPU tests are skipped where there is no GPU, and seeds are fixed."""
+"""What tests share: no GPU tests without a GPU, fixed seeds, small models and two ways to run."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+
+import edet
+
+#: Folders of tests that run whole models: the rooms of ``edet``.
+ROOMS = {"bench", "cli", "detection", "dropin", "fused", "models", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,3 +30,101 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed() -> None:
     """Gives every test the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small models on many threads spend their time waiting, minutes of it on a busy machine."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name in ROOMS:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _flat(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    else:
+        for item in output:
+            yield from _flat(item)
+
+
+def _randomise(module: nn.Module) -> nn.Module:
+    """Weights and statistics that let every layer show: no zeros, no ones, no equal channels."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.dim() == 4:
+                tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)
+            elif "edge_weights" in name:
+                tensor.uniform_(-0.2, 1.8)
+            elif name.endswith(("running_var", "weight")):
+                tensor.uniform_(0.6, 1.4)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=0.2)
+    return module
+
+
+@pytest.fixture
+def randomise() -> Callable[[nn.Module], nn.Module]:
+    """Gives a module random weights and batch-norm statistics, in place."""
+    return _randomise
+
+
+@pytest.fixture
+def small() -> edet.EfficientDet:
+    """A narrow and shallow D0 with random weights, in eval mode."""
+    model = edet.create_model(
+        "tf_efficientdet_d0", width=16, cells=2, head_repeats=1, num_classes=3
+    )
+    return _randomise(model).eval()
+
+
+@pytest.fixture
+def fused() -> Callable[..., list[Tensor]]:
+    """Runs a module without gradients; all its output tensors."""
+
+    def run(module: nn.Module, *args: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return list(_flat(module(*args)))
+
+    return run
+
+
+@pytest.fixture
+def layers() -> Callable[..., list[Tensor]]:
+    """Runs a module with gradients, and so by PyTorch's layers; all its output tensors."""
+
+    def run(module: nn.Module, *args: Any) -> list[Tensor]:
+        with torch.enable_grad():
+            outputs = list(_flat(module(*args)))
+        assert all(x.requires_grad for x in outputs)
+        return [x.detach() for x in outputs]
+
+    return run
+
+
+@pytest.fixture
+def assert_agrees(
+    fused: Callable[..., list[Tensor]], layers: Callable[..., list[Tensor]]
+) -> Callable[..., None]:
+    """Checks the fused ops in float32 against the layers in float64, by the golden fixtures' rule.
+
+    A stack of layers amplifies rounding, so the largest error, as a fraction of an output's absmax,
+    may be three times that of the layers in float32, or 2e-5.
+    """
+
+    def check(module: nn.Module, *args: Any) -> None:
+        double = copy.deepcopy(module).double()
+        wide = [a.double() if isinstance(a, Tensor) else [x.double() for x in a] for a in args]
+        truths = layers(double, *wide)
+        found, eager = fused(module, *args), layers(module, *args)
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in eager]
+
+        def error(outputs: list[Tensor]) -> float:
+            pairs = zip(outputs, truths, strict=True)
+            return max(float((x - truth).abs().max() / truth.abs().max()) for x, truth in pairs)
+
+        assert error(found) <= max(3 * error(eager), 2e-5)
+
+    return check

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edet import graph as edet_graph
+from edet.fused import cuda_graph as edet_graph
 
 
 class CUDAGraph:

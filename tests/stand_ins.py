@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edet.bifpn import bifpn_nodes
+from edet.models.bifpn import bifpn_nodes
 
 WIDTH = 24
 CHANNELS = (16, WIDTH, 40)  # the middle map needs no projection

@@ -1,15 +1,27 @@
-"""EfficientDet on fused kernels: models, detection and the command line."""
+"""EfficientDet on fused kernels: models, detection, training and the command line."""
 
 from edet_kernels import __version__
 
-from . import layers, losses, targets, training
-from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-from .configs import ModelConfig, list_models
+from . import (
+    anchors,
+    describe,
+    draw,
+    layers,
+    postprocess,
+    preprocess,
+    training,
+    video,
+)
+from .detection.predictor import Prediction, Predictor
+from .detection.preprocess import ImageError
+from .detection.results import Detections
 from .dropin import accelerate, restore
-from .efficientdet import EfficientDet, count_macs, count_parameters, create_model
-from .predictor import Prediction, Predictor
-from .preprocess import ImageError
-from .results import Detections
+from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from .models.configs import ModelConfig, list_models
+from .models.counts import count_macs, count_parameters
+from .models.efficientdet import EfficientDet
+from .models.factory import create_model
+from .training import losses, targets
 
 __all__ = [
     "CheckpointError",
@@ -21,16 +33,22 @@ __all__ = [
     "Predictor",
     "__version__",
     "accelerate",
+    "anchors",
     "count_macs",
     "count_parameters",
     "create_model",
+    "describe",
+    "draw",
     "layers",
     "list_models",
     "load_checkpoint",
     "losses",
+    "postprocess",
+    "preprocess",
     "read_checkpoint",
     "restore",
     "save_checkpoint",
     "targets",
     "training",
+    "video",
 ]

@@ -14,15 +14,16 @@ import torch
 
 import edet_kernels
 
-from .anchors import generate_anchors
-from .bench import CheckFailed, plot, random_model, run_bench, write_json
-from .configs import get_config
-from .draw import draw_detections, to_pil
-from .efficientdet import EfficientDet, create_model
+from .bench.stages import CheckFailed, plot, random_model, run_bench, write_json
+from .detection.anchors import generate_anchors
+from .detection.draw import draw_detections, to_pil
+from .detection.predictor import Predictor
+from .detection.preprocess import fit, load_image, preprocess, resize
 from .extras import require
 from .files import replacing
-from .predictor import Predictor
-from .preprocess import fit, load_image, preprocess, resize
+from .models.configs import get_config
+from .models.efficientdet import EfficientDet
+from .models.factory import create_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image

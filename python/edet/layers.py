@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from edet_kernels.reference import activate
 
-from .bifpn import BiFPN, FusionNode, Node, SeparableConv, bifpn_nodes
-from .heads import CLASS_PRIOR_BIAS, Head
+from .models.bifpn import BiFPN, FusionNode, Node, SeparableConv, bifpn_nodes
+from .models.heads import CLASS_PRIOR_BIAS, Head
 
 
 class SeparableConvBNAct(nn.Module):

@@ -12,9 +12,9 @@ import torch
 
 import edet
 from benchmarks import cpu, rivals, update_readme
-from edet import report
-from edet.bench import CheckFailed
-from edet.bifpn import BiFPN
+from edet.bench import report
+from edet.bench.stages import CheckFailed
+from edet.models.bifpn import BiFPN
 
 
 def _row(stage: str = "BiFPN") -> dict[str, Any]:

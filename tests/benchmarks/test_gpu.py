@@ -15,9 +15,9 @@ import torch
 
 import edet_kernels
 from benchmarks import gpu, gpu_check
-from edet import report
-from edet.bench import CheckFailed
-from edet.configs import get_config
+from edet.bench import report
+from edet.bench.stages import CheckFailed
+from edet.models.configs import get_config
 from edet_kernels import current_backend
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edet.anchors import decode_boxes, encode_boxes, feature_sizes, generate_anchors
+from edet.detection.anchors import decode_boxes, encode_boxes, feature_sizes, generate_anchors
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edet.draw import colour, draw_detections, text_colour
-from edet.results import Detections
+from edet.detection.draw import colour, draw_detections, text_colour
+from edet.detection.results import Detections
 
 
 def one_box(box, size, label=1):

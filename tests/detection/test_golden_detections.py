@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from edet.anchors import model_anchors
-from edet.postprocess import postprocess
+from edet.detection.anchors import model_anchors
+from edet.detection.postprocess import postprocess
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden_utils import DETECTION_NAMES, golden

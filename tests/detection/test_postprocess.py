@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from edet.anchors import decode_boxes, generate_anchors
-from edet.postprocess import postprocess
+from edet.detection.anchors import decode_boxes, generate_anchors
+from edet.detection.postprocess import postprocess
 
 SIZE, CLASSES = (64, 96), 5
 

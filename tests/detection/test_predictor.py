@@ -13,12 +13,12 @@ from PIL import Image
 import cuda_stand_in
 import edet
 import edet_kernels
-from edet import graph
-from edet.anchors import generate_anchors
-from edet.plan import CallList
-from edet.postprocess import postprocess
-from edet.predictor import STAGES, Predictor
-from edet.preprocess import ImageError, preprocess
+from edet.detection.anchors import generate_anchors
+from edet.detection.postprocess import postprocess
+from edet.detection.predictor import STAGES, Predictor
+from edet.detection.preprocess import ImageError, preprocess
+from edet.fused import cuda_graph as graph
+from edet.fused.plan import CallList
 
 SIZE = (128, 192)
 

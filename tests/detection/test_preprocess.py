@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image as pil
 
-from edet.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError, fit, load_image, preprocess
+from edet.detection.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageError,
+    fit,
+    load_image,
+    preprocess,
+)
 
 
 def noise(height=24, width=37, channels=3, seed=0):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from edet.labels import COCO_NAMES, label_map
-from edet.results import Detection, Detections
+from edet.detection.labels import COCO_NAMES, label_map
+from edet.detection.results import Detection, Detections
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from edet import cli, video
+from edet import cli
+from edet.detection import video
 
 av = pytest.importorskip("av", reason="needs the extra video")
 

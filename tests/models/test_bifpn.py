@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edet.bifpn import BiFPN, bifpn_nodes
+from edet.models.bifpn import BiFPN, bifpn_nodes
 
 
 def test_nodes_of_five_levels() -> None:

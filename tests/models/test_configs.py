@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import edet
-from edet.configs import get_config
+from edet.models.configs import get_config
 
 # size, width, cells, head repeats, levels, fusion, anchor scale, backbone
 TABLE = {

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import edet
 import edet_kernels
-from edet.anchors import generate_anchors
-from edet.postprocess import postprocess
+from edet.detection.anchors import generate_anchors
+from edet.detection.postprocess import postprocess
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import edet
-from edet.configs import get_config
+from edet.models.configs import get_config
 
 # parameters of backbone, BiFPN, class head, box head; GMACs of the same at the model's size
 PARTS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edet.efficientnet import BACKBONES, Conv2d, EfficientNet, round_channels, scaled_stages
+from edet.models.efficientnet import BACKBONES, Conv2d, EfficientNet, round_channels, scaled_stages
 
 CHANNELS = {
     "efficientnet_b0": [40, 112, 320],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edet.heads import CLASS_PRIOR_BIAS, Head
+from edet.models.heads import CLASS_PRIOR_BIAS, Head
 
 SIZES = [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import edet
 from edet import layers
-from edet.bench import check, relative_difference
-from edet.configs import get_config
+from edet.bench.stages import check, relative_difference
+from edet.models.configs import get_config
 
 D3 = ((48, 136, 384), 160)
 

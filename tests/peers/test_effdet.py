@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import edet
-from edet.bench import check, relative_difference, set_batch_norms
+from edet.bench.stages import check, relative_difference, set_batch_norms
 
 effdet = pytest.importorskip("effdet", reason="needs effdet: make test-peers")
 

@@ -1,0 +1,1 @@
+"""Benchmarks of models, stage by stage, and reports of their results."""

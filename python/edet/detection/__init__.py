@@ -1,0 +1,1 @@
+"""From pictures to boxes: reading, preparing, predicting, results, drawing, videos."""

@@ -1,0 +1,83 @@
+"""Head outputs to boxes in pixels of the original images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import edet_kernels
+
+#: Scores at or below these are dropped in the published post-processing.
+SCORE_THRESHOLDS = {"hard": 0.0, "gaussian": 0.001}
+
+
+def postprocess(
+    class_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    *,
+    sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+    scales: Tensor | None = None,
+    method: str = "hard",
+    iou_threshold: float = 0.5,
+    sigma: float = 0.5,
+    score_threshold: float | None = None,
+    max_detections: int = 100,
+    max_candidates: int = 5000,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The published post-processing, on a whole batch.
+
+    The ``max_candidates`` best logits over anchors × classes are decoded in float32, clipped to
+    the image, suppressed per class (all by :func:`edet_kernels.detect`) and scaled to the original
+    image.
+
+    Args:
+        class_outputs: logits, (B, A·classes, H, W) for each level.
+        box_outputs: regressions, (B, A·4, H, W) for each level.
+        anchors: (N, 4) from :func:`edet.anchors.generate_anchors`, for these levels.
+        sizes: (height, width) of each original image, or (B, 2) on the anchors' device, to clip to;
+            None: boxes are not clipped.
+        scales: (B,) pixels of the original image per pixel of the network's input; None: 1.
+        method: ``hard``, or ``gaussian`` for soft-NMS; see :func:`edet_kernels.nms`.
+        iou_threshold: ``hard`` drops boxes that overlap a better one more than this.
+        sigma: width of ``gaussian``'s decay exp(−IoU²/sigma).
+        score_threshold: boxes with a score at or below it are dropped; None: the published 0 for
+            ``hard`` and 0.001 for ``gaussian``.
+        max_detections: K.
+
+    Returns:
+        boxes (B, K, 4) x1, y1, x2, y2 in pixels of the original, scores (B, K), both float32
+        (float64 for float64 outputs), labels (B, K) int64 (class index + 1), all padded with 0, and
+        counts (B,) int64.
+
+    Raises:
+        ValueError, TypeError: outputs, anchors, sizes or scales do not fit one another; see also
+            :func:`edet_kernels.detect`.
+    """
+    batch = class_outputs[0].shape[0] if class_outputs else 0
+    for name, given in (("sizes", sizes), ("scales", scales)):
+        if given is not None and len(given) != batch:
+            raise ValueError(f"{name} must hold one entry per image ({batch}), got {len(given)}")
+    if scales is None:
+        scales = torch.ones(batch, device=anchors.device)
+    limits = None
+    if sizes is not None:
+        ends = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes, device=anchors.device)
+        limits = ends.flip(-1) / scales[:, None]
+    if score_threshold is None:
+        score_threshold = SCORE_THRESHOLDS.get(method, 0.0)
+    boxes, scores, labels, counts = edet_kernels.detect(
+        class_outputs,
+        box_outputs,
+        anchors,
+        limits=limits,
+        method=method,
+        iou_threshold=iou_threshold,
+        sigma=sigma,
+        score_threshold=score_threshold,
+        max_detections=max_detections,
+        max_candidates=max_candidates,
+    )
+    return boxes * scales[:, None, None], scores, labels + 1, counts

@@ -1,0 +1,559 @@
+"""Objects in images, from any kind of image to boxes in its own pixels, as fast as it goes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from operator import is_
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edet_kernels.autocast import autocast_dtype
+from edet_kernels.backend import choose, current_backend
+
+from ..fused import cuda_graph as graph
+from ..fused.module import PackedModule
+from ..fused.plan import CallList, Stage
+from ..models.efficientdet import EfficientDet
+from ..models.efficientnet import EfficientNet, normalise_pixels
+from ..models.factory import create_model
+from .anchors import model_anchors
+from .labels import label_map
+from .postprocess import SCORE_THRESHOLDS, postprocess
+from .preprocess import (
+    ImageLike,
+    as_list,
+    fit,
+    geometry,
+    letterbox,
+    letterbox_fill,
+    load_image,
+    resize,
+)
+from .results import Detections
+
+#: What is timed; pre-processing includes reading a file.
+STAGES = ("pre-processing", "network", "post-processing", "total")
+
+#: Batches whose times are kept for the percentiles.
+MAX_TIMES = 1000
+
+#: Ops of a whole detector. A CUDA graph cannot hold their references, which wait for the device.
+_OPS = ("stem", "mbconv", "lateral", "bifpn", "head", "detect")
+
+
+class Prediction(NamedTuple):
+    """What became of one image of :meth:`Predictor.stream`.
+
+    Attributes:
+        image: what was given.
+        pixels: the image as it was read, (3, H, W); None when it could not be.
+        detections: its objects; None when it could not be read.
+        error: why it could not be read, else None.
+    """
+
+    image: Any
+    pixels: Tensor | None
+    detections: Detections | None
+    error: Exception | None
+
+
+class Latency(NamedTuple):
+    """Percentiles of milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a :class:`Predictor` has done and what it takes.
+
+    Attributes:
+        images, batches: that were predicted.
+        plans: shapes that are planned at present.
+        latency: of a batch, for each of :data:`STAGES`, over the last 1000 batches that ran
+            planned; empty before the first.
+        memory_mib, peak_memory_mib: of the process; on a GPU, what PyTorch has allocated there.
+    """
+
+    images: int
+    batches: int
+    plans: int
+    latency: dict[str, Latency]
+    memory_mib: float
+    peak_memory_mib: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.images} images in {self.batches} batches, {self.plans} shapes planned, "
+            f"{self.memory_mib:.0f} MiB (peak {self.peak_memory_mib:.0f} MiB)"
+        ]
+        if self.latency:
+            lines.append(f"{'ms per batch':<16}{'p50':>9}{'p90':>9}{'p99':>9}")
+        lines += [
+            f"{stage:<16}" + "".join(f"{value:9.2f}" for value in latency)
+            for stage, latency in self.latency.items()
+        ]
+        return "\n".join(lines)
+
+
+class _Image(NamedTuple):
+    """An image that was read: as it is, its input to the plan, and how long that took."""
+
+    pixels: Tensor
+    prepared: Tensor | graph.Upload
+    seconds: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+
+class Predictor:
+    """An EfficientDet with the pre- and post-processing it was published with.
+
+    >>> predictor = Predictor("tf_efficientdet_d0", "tf_efficientdet_d0.pth")  # doctest: +SKIP
+    >>> predictor("street.jpg").names  # doctest: +SKIP
+    ['car', 'car', 'person']
+
+    Shapes are planned: the first batch of a shape runs as it is, from the second on its operator
+    calls are replayed without the model's Python. On a GPU pre-processing, network and
+    post-processing of a shape are one CUDA graph with buffers of its own. A shape is, on a GPU, the
+    sizes of the images of a batch; elsewhere, the number of them: they are resized beforehand. A
+    batch is never filled up, so that each number of images is a shape of its own. The ``max_plans``
+    shapes used last are kept.
+
+    The model is frozen (:meth:`EfficientDet.freeze`): its weights are constants until ``train()``,
+    ``.to()`` or ``load_state_dict()``, after which everything is planned anew.
+
+    Several threads may call one predictor. On a GPU their calls take turns; each runs on the
+    thread's current stream.
+
+    Args:
+        model: a model from :func:`edet.create_model`, used as it is, put in eval mode and frozen;
+            or the name of one, which requires ``checkpoint``.
+        checkpoint: file of the weights for a model given by name.
+        num_classes: classes of a model given by name.
+        score_threshold: objects with a score at or below it are left out.
+        nms: ``hard``, or ``gaussian`` for soft-NMS.
+        iou_threshold: ``hard`` drops boxes of a class that overlap a better one more than this.
+        sigma: width of the decay of ``gaussian``.
+        max_detections: most objects per image.
+        image_size: (H, W) of the network's input; the model's own when None.
+        class_names: names of labels 1, 2, …, or label to name; COCO's for 90 classes when None.
+        batch_size: images that go through the network at once.
+        max_plans: shapes that are kept planned.
+        device, dtype: where and in which precision to run; as the model is when None.
+
+    Raises:
+        ValueError: unknown model, model by name without checkpoint, option out of range.
+        TypeError: ``model`` is neither a model nor a name.
+    """
+
+    def __init__(
+        self,
+        model: EfficientDet | str,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        num_classes: int = 90,
+        score_threshold: float = 0.3,
+        nms: str = "hard",
+        iou_threshold: float = 0.5,
+        sigma: float = 0.5,
+        max_detections: int = 100,
+        image_size: tuple[int, int] | None = None,
+        class_names: Mapping[int, str] | Sequence[str] | None = None,
+        batch_size: int = 8,
+        max_plans: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if nms not in SCORE_THRESHOLDS:
+            raise ValueError(f"nms must be one of {', '.join(SCORE_THRESHOLDS)}, got {nms!r}")
+        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        counts = {
+            "batch_size": batch_size,
+            "max_detections": max_detections,
+            "max_plans": max_plans,
+        }
+        for name, number in counts.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if isinstance(model, str):
+            if checkpoint is None:
+                raise ValueError(
+                    "checkpoint must be given with a model name; for random weights pass "
+                    f"create_model({model!r}) itself"
+                )
+            model = create_model(model, num_classes=num_classes, checkpoint=checkpoint)
+        elif not isinstance(model, EfficientDet):
+            raise TypeError(
+                f"model must be an EfficientDet or a model name, got {type(model).__name__}"
+            )
+        elif checkpoint is not None:
+            raise ValueError("checkpoint must be None when model is not a name: load it first")
+        config = model.config
+        self.image_size = _checked_size(config.image_size if image_size is None else image_size)
+        self.label_names = label_map(class_names, config.num_classes)
+        self.score_threshold = score_threshold
+        self.nms = nms
+        self.iou_threshold = iou_threshold
+        self.sigma = sigma
+        self.max_detections = max_detections
+        self.batch_size = batch_size
+        self.max_plans = max_plans
+        if device is not None or dtype is not None:  # which thaws a frozen model
+            model.to(device=device, dtype=dtype)
+        self.model = model.eval()
+        self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
+        self._frozen: list[Any] = []
+        self._lock = threading.Lock()
+        # None: a shape that was seen once
+        self._plans: OrderedDict[Any, CallList | graph.Graph | None] = OrderedDict()
+        self._times: deque[tuple[float, ...]] = deque(maxlen=MAX_TIMES)
+        self._images = self._batches = 0
+        self._refresh()
+
+    @overload
+    def __call__(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        *,
+        image_size: tuple[int, int] | None = None,
+    ) -> list[Detections]: ...
+    @overload
+    def __call__(
+        self, images: ImageLike, *, image_size: tuple[int, int] | None = None
+    ) -> Detections: ...
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        image_size: tuple[int, int] | None = None,
+    ) -> Detections | list[Detections]:
+        """Detects objects in one image or in each of a list (or of a 4-dimensional batch).
+
+        Args:
+            images: see :func:`edet.preprocess.load_image` for the kinds.
+            image_size: (H, W) of the network's input; the predictor's own when None.
+
+        Returns:
+            the objects of the image, on the CPU; a list of them for a list.
+
+        Raises:
+            ImageError (a ValueError), TypeError, FileNotFoundError: an image that cannot be used.
+            ValueError: the model was put into training mode, or a bad ``image_size``.
+        """
+        size = self.image_size if image_size is None else _checked_size(image_size)
+        many, single = as_list(images)
+        self._refresh()
+        results: list[Detections] = []
+        for start in range(0, len(many), self.batch_size):
+            chunk = many[start : start + self.batch_size]
+            names = ["image" if single else f"images[{start + i}]" for i in range(len(chunk))]
+            results += self._detect(
+                [self._read(im, name, size) for im, name in zip(chunk, names, strict=True)], size
+            )
+        return results[0] if single else results
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        image_size: tuple[int, int] | None = None,
+        workers: int = 2,
+    ) -> Iterator[Prediction]:
+        """Detects objects in one image after the other, reading ahead of the network.
+
+        A thread goes through ``images`` and ``workers`` threads read and resize (to a GPU: upload)
+        them while the network computes; no more wait at a time than two for each worker and one
+        batch. An image that cannot be read is reported in its place.
+
+        Args:
+            images: any iterable, also an endless one; see :func:`edet.preprocess.load_image`.
+            image_size: (H, W) of the network's input; the predictor's own when None.
+            workers: threads that read.
+
+        Yields:
+            a :class:`Prediction` for each image, in order.
+
+        Raises:
+            ValueError: ``workers`` below 1, a bad ``image_size``, or the model is in training mode.
+            Exception: whatever iterating over ``images`` raises, after what came before it.
+        """
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        size = self.image_size if image_size is None else _checked_size(image_size)
+        self._refresh()
+        return self._stream(images, size, workers)
+
+    def _stream(
+        self, images: Iterable[ImageLike], size: tuple[int, int], workers: int
+    ) -> Iterator[Prediction]:
+        waiting: queue.Queue[tuple[ImageLike, Future[_Image]] | None]
+        waiting = queue.Queue(2 * workers + self.batch_size)
+        closed = threading.Event()
+
+        def put(entry: tuple[ImageLike, Future[_Image]] | None) -> None:
+            while not closed.is_set():
+                try:
+                    return waiting.put(entry, timeout=0.1)
+                except queue.Full:
+                    pass
+
+        def feed() -> None:
+            try:
+                for i, image in enumerate(images):
+                    if closed.is_set():
+                        break
+                    put((image, readers.submit(self._read, image, f"images[{i}]", size)))
+            finally:
+                put(None)
+
+        def batches() -> Iterator[list[tuple[ImageLike, Future[_Image]]]]:
+            batch = []
+            while entry := waiting.get():
+                batch.append(entry)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            yield batch
+
+        with (
+            ThreadPoolExecutor(workers, "edet-read") as readers,
+            ThreadPoolExecutor(1, "edet-feed") as feeder,
+        ):
+            feeding = feeder.submit(feed)
+            try:
+                for batch in batches():
+                    yield from self._predict(batch, size)
+                feeding.result()  # raises what the iteration raised
+            finally:
+                closed.set()
+
+    def _predict(
+        self, batch: list[tuple[ImageLike, Future[_Image]]], size: tuple[int, int]
+    ) -> Iterator[Prediction]:
+        read: list[_Image | Exception] = []
+        for _, future in batch:
+            try:
+                read.append(future.result())
+            except (OSError, ValueError, TypeError) as error:
+                read.append(error)
+        good = [x for x in read if isinstance(x, _Image)]
+        found = iter(self._detect(good, size) if good else [])
+        for (image, _), x in zip(batch, read, strict=True):
+            if isinstance(x, Exception):
+                yield Prediction(image, None, None, x)
+            else:
+                yield Prediction(image, x.pixels, next(found), None)
+
+    def warm_up(
+        self,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 1,
+        *,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Plans batches of ``batch_size`` images, so that the first ones take no longer.
+
+        Args:
+            size: (height, width) of the images; that of the network's input when None. Elsewhere
+                than on a GPU it makes no difference.
+            batch_size: images at once.
+            image_size: (H, W) of the network's input; the predictor's own when None.
+        """
+        height, width = _checked_size(size or image_size or self.image_size)
+        if not 1 <= batch_size <= self.batch_size:
+            raise ValueError(f"batch_size must be 1 to {self.batch_size}, got {batch_size}")
+        for _ in range(2):
+            self(
+                torch.zeros(batch_size, 3, height, width, dtype=torch.uint8), image_size=image_size
+            )
+
+    def stats(self) -> Stats:
+        """Images and batches so far, latency percentiles of each stage, plans and memory."""
+        with self._lock:
+            milliseconds = 1e3 * np.array(self._times).reshape(-1, len(STAGES))
+        latency = {}
+        if len(milliseconds):
+            rows = np.percentile(milliseconds, (50, 90, 99), axis=0).T.tolist()
+            latency = {s: Latency(*row) for s, row in zip(STAGES, rows, strict=True)}
+        if self._captures:
+            memory = graph.cuda.memory_allocated(self.device)
+            peak = graph.cuda.max_memory_allocated(self.device)
+        else:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory = pages * resource.getpagesize()
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        plans = sum(plan is not None for plan in self._plans.values())
+        return Stats(
+            self._images, self._batches, plans, latency, memory / 2**20, max(peak, memory) / 2**20
+        )
+
+    def _refresh(self) -> None:
+        """Freezes the model and forgets all plans, if it is not the frozen one they are made of."""
+        if self.model.training:
+            raise ValueError("model must be in eval mode: call model.eval()")
+        if self._frozen and all(map(is_, (part._frozen for part in self._parts), self._frozen)):
+            return
+        with self._lock:
+            if any(part._frozen is None for part in self._parts):
+                self.model.freeze()
+            self._frozen = [part._frozen for part in self._parts]
+            parameter = next(self.model.parameters())
+            self.device, self.dtype = parameter.device, parameter.dtype
+            config = self.model.config
+            self._mean = torch.tensor(config.mean, device=self.device)
+            self._std = torch.tensor(config.std, device=self.device)
+            self._mean_of_bytes, self._std_of_bytes = 255 * self._mean, 255 * self._std
+            self._fill = letterbox_fill(config.mean)
+            self._captures = graph.captures(self.device)
+            if self._captures:
+                self._pool = graph.cuda.graph_pool_handle()
+                self._uploads = graph.cuda.Stream(self.device)
+            self._plans.clear()
+
+    def _read(self, image: ImageLike, name: str, size: tuple[int, int]) -> _Image:
+        """Reads an image; for a CPU resizes it, to a GPU begins to bring it."""
+        start = time.perf_counter()
+        pixels = load_image(image, name)
+        prepared: Tensor | graph.Upload = pixels
+        if not self._captures:
+            prepared = resize(pixels, fit((pixels.shape[1], pixels.shape[2]), size)[1])
+        if pixels.device.type == "cpu" and self._captures:
+            prepared = graph.Upload(pixels, self.device, self._uploads)
+        return _Image(pixels, prepared, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def _detect(self, images: list[_Image], size: tuple[int, int]) -> list[Detections]:
+        start = time.perf_counter()
+        inputs = [
+            x.prepared.result() if isinstance(x.prepared, graph.Upload) else x.prepared
+            for x in images
+        ]
+        with graph.cuda.device(self.device) if self._captures else nullcontext():
+            where = geometry([x.size for x in images], size).to(self.device)
+            anchors = model_anchors(self.model.config, size, device=self.device)
+            stages: list[Stage] = [self._network, partial(self._postprocess, anchors)]
+            if self._captures:
+                stages.insert(0, lambda raw: [letterbox(raw, size, self._fill), where])
+            else:
+                pixels = letterbox([x.to(self.device) for x in inputs], size, self._fill)
+                inputs = [pixels, where]
+            before = time.perf_counter() - start
+            key = (
+                size,
+                (self.score_threshold, self.nms, self.iou_threshold, self.sigma),
+                self.max_detections,
+                current_backend(),
+                autocast_dtype(where),
+                *((x.shape, x.dtype) for x in inputs),
+            )
+            rows, seconds = self._run(key, stages, inputs)
+        results = [
+            Detections(*columns(found), image.size, self.label_names)
+            for image, found in zip(images, rows, strict=True)
+        ]
+        read = sum(x.seconds for x in images)
+        total = read + time.perf_counter() - start
+        with self._lock:
+            if seconds:
+                self._times.append((read + before + sum(seconds[:-2]), *seconds[-2:], total))
+            self._images += len(images)
+            self._batches += 1
+        return results
+
+    def _run(
+        self, key: Any, stages: Sequence[Stage], inputs: list[Tensor]
+    ) -> tuple[Tensor, list[float]]:
+        """The rows that the stages make of the inputs, and seconds of each stage once planned."""
+        with self._lock:
+            seen = key in self._plans
+            plan = self._plans.pop(key, None)
+            counts = plan is not None
+            if seen and plan is None:
+                plan = self._planned(stages, inputs)
+            self._plans[key] = plan
+            while len(self._plans) > self.max_plans:
+                self._plans.popitem(last=False)
+            if plan is None:
+                values = inputs
+                for stage in stages:
+                    values = stage(values)
+                return values[0].cpu(), []
+            if isinstance(plan, graph.Graph):  # its buffers serve one call at a time
+                [rows], seconds = plan(inputs)
+                return rows, seconds if counts else []
+        [rows], seconds = plan(inputs)
+        return rows.cpu(), seconds if counts else []
+
+    def _planned(
+        self, stages: Sequence[Stage], inputs: list[Tensor]
+    ) -> CallList | graph.Graph | None:
+        if not self._captures:
+            return CallList(stages, inputs)
+        choices = [choose(op, self.device, self.dtype) for op in _OPS]
+        if any(choice.backend == "reference" for choice in choices):
+            return None
+        return graph.Graph(stages, inputs, self._pool)
+
+    def _network(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Pixels and geometry to class outputs, box outputs and geometry."""
+        pixels, where = inputs
+        backbone = self.model.backbone
+        if pixels.dtype == torch.uint8 and isinstance(backbone, EfficientNet):
+            maps = backbone.forward_pixels(pixels, self._mean_of_bytes, self._std_of_bytes)
+        else:
+            maps = backbone(normalise_pixels(pixels, self._mean, self._std, self.dtype))
+        pyramid = self.model.fpn(maps)
+        return [*self.model.class_net(pyramid), *self.model.box_net(pyramid), where]
+
+    def _postprocess(self, anchors: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        """Head outputs and geometry to rows (B, K, 6) of box, score and label; label 0 is none."""
+        levels, where = self.model.config.levels, outputs[-1]
+        boxes, scores, labels, _ = postprocess(
+            outputs[:levels],
+            outputs[levels:-1],
+            anchors,
+            sizes=where[:, :2],
+            scales=where[:, 2],
+            method=self.nms,
+            iou_threshold=self.iou_threshold,
+            sigma=self.sigma,
+            score_threshold=self.score_threshold,
+            max_detections=self.max_detections,
+        )
+        return [torch.cat([boxes, scores[..., None], labels[..., None].to(boxes.dtype)], -1)]
+
+
+def columns(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and labels of an image's rows."""
+    found = rows[rows[:, 5] > 0]
+    return found[:, :4].contiguous(), found[:, 4].contiguous(), found[:, 5].long()
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size must be two positive integers (H, W), got {size}")
+    height, width = size
+    return height, width

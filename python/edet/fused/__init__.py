@@ -1,0 +1,1 @@
+"""What turns layers into fused ops: descriptions, packed weights, recorded calls."""

@@ -1,0 +1,1 @@
+"""Networks: backbone, BiFPN, heads, the whole detector, and its checkpoints."""

@@ -1,0 +1,115 @@
+"""Batch norms in training as a scale and an offset, for layers that run on ``training_node``.
+
+The op hands out the statistics of its maps; here they become what the next op multiplies and adds,
+and move the running statistics exactly as PyTorch's layers do. Gradients flow through all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from edet_kernels.autocast import autocast_dtype
+from edet_kernels.backend import runs_reference
+
+from ..fused.module import PackedModule
+
+_KNOWN_LEAVES = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Conv2d, nn.ModuleDict, nn.ModuleList)
+
+
+def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] | None:
+    """The maps in the dtype to compute in, or None where ``module``'s own layers must run.
+
+    Its layers must run outside of training and in torch.export, where ``training_node`` has no
+    kernel, and where there is a hook on them or another kind of layer in their place.
+    """
+    if not module.training or not module.fused:
+        return None
+    if torch.compiler.is_exporting():
+        return None
+    maps = [x.to(autocast_dtype(x) or x.dtype) for x in maps]
+    if runs_reference("training_node", maps[:1]):
+        return None
+    for m in module.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return None
+        if type(m) not in _KNOWN_LEAVES and not m._modules:
+            return None
+        if isinstance(m, _BatchNorm) and not (m.affine and m.track_running_stats):
+            return None
+    return maps
+
+
+def _synchronised(
+    norm: nn.SyncBatchNorm, mean: Tensor, deviations: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics over the processes of ``norm``'s group (Chan, Golub & LeVeque 1983)."""
+    from torch.distributed.nn import functional  # not at the top: few need it
+
+    group = norm.process_group or torch.distributed.group.WORLD
+    if torch.distributed.get_world_size(group) == 1:
+        return mean, deviations, counts
+    total = counts.clone()
+    torch.distributed.all_reduce(total, group=group)
+    average = functional.all_reduce(mean * (counts / total), group=group)
+    own = deviations + counts * (mean - average).square()
+    return average, functional.all_reduce(own, group=group), total
+
+
+def normalise(
+    norms: Sequence[nn.BatchNorm2d], mean: Tensor, deviations: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset, (norms, C), of batch norms over maps with these statistics.
+
+    Running statistics move where a norm is in training mode; where it is not, as in a model whose
+    batch norms are frozen, they are what it normalises with.
+
+    Args:
+        norms: one per map.
+        mean: (norms, C) of each map.
+        deviations: (norms, C), sums of squared deviations from ``mean``.
+        counts: values per channel of each map.
+
+    Raises:
+        ValueError: a norm in training mode has one value per channel.
+    """
+    n = torch.tensor(counts, dtype=mean.dtype, device=mean.device).unsqueeze(1)
+    if any(norm.training and count == 1 for norm, count in zip(norms, counts, strict=True)):
+        raise ValueError("maps must have more than 1 value per channel in training, got 1")
+    first = norms[0]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and isinstance(first, nn.SyncBatchNorm):
+        mean, deviations, n = _synchronised(first, mean, deviations, n)
+    variance = deviations / n
+    with torch.no_grad():
+        unbiased = deviations / (n - 1)
+        for i, norm in enumerate(norms):
+            if norm.training:
+                _move(norm, mean[i], unbiased[i])
+    if not all(norm.training for norm in norms):
+        used = [
+            (mean[i], variance[i]) if norm.training else (norm.running_mean, norm.running_var)
+            for i, norm in enumerate(norms)
+        ]
+        mean, variance = (torch.stack(tensors) for tensors in zip(*used, strict=True))
+    if all(norm.eps == first.eps for norm in norms):
+        variance = variance + first.eps
+    else:
+        variance = variance + variance.new_tensor([[norm.eps] for norm in norms])
+    scale = torch.stack([norm.weight for norm in norms]) * variance.rsqrt()
+    return scale, torch.stack([norm.bias for norm in norms]) - mean * scale
+
+
+def _move(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """Moves the running statistics towards a batch's, as ``torch.nn.BatchNorm2d`` does."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # a cumulative average
+        momentum = 1.0 / float(norm.num_batches_tracked)
+    norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    norm.running_var.mul_(1 - momentum).add_(variance, alpha=momentum)

@@ -1,0 +1,214 @@
+"""Frozen modules replay recorded op calls, until their weights may have changed."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import edet
+import edet_kernels
+from edet.fused.module import MAX_PLANS, PackedModule
+from edet.fused.plan import record
+
+MODEL = "tf_efficientdet_lite0"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return edet.create_model(MODEL, image_size=64).eval()
+
+
+def _flat(outputs):
+    return [x for part in outputs for x in part]
+
+
+def _parts(model):
+    return [m for m in model.modules() if isinstance(m, PackedModule)]
+
+
+def test_freezing_imports_no_compiler():
+    """torch.compile's machinery takes a second and more memory than the network."""
+    code = f"""
+import sys, torch, edet
+model = edet.create_model("{MODEL}", image_size=64).eval().freeze()
+with torch.inference_mode():
+    model(torch.randn(1, 3, 64, 64))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@torch.no_grad()
+def test_frozen_model_gives_the_same_for_every_shape(model):
+    images = [torch.randn(1, 3, 64, 64), torch.randn(2, 3, 96, 64)]
+    expected = [_flat(model(x)) for x in images]
+    assert model.freeze() is model
+    for _ in range(3):
+        for x, wanted in zip(images, expected, strict=True):
+            found = _flat(model(x))
+            assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    assert all(len(part._frozen.plans) == len(images) for part in _parts(model))
+
+
+def test_a_replay_runs_no_python_of_the_module(model, monkeypatch):
+    x = torch.randn(1, 3, 64, 64)
+    model.freeze()
+    expected = _flat(model(x))
+    for part in _parts(model):
+        monkeypatch.setattr(type(part), "packed", lambda *_: pytest.fail("not replayed"))
+    found = _flat(model(x + 1))
+    assert not any(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_results_of_a_replay_are_new_tensors(model):
+    model.freeze()
+    x = torch.randn(1, 3, 64, 64)
+    first = _flat(model(x))
+    kept = [t.clone() for t in first]
+    second = _flat(model(torch.randn(1, 3, 64, 64)))
+    assert all(torch.equal(f, k) for f, k in zip(first, kept, strict=True))
+    assert not {t.data_ptr() for t in first} & {t.data_ptr() for t in second}
+
+
+@pytest.mark.parametrize(
+    "undo",
+    [
+        lambda m: m.train(),
+        lambda m: m.to(torch.float64),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.unfreeze(),
+    ],
+    ids=["train", "to", "load_state_dict", "unfreeze"],
+)
+def test_what_undoes_freezing(model, undo):
+    trained = [p.requires_grad for p in model.parameters()]
+    model.freeze()
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    undo(model)
+    assert all(part._frozen is None for part in _parts(model))
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+@torch.no_grad()
+def test_weights_are_constants_until_unfrozen(model):
+    x = torch.randn(1, 3, 64, 64)
+    before = _flat(model.freeze()(x))
+    model.class_net.predict.conv_pw.bias += 1
+    assert torch.equal(_flat(model(x))[0], before[0])
+    model.unfreeze()
+    torch.testing.assert_close(_flat(model(x))[0], before[0] + 1)
+
+
+def test_gradients_of_inputs_and_other_backends(model):
+    model.freeze()
+    x = torch.randn(1, 3, 64, 64)
+    expected = _flat(model(x))
+    with edet_kernels.backend("reference"):
+        found = _flat(model(x))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-4)
+    image = x.clone().requires_grad_()
+    model(image)[0][0].sum().backward()
+    assert image.grad is not None and image.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_frozen_and_can_be_trained(model, how):
+    parameters = sum(p.requires_grad for p in model.parameters())
+    model.freeze()
+    x = torch.randn(1, 3, 64, 64)
+    expected = _flat(model(x))
+    copied = how(model)
+    assert all(torch.equal(f, e) for f, e in zip(_flat(copied(x)), expected, strict=True))
+    assert [len(part._frozen.plans) for part in _parts(copied)] == [1] * len(_parts(copied))
+    copied.train()
+    assert sum(p.requires_grad for p in copied.parameters()) == parameters
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_what_a_frozen_module_does_see(model, monkeypatch):
+    x = torch.randn(1, 3, 64, 64)
+    before = _flat(model.freeze()(x))
+    model.class_net.predict.conv_pw.bias.add_(1)
+    model.class_net.repack()
+    torch.testing.assert_close(_flat(model(x))[0], before[0] + 1)
+    model.class_net.fused = False
+    monkeypatch.setattr(edet_kernels, "head", None)
+    monkeypatch.setattr(model.box_net, "fused", False)
+    assert len(_flat(model(x))) == len(before)
+
+
+@torch.no_grad()
+def test_threads_may_share_a_frozen_module(model):
+    fpn = model.fpn.freeze() or model.fpn
+    maps = [
+        [torch.randn(1, c, s, s) for c, s in zip(model.backbone.channels, sizes, strict=True)]
+        for sizes in ([(8 + n) * 4, (8 + n) * 2, 8 + n] for n in range(MAX_PLANS + 2))
+    ]
+    expected = [fpn(x) for x in maps]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(fpn, maps * 3))  # more shapes than there are plans
+    for f, e in zip(found, expected * 3, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(f, e, strict=True))
+
+
+@torch.no_grad()
+def test_plans_are_bounded(model):
+    fpn = model.fpn.freeze() or model.fpn
+    channels = model.backbone.channels
+    for n in range(MAX_PLANS + 3):
+        size = [(8 + n) * 4, (8 + n) * 2, 8 + n]
+        fpn([torch.randn(1, c, s, s) for c, s in zip(channels, size, strict=True)])
+    assert len(fpn._frozen.plans) == MAX_PLANS
+
+
+@torch.no_grad()
+def test_record():
+    x, weight = torch.randn(3), torch.randn(3)
+
+    def function():
+        unused = x.exp()
+        assert unused is not None
+        return [(x.float() + weight.exp()) * 2, torch.stack([x, weight, x])]
+
+    outputs, plan = record(function, [x])
+    assert plan.refusal is None
+    assert len(plan._steps) == 3
+    y = torch.randn(3)
+    for found, wanted in zip(
+        plan([y]), [(y + weight.exp()) * 2, torch.stack([y, weight, y])], strict=True
+    ):
+        assert torch.equal(found, wanted)
+    assert torch.equal(outputs[0], plan([x])[0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x.add_(1)],
+        lambda x: [x + torch.rand(3)],
+        lambda x: [x * float(x.sum())],
+        lambda x: [torch.ones(3)],
+    ],
+    ids=["in place", "random", "number", "constant"],
+)
+@torch.no_grad()
+def test_what_cannot_be_repeated_is_refused(function):
+    x = torch.randn(3)
+    _, plan = record(lambda: function(x), [x])
+    assert plan.refusal
+
+
+@torch.no_grad()
+def test_another_view_of_an_input_is_no_constant():
+    x = torch.randn(3)
+    view = x[:]  # made where no plan sees it
+    _, plan = record(lambda: [x + view], [x])
+    assert "another view" in plan.refusal
