@@ -149,7 +149,7 @@ def test_a_copy_that_cannot_be_written_ends_the_run(photos, tmp_path, monkeypatc
     def full(path, picture):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("edet.cli.save_copy", full)
+    monkeypatch.setattr("edet.cli.predict.save_copy", full)
     result = predict(photos, "--json", "found.json", "--output", "out")
     assert_one_line_error(result, "a.png: No space left on device")
     assert not (tmp_path / "found.json").exists()
