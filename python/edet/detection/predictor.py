@@ -414,12 +414,14 @@ class Predictor:
         """Freezes the model and forgets all plans, if it is not the frozen one they are made of."""
         if self.model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
-        if self._frozen and all(map(is_, (part._frozen for part in self._parts), self._frozen)):
+        if self._frozen and all(
+            map(is_, (part.frozen_since for part in self._parts), self._frozen)
+        ):
             return
         with self._lock:
-            if any(part._frozen is None for part in self._parts):
+            if any(part.frozen_since is None for part in self._parts):
                 self.model.freeze()
-            self._frozen = [part._frozen for part in self._parts]
+            self._frozen = [part.frozen_since for part in self._parts]
             parameter = next(self.model.parameters())
             self.device, self.dtype = parameter.device, parameter.dtype
             config = self.model.config
