@@ -11,7 +11,6 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from operator import is_
 from pathlib import Path
@@ -27,6 +26,7 @@ from edet_kernels.backend import choose, current_backend
 from ..fused import cuda_graph as graph
 from ..fused.module import PackedModule
 from ..fused.plan import CallList, Stage
+from ..models.described import load_described
 from ..models.efficientdet import EfficientDet
 from ..models.efficientnet import EfficientNet, normalise_pixels
 from ..models.factory import create_model
@@ -44,9 +44,7 @@ from .preprocess import (
     resize,
 )
 from .results import Detections
-
-#: What is timed; pre-processing includes reading a file.
-STAGES = ("pre-processing", "network", "post-processing", "total")
+from .stats import STAGES, Latency, Stats
 
 #: Batches whose times are kept for the percentiles.
 MAX_TIMES = 1000
@@ -71,47 +69,6 @@ class Prediction(NamedTuple):
     error: Exception | None
 
 
-class Latency(NamedTuple):
-    """Percentiles of milliseconds."""
-
-    p50: float
-    p90: float
-    p99: float
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a :class:`Predictor` has done and what it takes.
-
-    Attributes:
-        images, batches: that were predicted.
-        plans: shapes that are planned at present.
-        latency: of a batch, for each of :data:`STAGES`, over the last 1000 batches that ran
-            planned; empty before the first.
-        memory_mib, peak_memory_mib: of the process; on a GPU, what PyTorch has allocated there.
-    """
-
-    images: int
-    batches: int
-    plans: int
-    latency: dict[str, Latency]
-    memory_mib: float
-    peak_memory_mib: float
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.images} images in {self.batches} batches, {self.plans} shapes planned, "
-            f"{self.memory_mib:.0f} MiB (peak {self.peak_memory_mib:.0f} MiB)"
-        ]
-        if self.latency:
-            lines.append(f"{'ms per batch':<16}{'p50':>9}{'p90':>9}{'p99':>9}")
-        lines += [
-            f"{stage:<16}" + "".join(f"{value:9.2f}" for value in latency)
-            for stage, latency in self.latency.items()
-        ]
-        return "\n".join(lines)
-
-
 class _Image(NamedTuple):
     """An image that was read: as it is, its input to the plan, and how long that took."""
 
@@ -130,6 +87,7 @@ class Predictor:
     >>> predictor = Predictor("tf_efficientdet_d0", "tf_efficientdet_d0.pth")  # doctest: +SKIP
     >>> predictor("street.jpg").names  # doctest: +SKIP
     ['car', 'car', 'person']
+    >>> predictor = edet.Predictor("run/best.pt")  # doctest: +SKIP
 
     Shapes are planned: the first batch of a shape runs as it is, from the second on its operator
     calls are replayed without the model's Python. On a GPU pre-processing, network and
@@ -146,7 +104,8 @@ class Predictor:
 
     Args:
         model: a model from :func:`edet.create_model`, used as it is, put in eval mode and frozen;
-            or the name of one, which requires ``checkpoint``.
+            or the name of one, which requires ``checkpoint``; or a file that says which model it
+            is of, as training writes it: class names and image size are then the file's.
         checkpoint: file of the weights for a model given by name.
         num_classes: classes of a model given by name.
         score_threshold: objects with a score at or below it are left out.
@@ -167,7 +126,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: EfficientDet | str,
+        model: EfficientDet | str | os.PathLike[str],
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         num_classes: int = 90,
@@ -198,7 +157,12 @@ class Predictor:
         for name, number in counts.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if isinstance(model, str):
+        if isinstance(model, str | os.PathLike) and Path(model).suffix in (".pt", ".pth"):
+            if checkpoint is not None:
+                raise ValueError("checkpoint must be None when model is a checkpoint itself")
+            model, description = load_described(model)
+            class_names = class_names or description.class_names or None
+        elif isinstance(model, str):
             if checkpoint is None:
                 raise ValueError(
                     "checkpoint must be given with a model name; for random weights pass "
@@ -366,6 +330,28 @@ class Predictor:
                 yield Prediction(image, None, None, x)
             else:
                 yield Prediction(image, x.pixels, next(found), None)
+
+    @torch.no_grad()
+    def letterboxed(self, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """Detects objects in a batch that was resized and filled up already, unplanned.
+
+        Args:
+            pixels: (B, 3, H, W) uint8 of :func:`edet.preprocess.letterbox`.
+            sizes: (height, width) of each image before that.
+
+        Returns:
+            what a call with the images themselves gives, for each of them.
+        """
+        self._refresh()
+        size = (pixels.shape[2], pixels.shape[3])
+        where = geometry(sizes, size).to(self.device)
+        anchors = model_anchors(self.model.config, size, device=self.device)
+        outputs = self._network([pixels.to(self.device), where])
+        [rows] = self._postprocess(anchors, outputs)
+        return [
+            Detections(*columns(found), image, self.label_names)
+            for found, image in zip(rows.cpu(), sizes, strict=True)
+        ]
 
     def warm_up(
         self,
