@@ -22,15 +22,22 @@ from .models.counts import count_macs, count_parameters
 from .models.efficientdet import EfficientDet
 from .models.factory import create_model
 from .training import losses, targets
+from .training.datasets import Dataset, open_dataset
+from .training.evaluation import evaluate
+from .training.formats import DatasetError
+from .training.trainer import Trainer
 
 __all__ = [
     "CheckpointError",
+    "Dataset",
+    "DatasetError",
     "Detections",
     "EfficientDet",
     "ImageError",
     "ModelConfig",
     "Prediction",
     "Predictor",
+    "Trainer",
     "__version__",
     "accelerate",
     "anchors",
@@ -39,10 +46,12 @@ __all__ = [
     "create_model",
     "describe",
     "draw",
+    "evaluate",
     "layers",
     "list_models",
     "load_checkpoint",
     "losses",
+    "open_dataset",
     "postprocess",
     "preprocess",
     "read_checkpoint",

@@ -1,7 +1,9 @@
-"""Training by the published recipe: data sets, augmentation, targets, losses, the trainer."""
+"""Training by the published recipe: data, augmentation, the trainer, evaluation, checkpoints."""
 
 from .augment import Augmentation
-from .datasets import Dataset, Report, Sample, open_dataset
+from .datasets import Dataset, Report, Sample, Truth, open_dataset
+from .evaluation import Evaluation, Found, confusion, detect, evaluate, score
+from .fit import History
 from .formats import DatasetError
 from .loading import (
     Batch,
@@ -10,23 +12,49 @@ from .loading import (
     evaluation_loader,
     training_loader,
 )
-from .trainer import LEARNING_RATE, MovingAverage, Trainer, sgd, warmup_cosine
+from .logs import Event, TensorBoard
+from .processes import distributed, start_processes
+from .recipe import (
+    ADAMW_LEARNING_RATE,
+    LEARNING_RATE,
+    MovingAverage,
+    adamw,
+    sgd,
+    warmup_cosine,
+)
+from .trainer import NotFiniteError, Skipped, Trainer
 
 __all__ = [
+    "ADAMW_LEARNING_RATE",
     "LEARNING_RATE",
     "Augmentation",
     "Batch",
     "Dataset",
     "DatasetError",
+    "Evaluation",
+    "Event",
+    "Found",
+    "History",
     "MovingAverage",
+    "NotFiniteError",
     "Report",
     "Sample",
+    "Skipped",
+    "TensorBoard",
     "Trainer",
     "TrainingBatches",
     "TrainingImages",
+    "Truth",
+    "adamw",
+    "confusion",
+    "detect",
+    "distributed",
+    "evaluate",
     "evaluation_loader",
     "open_dataset",
+    "score",
     "sgd",
+    "start_processes",
     "training_loader",
     "warmup_cosine",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,14 +113,13 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
 class TrainingBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """Keys of one process's batches: each epoch another order, shared out among the processes.
 
-    A step's ``batch_size`` images, over all processes and accumulated batches, are the same
-    whatever their number. Images that do not fill a step are left to another epoch.
+    A step's ``batch_size`` images, over all processes, are the same whatever their number. Images
+    that do not fill a step are left to another epoch.
 
     Args:
         count: images of the data set.
         batch_size: images of a step.
         rank, processes: this process and their number.
-        accumulate: batches of a process in a step.
 
     Attributes:
         epoch, start: the epoch and its first step to give, set before iterating.
@@ -137,13 +137,11 @@ class TrainingBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         rank: int = 0,
         processes: int = 1,
-        accumulate: int = 1,
     ) -> None:
-        parts = processes * accumulate
-        if batch_size < 1 or batch_size % parts:
+        if batch_size < 1 or batch_size % processes:
             raise ValueError(
-                f"batch_size must be a multiple of {parts} ({processes} processes × {accumulate} "
-                f"accumulated batches), got {batch_size}"
+                f"batch_size must be a multiple of the number of processes, {processes}, "
+                f"got {batch_size}"
             )
         if count < batch_size:
             raise ValueError(
@@ -151,21 +149,20 @@ class TrainingBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
                 "give a smaller batch_size" + (" or fewer processes" if processes > 1 else "")
             )
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.rank, self.processes, self.accumulate = rank, processes, accumulate
+        self.rank, self.processes = rank, processes
         self.steps = count // batch_size
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * self.accumulate
+        return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        size = self.batch_size // (self.processes * self.accumulate)
+        size = self.batch_size // self.processes
         for step in range(self.start, self.steps):
-            for i in range(self.accumulate):
-                first = step * self.batch_size + (i * self.processes + self.rank) * size
-                yield [(epoch, int(index)) for index in order[first : first + size]]
+            first = step * self.batch_size + self.rank * size
+            yield [(epoch, int(index)) for index in order[first : first + size]]
 
 
 class EvaluationImages(TorchDataset[tuple[Tensor, tuple[int, int], int]]):
@@ -196,6 +193,12 @@ def collate_evaluation(items: Sequence[tuple[Tensor, tuple[int, int], int]]) -> 
     return EvaluationBatch(torch.stack(images), list(sizes), list(indices))
 
 
+def ignore_interrupts(_: int) -> None:
+    """Leaves Ctrl-C, which a terminal sends to every process, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _options(workers: int) -> dict[str, Any]:
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
@@ -207,7 +210,11 @@ def _options(workers: int) -> dict[str, Any]:
         "generator": torch.Generator(),
     }
     if workers:
-        options |= {"persistent_workers": True, "prefetch_factor": 4}
+        options |= {
+            "persistent_workers": True,
+            "prefetch_factor": 4,
+            "worker_init_fn": ignore_interrupts,
+        }
     return options
 
 
