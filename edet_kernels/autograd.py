@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import has_kernel, triton_serves
-from .ops import ACTIVATIONS, FUSIONS, POOLS
+from .names import ACTIVATIONS, FUSIONS, POOLS
 
 # What the compiled ops compute, as references of the compiled ops' own arguments.
 

@@ -12,18 +12,9 @@ from torch import Tensor
 from . import reference
 from .autocast import autocast_dtype, cast
 from .backend import namespace, runs_reference
+from .names import ACTIVATIONS, FUSIONS, MAX_EDGES, NMS_METHODS, POOLS
+from .names import Size as Size
 from .packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
-
-# The position of a name is its number in the op schemas and in csrc/core/params.h.
-FUSIONS = ("fast", "softmax", "unbounded", "sum")
-POOLS = ("same", "symmetric")
-ACTIVATIONS = ("none", "swish", "relu", "relu6", "hard_swish")
-NMS_METHODS = ("hard", "gaussian")
-
-#: Inputs of one fusion node, and projections of one lateral, at most (csrc/core/params.h).
-MAX_EDGES = 16
-
-Size = tuple[int, int]
 
 
 def _run(op: str, *args: Any) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_utils import assert_identical, sample, tensors
 
-from edet_kernels.backend import TF32_OPS
+from edet_kernels.names import TF32_OPS
 
 ops = pytest.mark.parametrize("op", TF32_OPS)
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

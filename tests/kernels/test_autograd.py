@@ -18,7 +18,7 @@ from op_utils import (
 
 import edet_kernels
 from edet_kernels import reference
-from edet_kernels.ops import ACTIVATIONS, POOLS
+from edet_kernels.names import ACTIVATIONS, POOLS
 
 # NaN and infinity are meant, and lanes outside a map hold anything
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

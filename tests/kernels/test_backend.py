@@ -13,7 +13,7 @@ from op_utils import MAP_OPS, SAMPLES, assert_identical, cast, sample, tensors
 
 import edet_kernels
 from edet_kernels import BackendError, backend, current_backend, explain, library
-from edet_kernels.backend import OPS, TF32_OPS
+from edet_kernels.names import OPS, TF32_OPS
 
 backend_module = sys.modules["edet_kernels.backend"]  # the package has a function of this name
 all_ops = pytest.mark.parametrize("op", SAMPLES)

@@ -7,7 +7,7 @@ import torch
 from op_utils import DTYPES, SAMPLES, Call, assert_identical, bifpn_graph, map_tree, sample
 
 from edet_kernels import explain
-from edet_kernels.backend import TF32_OPS
+from edet_kernels.names import TF32_OPS
 
 pytestmark = [pytest.mark.gpu]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

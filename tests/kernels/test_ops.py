@@ -26,7 +26,7 @@ from op_utils import (
 from torch import Tensor
 
 import edet_kernels
-from edet_kernels.ops import ACTIVATIONS, POOLS
+from edet_kernels.names import ACTIVATIONS, POOLS
 
 FUSION_OPS = ("weighted_fusion", "fusion_node", "bifpn")
 KERNELS = ("cpu", "triton", "emulated")  # the backends that are not plain PyTorch

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from op_utils import DTYPES, FUSIONS, assert_identical, sample
 
-from edet_kernels.ops import ACTIVATIONS, POOLS
+from edet_kernels.names import ACTIVATIONS, POOLS
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 

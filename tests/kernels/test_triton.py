@@ -21,13 +21,13 @@ from edet_kernels import BackendError, autograd, explain
 
 pytest.importorskip("triton")
 
-from edet_kernels import triton as kernels
+from edet_kernels.names import TRITON_OPS
 from edet_kernels.triton import configs
 
 backend_module = sys.modules["edet_kernels.backend"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = backend_module.TRITON_OPS
+OPS = TRITON_OPS
 #: Those that have backward kernels.
 GRADIENT_OPS = ("weighted_fusion", "fusion_node", "separable_conv", "lateral", "training_node")
 
@@ -137,7 +137,12 @@ def test_a_request_is_met_or_refused(fresh):
 
 
 def test_cpu_tensors_need_the_interpreter(fresh, monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    has_kernel = backend_module.has_kernel
+
+    def uninterpreted(op, device, namespace="edet_kernels"):
+        return namespace != "edet_kernels_triton" and has_kernel(op, device, namespace)
+
+    monkeypatch.setattr(backend_module, "has_kernel", uninterpreted)
     with (
         edet_kernels.backend("triton"),
         pytest.raises(BackendError, match="set TRITON_INTERPRET=1 before"),
