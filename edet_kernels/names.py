@@ -11,6 +11,16 @@ POOLS = ("same", "symmetric")
 ACTIVATIONS = ("none", "swish", "relu", "relu6", "hard_swish")
 NMS_METHODS = ("hard", "gaussian")
 
+#: The words of each argument that is a word for the functional API and a number for an operator.
+WORDS = {
+    "fusion": FUSIONS,
+    "pool": POOLS,
+    "activation": ACTIVATIONS,
+    "pre_activation": ACTIVATIONS,
+    "post_activation": ACTIVATIONS,
+    "method": NMS_METHODS,
+}
+
 #: Inputs of one fusion node, and projections of one lateral, at most (csrc/core/params.h).
 MAX_EDGES = 16
 
@@ -28,6 +38,9 @@ OPS = (
     "nms",
     "detect",
 )
+
+#: Those that return maps: they have gradients, and autocast casts their inputs.
+MAP_OPS = tuple(op for op in OPS if op not in ("nms", "detect"))
 
 #: Those that have Triton kernels.
 TRITON_OPS = tuple(op for op in OPS if op not in ("stem", "mbconv", "nms", "detect"))

@@ -17,7 +17,7 @@ from op_utils import DTYPES, assert_identical, gradients, sample
 from test_autograd import check
 
 import edet_kernels
-from edet_kernels import BackendError, autograd, explain
+from edet_kernels import BackendError, explain, operators
 
 pytest.importorskip("triton")
 
@@ -167,13 +167,13 @@ def test_triton_serves_where_the_library_has_no_cuda_kernel(fresh, monkeypatch):
 
 
 def test_triton_is_the_backward_of_cuda_kernels(monkeypatch):
-    monkeypatch.setattr(autograd, "triton_serves", lambda op: True)
+    monkeypatch.setattr(operators, "triton_serves", lambda op: True)
     for op in ("weighted_fusion", "lateral", "training_node"):
         kernel = f"{op}_backward"
-        found = autograd._backward_namespace("edet_kernels", op, kernel, "cuda")
+        found = operators._backward_namespace("edet_kernels", op, kernel, "cuda")
         assert found == "edet_kernels_triton"
         assert backend_module.has_kernel(kernel, "cuda", found)
-    found = autograd._backward_namespace("edet_kernels", "lateral", "lateral_backward", "cpu")
+    found = operators._backward_namespace("edet_kernels", "lateral", "lateral_backward", "cpu")
     assert found == ""
 
 
