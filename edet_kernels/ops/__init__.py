@@ -5,7 +5,6 @@ kernel (shapes and dtypes of the operator's results) and the backward pass by ke
 meaning is the function of its name in :mod:`edet_kernels.reference`.
 """
 
-from ..names import Size as Size  # for edet.schedule
 from .backbone import mbconv, stem
 from .detection import detect, nms
 from .fusion import bifpn, fusion_node, weighted_fusion
