@@ -86,6 +86,12 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
+@pytest.mark.parametrize("path", [p for p in PYTHON if "tests" in p.parts], ids=name)
+def test_no_test_edits_the_search_path(path):
+    # shared helpers are in edet_kernels.testing, or in tests, which pyproject.toml names
+    assert "sys." + "path" not in path.read_text()
+
+
 def test_kernels_import_each_other_in_no_circle():
     folder = ROOT / "edet_kernels"
     files = {

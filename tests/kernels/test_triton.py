@@ -12,12 +12,12 @@ import sys
 
 import pytest
 import torch
-from backends import BACKENDS
-from op_utils import DTYPES, assert_identical, gradients, sample
-from test_autograd import check
 
 import edet_kernels
+from backends import BACKENDS
 from edet_kernels import BackendError, explain, operators
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, gradients, sample
 
 pytest.importorskip("triton")
 
@@ -67,8 +67,8 @@ def test_many_tiles_of_output_channels(triton, dtype):
 
 def test_gradients_of_many_programs(triton):
     options = {"sizes": [(5, 4), (2, 1)], "channels": 17, "out_channels": 20}
-    check(triton.sample("separable_conv", **options), torch.float32)
-    check(triton.sample("training_node", nodes=2, **options), torch.float32)
+    triton.sample("separable_conv", **options).check_gradients(torch.float32)
+    triton.sample("training_node", nodes=2, **options).check_gradients(torch.float32)
 
 
 @on_triton
@@ -90,7 +90,7 @@ def test_padding_is_zero_whatever_the_weights(backend):
 
 @on_triton
 def test_gradients_of_projections_of_different_widths(backend):
-    check(backend.sample("lateral", out_channels=(7, 64, 40), pooled=0), torch.float32)
+    backend.sample("lateral", out_channels=(7, 64, 40), pooled=0).check_gradients(torch.float32)
 
 
 @on_triton

@@ -9,7 +9,7 @@ import torch
 
 from edet_kernels import operators
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 #: What the emulated launchers believe: an H200's blocks may have 227 KiB of shared memory.
 MULTIPROCESSORS, SHARED_BYTES = 4, 227 * 1024

@@ -1,10 +1,69 @@
 """The error rule itself: what it lets pass and what it does not."""
 
+import math
+
 import pytest
 import torch
-from op_utils import DTYPES, assert_as_accurate_as_eager, ulp
+
+from edet_kernels.testing.numeric import (
+    CheckFailed,
+    assert_as_accurate_as_eager,
+    check_errors,
+    check_network,
+    relative_difference,
+    ulp,
+)
+from edet_kernels.testing.samples import DTYPES
 
 NAN, INF = torch.nan, torch.inf
+
+
+def test_relative_difference_is_of_the_largest_value_of_each_map():
+    exact = [torch.tensor([1.0, -4.0], dtype=torch.float64), torch.zeros(0, dtype=torch.float64)]
+    assert relative_difference([torch.tensor([1.0, -3.0]), torch.zeros(0)], exact) == 0.25
+    assert relative_difference([], []) == 0.0
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_relative_difference_is_no_number_where_a_value_is_none(place):
+    exact = [torch.ones(2, dtype=torch.float64)] * 2
+    found = [torch.full((2,), NAN if i == place else 1.5) for i in range(2)]
+    assert math.isnan(relative_difference(found, exact))
+
+
+def test_relative_difference_of_other_shapes_is_infinite():
+    exact = [torch.ones(2, dtype=torch.float64)]
+    for found in ([torch.ones(1)], [torch.ones(2)] * 2, []):
+        assert relative_difference(found, exact) == INF
+
+
+@pytest.mark.parametrize("factor", [2, 3, 8])
+def test_errors_may_be_a_factor_of_eagers_and_a_unit(factor):
+    eps = torch.finfo(torch.float32).eps
+    check_errors("m", {"ours": factor * 1e-5 + eps}, 1e-5, torch.float32, factor=factor)
+    for error in (factor * 1e-5 + 2 * eps, NAN):
+        with pytest.raises(CheckFailed, match=r"m: ours must differ .*got eager 1\.0e-05, ours"):
+            errors = {"eager": 1e-5, "ours": error}
+            check_errors("m", errors, 1e-5, torch.float32, factor=factor)
+
+
+@pytest.mark.parametrize("error", [4e-5, INF, NAN])
+def test_a_floor_is_in_the_place_of_the_unit(error):
+    check_network("part", 2.9e-5, 1e-5, torch.float32)
+    check_network("part", 2e-5, 0.0, torch.float32)
+    check_network("part", 2**-5, 0.0, torch.bfloat16)  # four units in the last place
+    with pytest.raises(CheckFailed, match="part: ours must differ"):
+        check_network("part", error, 1e-5, torch.float32)
+    with pytest.raises(CheckFailed, match="part: ours must differ"):
+        check_network("part", 0.04, 0.01, torch.bfloat16)
+
+
+def test_another_factor_can_be_asked_for():
+    ones, off = torch.ones(2, dtype=torch.float64), torch.ones(2) + 3e-6
+    eager = torch.ones(2) + 1e-6
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_accurate_as_eager(off, ones, eager)
+    assert_as_accurate_as_eager(off, ones, eager, factor=3)
 
 
 def rule(out, exact, eager, dtype=torch.float16):
