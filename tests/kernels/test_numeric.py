@@ -8,6 +8,7 @@ import torch
 from edet_kernels.testing.numeric import (
     CheckFailed,
     assert_as_accurate_as_eager,
+    check_detections,
     check_errors,
     check_network,
     relative_difference,
@@ -41,7 +42,7 @@ def test_relative_difference_of_other_shapes_is_infinite():
 def test_errors_may_be_a_factor_of_eagers_and_a_unit(factor):
     eps = torch.finfo(torch.float32).eps
     check_errors("m", {"ours": factor * 1e-5 + eps}, 1e-5, torch.float32, factor=factor)
-    for error in (factor * 1e-5 + 2 * eps, NAN):
+    for error in (factor * 1e-5 + 2 * eps, NAN, INF):
         with pytest.raises(CheckFailed, match=r"m: ours must differ .*got eager 1\.0e-05, ours"):
             errors = {"eager": 1e-5, "ours": error}
             check_errors("m", errors, 1e-5, torch.float32, factor=factor)
@@ -56,6 +57,24 @@ def test_a_floor_is_in_the_place_of_the_unit(error):
         check_network("part", error, 1e-5, torch.float32)
     with pytest.raises(CheckFailed, match="part: ours must differ"):
         check_network("part", 0.04, 0.01, torch.bfloat16)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_detections_are_compared_whole(wrong):
+    right = [
+        torch.tensor([[[0.0, 0, 10, 10], [5, 5, 9, 9]]]),
+        torch.tensor([[0.9, 0.8]]),
+        torch.tensor([[3, 7]]),
+        torch.tensor([2]),
+    ]
+    assert check_detections("m", right, right) == 0
+    assert check_detections("none", *[[torch.zeros_like(x) for x in right]] * 2) == 0
+    found = [x + 1e-3 if x.is_floating_point() else x.flip(-1) for x in right]
+    found = [a if i == wrong else b for i, (a, b) in enumerate(zip(found, right, strict=True))]
+    if wrong == 3:
+        found[3] = torch.tensor([1])
+    with pytest.raises(CheckFailed, match="m finds other boxes"):
+        check_detections("m", found, right)
 
 
 def test_another_factor_can_be_asked_for():

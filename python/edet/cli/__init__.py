@@ -25,9 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import edet_kernels
+from edet_kernels.testing.numeric import CheckFailed
 
 from ..bench import report as reports
-from ..bench.stages import Bench, CheckFailed, count_operations, eager_copy, plot, result, run_bench
+from ..bench.stages import Bench, count_operations, eager_copy, plot, result, run_bench
 from ..detection import video
 from ..detection.draw import draw_detections
 from ..detection.predictor import Prediction, Predictor
