@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..detection import video
 from ..detection.draw import draw_detections
-from ..detection.predictor import Prediction, Predictor, Stats
+from ..detection.predictor import Prediction, Predictor
 from ..detection.results import Detections
+from ..detection.stats import Stats
 from ..extras import require
 from ..files import replacing
 from ..models.configs import get_config
