@@ -36,7 +36,8 @@ from edet.bench.stages import (  # noqa: E402
     machine_name,
     relative_difference,
 )
-from edet.models.bifpn import graph_of  # noqa: E402
+from edet.fused.cells import graph_of  # noqa: E402
+from edet.models.bifpn import bifpn_nodes  # noqa: E402
 from edet.models.configs import ModelConfig, get_config  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 
@@ -172,24 +173,25 @@ def _layer(make: Maker) -> Case:
 
 
 def _bifpn(make: Maker) -> Case:
-    c, graph = make.config.width, graph_of(make.config)
-    count, levels = len(graph.nodes), make.config.levels
-    maps = [make.map(c, size) for size in graph.input_sizes]
+    c, levels = make.config.width, make.config.levels
+    graph = graph_of([bifpn_nodes(levels)] * make.config.cells, levels)
+    count, sizes = len(graph.nodes), make.config.level_sizes
+    maps = [make.map(c, size) for size in sizes]
     edges = None
     if make.config.fusion != "sum":
-        edges = torch.ones(count, max(map(len, graph.nodes)), device=make.device)
+        edges = torch.ones(count, max(map(len, graph.edges)), device=make.device)
     dw, pw, scales, shifts = zip(*(make.separable(c, c) for _ in range(count)), strict=True)
     scale, shift = torch.stack(scales), torch.stack(shifts)
     packed = [torch.stack([edet_kernels.pack_depthwise(w) for w in dw]),
               torch.stack([edet_kernels.pack_pointwise(w) for w in pw])]  # fmt: skip
     case = Case("bifpn", (maps, edges, *packed, scale, shift))
-    rows = [] if edges is None else [edges[i, : len(ids)] for i, ids in enumerate(graph.nodes)]
+    rows = [] if edges is None else [edges[i, : len(ids)] for i, ids in enumerate(graph.edges)]
     case.unpacked = (maps, rows or None, list(dw), list(pw), scale, shift)
-    case.options = {"nodes": graph.nodes, "sizes": graph.sizes,
-                    "outputs": list(range(count, levels + count)),
+    node_sizes = [sizes[node.level] for node in graph.nodes]
+    case.options = {"nodes": graph.edges, "sizes": node_sizes, "outputs": graph.outputs,
                     "fusion": make.config.fusion}  # fmt: skip
-    pixels = make.batch * sum(h * w for h, w in graph.sizes)
-    shapes = [(make.batch, c, *size) for size in graph.input_sizes]
+    pixels = make.batch * sum(h * w for h, w in node_sizes)
+    shapes = [(make.batch, c, *size) for size in sizes]
     return _cost(case, shapes, 2 * pixels * c * (9 + c))
 
 

@@ -45,7 +45,7 @@ def test_launches_are_compared_for_graphs_of_nodes(monkeypatch):
         assert (f"ours, {wanted}" in name) == (wanted != "auto")
     assert "EDET_CUDA_LAUNCH" not in os.environ
     make = gpu.Maker(get_config("tf_efficientdet_d7x"), 1, torch.float16, torch.device("cpu"))
-    nodes = gpu.graph_of(make.config).nodes
+    nodes = gpu.CASES["bifpn"](make).options["nodes"]
     assert len(nodes) == 80
     assert nodes[:2] == [(4, 5), (3, 6)]
 

@@ -14,14 +14,15 @@ from torch.nn.utils import prune
 import edet
 from edet import dropin
 from edet.bench.stages import check, relative_difference
+from edet.fused import packed
 from edet.fused.describe import (
     Edge,
     FusionNodes,
     HeadLayers,
     Mismatch,
     NodeLayers,
-    zero_padded_max_pool,
 )
+from edet.fused.packed import zero_padded_max_pool
 from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
@@ -126,8 +127,8 @@ def test_the_module_stays_and_the_fused_ops_run(monkeypatch):
     fpn, keys = model.fpn, list(model.state_dict())
     tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
     calls = []
-    run = edet.describe.PackedNodes.run
-    monkeypatch.setattr(edet.describe.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
+    run = packed.PackedNodes.run
+    monkeypatch.setattr(packed.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
     edet.accelerate(model, rounds=0)
     assert model.fpn is fpn and list(model.state_dict()) == keys
     assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors

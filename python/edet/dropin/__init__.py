@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edet_kernels import library
 
 from ..bench.stages import CheckFailed, check
+from ..fused.cells import Node, graph_of
 from ..fused.describe import (
     BackboneBlocks,
     BlockLayers,
@@ -33,6 +34,7 @@ from ..fused.describe import (
     NodeLayers,
 )
 from ..fused.module import RESERVED, PackedModule, adopt, release
+from ..fused.packed import pack
 
 #: Class names of activations, in lower case, that the kernels compute.
 _ACTIVATIONS = {
@@ -212,6 +214,27 @@ def _effdet_pools(modules: Sequence[nn.Module]) -> str:
     return found.pop() if found else "same"
 
 
+def _effdet_nodes(cells: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every node of all cells."""
+    for c, cell in enumerate(cells):
+        for n, fnode in enumerate(cast(nn.ModuleList, cell.fnode)):
+            yield f"cell.{c}.fnode.{n}", fnode
+
+
+def _effdet_cell(cell: nn.Module, levels: int) -> list[Node]:
+    """The nodes of a cell in its own ids; of a node's edges the first is from its own level."""
+    nodes: list[Node] = []
+    level_of = list(range(levels))
+    for _, fnode in _effdet_nodes([cell]):
+        [combine] = _attributes(fnode, "combine")
+        [offsets] = _attributes(combine, "inputs_offsets")
+        level_of.append(level_of[offsets[0]])
+        nodes.append(Node(level_of[-1], tuple(offsets)))
+    if level_of[-levels:] != list(range(levels)):
+        raise Mismatch("the last nodes of a cell are not one for each level, from the lowest up")
+    return nodes
+
+
 def _effdet_fpn(module: nn.Module) -> FusionNodes | None:
     if not (hasattr(module, "cell") and hasattr(module, "resample")):
         return None
@@ -225,36 +248,29 @@ def _effdet_fpn(module: nn.Module) -> FusionNodes | None:
         Edge(inputs - 1 + i, *_effdet_projection(layer, f"resample.{key}"))
         for i, (key, layer) in enumerate(resample.items())
     ]
+    graph = graph_of([_effdet_cell(cell, levels) for cell in cells], levels)
     nodes: list[NodeLayers] = []
     activations = set()
-    known = list(range(levels))  # ids that the offsets of a cell mean
-    node_level = {i: i for i in range(levels)}
-    for c, cell in enumerate(cells):
-        for n, fnode in enumerate(cast(nn.ModuleList, cell.fnode)):
-            name = f"cell.{c}.fnode.{n}"
-            combine, after = _attributes(fnode, "combine", "after_combine")
-            method, offsets = _attributes(combine, "weight_method", "inputs_offsets")
-            if method not in _FUSIONS:
-                raise Mismatch(f"{name}: fusion method {method!r}")
-            edges = [
-                Edge(known[o], *_effdet_projection(combine.resample[str(o)], name)) for o in offsets
-            ]
-            if not hasattr(after, "conv") or not hasattr(after.conv, "conv_dw"):
-                raise Mismatch(f"{name}: its convolution is not separable")
-            dw, pw, bn, act = _attributes(after.conv, "conv_dw", "conv_pw", "bn", "act")
-            activations.add((_activation(getattr(after, "act", None)), _activation(act)))
-            # of a node's edges the first is always from its own level
-            level = node_level[known[offsets[0]]]
-            node_level[levels + len(nodes)] = level
-            known.append(levels + len(nodes))
-            weights = combine.edge_weights
-            nodes.append(NodeLayers(level, edges, dw, pw, bn, weights, _FUSIONS[method]))
-        known = known[-levels:]
+    for (name, fnode), (level, sources) in zip(_effdet_nodes(cells), graph.nodes, strict=True):
+        combine, after = _attributes(fnode, "combine", "after_combine")
+        method, offsets = _attributes(combine, "weight_method", "inputs_offsets")
+        if method not in _FUSIONS:
+            raise Mismatch(f"{name}: fusion method {method!r}")
+        edges = [
+            Edge(source, *_effdet_projection(combine.resample[str(o)], name))
+            for source, o in zip(sources, offsets, strict=True)
+        ]
+        if not hasattr(after, "conv") or not hasattr(after.conv, "conv_dw"):
+            raise Mismatch(f"{name}: its convolution is not separable")
+        dw, pw, bn, act = _attributes(after.conv, "conv_dw", "conv_pw", "bn", "act")
+        activations.add((_activation(getattr(after, "act", None)), _activation(act)))
+        weights = combine.edge_weights
+        nodes.append(NodeLayers(level, edges, dw, pw, bn, weights, _FUSIONS[method]))
     if len(activations) > 1:
         raise Mismatch("nodes have different activations")
     ((pre, post),) = activations
     pool = _effdet_pools([resample, *cells])
-    return FusionNodes(inputs, nodes, known, above, pool, pre, post)
+    return FusionNodes(inputs, nodes, graph.outputs, above, pool, pre, post)
 
 
 def _effdet_head(module: nn.Module) -> HeadLayers | None:
@@ -400,7 +416,7 @@ class Fused(PackedModule):
         description = describe(self)
         if description is None:
             raise Mismatch(f"{self.original_class.__name__} is not recognised any more")
-        return description.pack(dtype)
+        return pack(description, dtype)
 
     def forward(self, maps: Any) -> Any:
         """The fused ops in eval mode without gradients, otherwise the module's own layers."""
