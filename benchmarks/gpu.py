@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is se
 
 import edet_kernels  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import machine_name  # noqa: E402
+from edet.bench.measure import machine_name  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
 from edet.fused.cells import graph_of  # noqa: E402
 from edet.models.bifpn import bifpn_nodes  # noqa: E402
 from edet.models.configs import ModelConfig, get_config  # noqa: E402
