@@ -13,6 +13,8 @@ from torch.nn.utils import prune
 
 import edet
 from edet import dropin
+from edet.dropin import effdet
+from edet.dropin.trial import tensors
 from edet.fused import packed
 from edet.fused.describe import (
     Edge,
@@ -27,7 +29,7 @@ from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
 def flat(outputs):
-    return dropin._tensors(outputs)
+    return tensors(outputs)
 
 
 @torch.no_grad()
@@ -307,7 +309,7 @@ def test_what_cannot_be_matched_is_left_alone(spoil, reason):
 def test_a_wrong_description_is_found_out_by_the_sample():
     class Wrong(type(Effdet().class_net)):
         def as_head_layers(self):
-            right = dropin._effdet_head(self)
+            right = effdet.head(self)
             return HeadLayers(right.layers, right.norms, right.predict, "relu")
 
     model = Effdet()
