@@ -33,11 +33,11 @@ import edet_kernels  # noqa: E402
 from benchmarks import rivals  # noqa: E402
 from edet import EfficientDet, count_macs, create_model  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import (  # noqa: E402
-    PAIRS,
+from edet.bench.measure import machine_name  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.bench.table import PAIRS  # noqa: E402
+from edet.bench.variants import (  # noqa: E402
     eager_copy,
-    machine_name,
     node_calls,
     part_calls,
     predictor_calls,
@@ -661,7 +661,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (CheckFailed, ValueError) as error:
         sys.exit(str(error))
     report.write(result, args.output)
-    report.plot(result, args.output.with_suffix(".png"))
+    report.plot_ratios(result, args.output.with_suffix(".png"))
     print(report.markdown(result))
 
 

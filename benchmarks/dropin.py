@@ -28,8 +28,8 @@ import edet  # noqa: E402
 import edet_kernels  # noqa: E402
 from benchmarks import cpu  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import set_batch_norms  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.bench.variants import set_batch_norms  # noqa: E402
 from edet_kernels.testing.numeric import (  # noqa: E402
     CheckFailed,
     check_errors,

@@ -13,20 +13,23 @@ from torch.nn.utils import prune
 
 import edet
 from edet import dropin
+from edet.dropin import effdet
+from edet.dropin.trial import tensors
+from edet.fused import packed
 from edet.fused.describe import (
     Edge,
     FusionNodes,
     HeadLayers,
     Mismatch,
     NodeLayers,
-    zero_padded_max_pool,
 )
+from edet.fused.packed import zero_padded_max_pool
 from edet_kernels.testing.numeric import check_network, relative_difference
 from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
 def flat(outputs):
-    return dropin._tensors(outputs)
+    return tensors(outputs)
 
 
 @torch.no_grad()
@@ -126,8 +129,8 @@ def test_the_module_stays_and_the_fused_ops_run(monkeypatch):
     fpn, keys = model.fpn, list(model.state_dict())
     tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
     calls = []
-    run = edet.describe.PackedNodes.run
-    monkeypatch.setattr(edet.describe.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
+    run = packed.PackedNodes.run
+    monkeypatch.setattr(packed.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
     edet.accelerate(model, rounds=0)
     assert model.fpn is fpn and list(model.state_dict()) == keys
     assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors
@@ -306,7 +309,7 @@ def test_what_cannot_be_matched_is_left_alone(spoil, reason):
 def test_a_wrong_description_is_found_out_by_the_sample():
     class Wrong(type(Effdet().class_net)):
         def as_head_layers(self):
-            right = dropin._effdet_head(self)
+            right = effdet.head(self)
             return HeadLayers(right.layers, right.norms, right.predict, "relu")
 
     model = Effdet()
