@@ -17,8 +17,9 @@ import edet_kernels
 from .bench.stages import CheckFailed, plot, random_model, run_bench, write_json
 from .detection.anchors import generate_anchors
 from .detection.draw import draw_detections, to_pil
+from .detection.images import load_image
 from .detection.predictor import Predictor
-from .detection.preprocess import fit, load_image, preprocess, resize
+from .detection.preprocess import fit, preprocess, resize
 from .extras import require
 from .files import replacing
 from .models.configs import get_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as pil
 
-from edet.detection.preprocess import ImageError, load_image
+from edet.detection.images import ImageError, load_image
 
 STORED = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 TURN = (0x112, 3, 1, struct.pack("<H", 6))  # orientation 6: a quarter clockwise

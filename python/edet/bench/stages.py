@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import edet_kernels
 
 from ..detection.anchors import model_anchors
+from ..detection.pipeline import Network, Selection, columns, stages
 from ..detection.postprocess import postprocess
-from ..detection.predictor import Predictor, columns
-from ..detection.preprocess import geometry, letterbox, letterbox_fill, preprocess
+from ..detection.predictor import Predictor
+from ..detection.preprocess import preprocess
 from ..extras import require
 from ..files import replacing
 from ..fused.module import PackedModule
@@ -349,23 +350,23 @@ def predictor_calls(
     images = photographs(batch)
     predictor = Predictor(model, image_size=size, batch_size=batch, score_threshold=0.0)
     device, levels = predictor.device, model.config.levels
-    where = geometry([(480, 640)] * batch, size).to(device)
-    pixels = letterbox([x.to(device) for x in images], size, letterbox_fill(model.config.mean))
-    outputs = predictor._network([pixels, where])
+    letterbox, network, finish = stages(
+        Network(predictor.model), [(480, 640)] * batch, size, Selection()
+    )
+    inputs = letterbox([x.to(device) for x in images])
+    outputs = network(inputs)
     mean, std = (
         torch.tensor(values, dtype=torch.float64, device=device)
         for values in (model.config.mean, model.config.std)
     )
-    normalised = normalise_pixels(pixels.double() / 255, mean, std, torch.float64)
+    normalised = normalise_pixels(inputs[0].double() / 255, mean, std, torch.float64)
     theirs, exact = eager(normalised.to(predictor.dtype)), copy.deepcopy(eager).double()(normalised)
     differences = [
         relative_difference([*found[0], *found[1]], [*exact[0], *exact[1]])
         for found in ((outputs[:levels], outputs[levels:-1]), theirs)
     ]
     with edet_kernels.backend("reference"):
-        [expected] = predictor._postprocess(
-            model_anchors(predictor.model.config, size, device=predictor.device), outputs
-        )
+        [expected] = finish(outputs)
     call = partial(predictor, images)
     for _ in range(3):
         found = call()

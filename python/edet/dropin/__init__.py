@@ -32,10 +32,7 @@ from ..fused.describe import (
     Mismatch,
     NodeLayers,
 )
-from ..fused.module import PackedModule, _Cache
-
-#: Attributes that a fused module needs for itself.
-_RESERVED = ("pack", "packed", "repack", "freeze", "unfreeze", "fused", "_cache", "_frozen")
+from ..fused.module import RESERVED, PackedModule, adopt, release
 
 #: Class names of activations, in lower case, that the kernels compute.
 _ACTIVATIONS = {
@@ -439,15 +436,12 @@ def _blank(original: type[nn.Module]) -> Fused:
 
 
 def _fuse(module: nn.Module) -> None:
-    module.__class__ = _fused_class(type(module))
-    cast(Fused, module)._cache = _Cache()
+    adopt(module, _fused_class(type(module)))
 
 
 def _unfuse(module: nn.Module) -> None:
-    cast(Fused, module).unfreeze()
-    module.__class__ = cast(Fused, module).original_class
-    del module._cache
-    vars(module).pop("_frozen", None)
+    fused = cast(Fused, module)
+    release(fused, fused.original_class)
 
 
 # --- finding and checking parts -------------------------------------------------------------------
@@ -563,7 +557,7 @@ def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 reason = str(error)
             if isinstance(module, torch.jit.ScriptModule):
                 reason = "it is TorchScript"
-            elif taken := [a for a in _RESERVED if hasattr(module, a)]:
+            elif taken := [a for a in RESERVED if hasattr(module, a)]:
                 reason = f"it has an attribute {taken[0]} of its own"
             elif not reason:
                 reason = _hooked(module)

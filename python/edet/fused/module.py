@@ -6,12 +6,10 @@ A module that is frozen does not look any more and replays its op calls.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from edet_kernels import current_backend
 from edet_kernels.autocast import autocast_dtype
 
-from .plan import Plan, record
+from .plan import Plan, Plans, record
+
+#: Attributes that a packed module needs for itself.
+RESERVED = ("pack", "packed", "repack", "freeze", "unfreeze", "fused", "frozen_since", "_cache",
+            "_frozen")  # fmt: skip
 
 #: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
 MAX_PLANS = 16
@@ -130,8 +132,7 @@ class _Frozen:
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
         self.trained = trained
-        self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
-        self.lock = threading.Lock()  # of the plans
+        self.plans: Plans[Plan] = Plans(MAX_PLANS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"trained": self.trained}  # a copy records its own plans
@@ -151,25 +152,17 @@ class _Frozen:
             autocast_dtype(inputs[0]),
             *((x.shape, x.dtype, x.device) for x in inputs),
         )
-        with self.lock:
-            known = key in self.plans
-            if known:
-                self.plans.move_to_end(key)
-            plan = self.plans.get(key)
+        known, plan = self.plans.find(key)
         if known:
             return list(forward()) if plan is None else plan(inputs)
         forward()  # packs the weights, which are constants of the plan
         outputs, recorded = record(forward, inputs)
-        with self.lock:
-            self.plans[key] = None if recorded.refusal else recorded
-            if len(self.plans) > MAX_PLANS:
-                self.plans.popitem(last=False)  # the one not used for longest
+        self.plans.keep(key, None if recorded.refusal else recorded)
         return outputs
 
     def forget(self) -> None:
         """Drops the plans, whose weights are out of date."""
-        with self.lock:
-            self.plans.clear()
+        self.plans.clear()
 
 
 def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
@@ -223,6 +216,11 @@ class PackedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._cache = _Cache()
+
+    @property
+    def frozen_since(self) -> object | None:
+        """Another object for every :meth:`freeze`; None while the module is not frozen."""
+        return self._frozen
 
     def pack(self, dtype: torch.dtype) -> Any:
         """The weights for maps of ``dtype``, by tensor operations that can be compiled."""
@@ -298,3 +296,17 @@ class PackedModule(nn.Module):
             weights = self.pack(dtype)
             self._cache.entry = sources, dtype, weights
         return weights, dtype
+
+
+def adopt(module: nn.Module, packed_class: type[PackedModule]) -> None:
+    """Changes the class of ``module`` to one derived from it and :class:`PackedModule`."""
+    module.__class__ = packed_class
+    cast(PackedModule, module)._cache = _Cache()
+
+
+def release(module: PackedModule, original_class: type[nn.Module]) -> None:
+    """Undoes :func:`adopt`."""
+    module.unfreeze()
+    del module._cache
+    vars(module).pop("_frozen", None)
+    module.__class__ = original_class  # type: ignore[assignment]
