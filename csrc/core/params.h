@@ -5,7 +5,7 @@
 
 namespace edet {
 
-// The order of each enumeration is its numbering in the op schemas and in edet_kernels/ops.py.
+// The order of each enumeration is its numbering in the op schemas and in edet_kernels/names.py.
 enum class Fusion : int { fast, softmax, unbounded, sum };
 enum class Pool : int { same, symmetric };
 enum class Activation : int { none, swish, relu, relu6, hard_swish };

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 import edet_kernels
+from edet_kernels.testing.numeric import CheckFailed
 
-from .bench.stages import CheckFailed, plot, random_model, run_bench, write_json
+from .bench.stages import plot, random_model, run_bench, write_json
 from .detection.anchors import generate_anchors
 from .detection.draw import draw_detections, to_pil
 from .detection.images import load_image

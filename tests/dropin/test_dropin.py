@@ -13,7 +13,6 @@ from torch.nn.utils import prune
 
 import edet
 from edet import dropin
-from edet.bench.stages import check, relative_difference
 from edet.fused.describe import (
     Edge,
     FusionNodes,
@@ -22,6 +21,7 @@ from edet.fused.describe import (
     NodeLayers,
     zero_padded_max_pool,
 )
+from edet_kernels.testing.numeric import check_network, relative_difference
 from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
@@ -59,7 +59,7 @@ def test_effdet_gives_the_same(options):
     assert report.replaced == ["fpn", "class_net", "box_net"]
     with torch.no_grad():
         mine, own = errors(model, torch.randn(2, 3, *size))
-    check("model", mine, own, torch.float32)
+    check_network("model", mine, own, torch.float32)
     assert 0 < report.largest_difference < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_timm_backbone_gives_the_same(options):
     report = edet.accelerate(model, rounds=0)
     assert report.replaced == ["backbone", "fpn", "class_net", "box_net"]
     mine, own = errors(model, torch.randn(2, 3, 96, 96))
-    check("model", mine, own, torch.float32)
+    check_network("model", mine, own, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_zylo_gives_the_same(attention, p8):
     report = edet.accelerate(model, torch.randn(1, 3, 256, 256), rounds=0)
     assert report.replaced == ["bifpn.0", "bifpn.1", "regressor", "classifier"]
     mine, own = errors(model, torch.randn(1, 3, 256, 256))
-    check("model", mine, own, torch.float32)
+    check_network("model", mine, own, torch.float32)
     with torch.no_grad():
         features, boxes, classes = model(torch.randn(1, 3, 256, 256))
     assert isinstance(features, tuple) and len(features) == 5 + p8
@@ -173,7 +173,7 @@ def test_training_checkpoints_and_averages_keep_working():
     for (key, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
     mine, own = errors(model, images)  # the fused ops see the new weights
-    check("trained", mine, own, torch.float32)
+    check_network("trained", mine, own, torch.float32)
     fresh = Effdet()
     edet.accelerate(fresh, rounds=0)
     fresh.load_state_dict(twin.state_dict())
@@ -225,10 +225,10 @@ def test_exchanged_layers_are_used():
     model.fpn.cell[0].fnode[2].combine.weight_method = "attn"
     model.fpn.cell[0].fnode[2].combine.edge_weights = nn.Parameter(torch.tensor([2.0, -1.0]))
     mine, own = errors(model, images)
-    check("other weights", mine, own, torch.float32)
+    check_network("other weights", mine, own, torch.float32)
     model.class_net.predict.conv_dw = nn.Conv2d(24, 24, 3, padding=1)  # not depthwise any more
     mine, own = errors(model, images)
-    check("other layers", mine, own, torch.float32)
+    check_network("other layers", mine, own, torch.float32)
 
 
 def test_wrapped_network():
@@ -376,7 +376,7 @@ def test_the_protocol():
     report = edet.accelerate(model, torch.randn(1, 3, 16, 24), rounds=0)
     assert report.replaced == ["neck"]
     mine, own = errors(model, torch.randn(2, 3, 16, 24))
-    check("neck", mine, own, torch.float32)
+    check_network("neck", mine, own, torch.float32)
 
 
 @pytest.mark.parametrize(

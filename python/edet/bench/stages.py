@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import edet_kernels
+from edet_kernels.testing.numeric import (
+    CheckFailed,
+    check_detections,
+    check_network,
+    relative_difference,
+)
+from edet_kernels.testing.timing import Call, copy_bandwidth, host_clock, matrix_peak, measure
 
 from ..detection.anchors import model_anchors
 from ..detection.pipeline import Network, Selection, columns, stages
@@ -46,12 +53,6 @@ PAIRS = {"BiFPN nodes": "node by node", "predictor": "its kernels"}
 
 #: Rounds that are run and not counted: weights are packed and caches filled in them.
 WARM_UP = 3
-
-Call = Callable[[], Any]
-
-
-class CheckFailed(RuntimeError):
-    """A part's result is further from the reference than the error rule allows."""
 
 
 @dataclass(frozen=True)
@@ -169,21 +170,6 @@ def result(tables: Sequence[Bench]) -> dict[str, Any]:
         "memory": [],
         "fusion": [],
     }  # fmt: skip
-
-
-def measured_roofs(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """GFLOP/s of a large matrix product and GB/s of a large copy, the best of a few.
-
-    On a CPU the product is float32's: its kernels compute in float32 whatever the maps are.
-    """
-    side = 1024 if device.type == "cpu" else 8192
-    kind = torch.float32 if device.type == "cpu" else dtype
-    a = torch.ones(side, side, device=device, dtype=kind)
-    x = torch.ones(2**26 if device.type == "cpu" else 2**30, device=device, dtype=torch.uint8)
-    y = torch.empty_like(x)
-    product = min(_timed(lambda: [a @ a], device) for _ in range(4))
-    copy_ms = min(_timed(lambda: [y.copy_(x)], device) for _ in range(4))
-    return 2e-6 * side**3 / product, 2e-6 * x.numel() / copy_ms
 
 
 def random_model(name: str, images: Tensor) -> EfficientDet:
@@ -308,15 +294,6 @@ class KernelTime:
         return operations.seconds
 
 
-def call_seconds(call: Call) -> float:
-    """Seconds of one call, on the host's clock."""
-    if isinstance(call, KernelTime):
-        return call.seconds()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def node_calls(fpn: BiFPN, maps: Sequence[Tensor]) -> dict[str, Call]:
     """The nodes of a BiFPN in one ``bifpn`` call and in a ``fusion_node`` call each, both planned.
 
@@ -383,80 +360,6 @@ def predictor_calls(
     return calls, differences[0], differences[1]
 
 
-def relative_difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Largest difference over all maps, each as a fraction of its reference's largest value."""
-    return max(
-        float((x.double() - r).abs().max() / r.abs().max().clamp(min=1e-300))
-        for x, r in zip(found, reference, strict=True)
-    )
-
-
-def check(part: str, ours: float, eager: float, dtype: torch.dtype) -> None:
-    """The error rule of whole networks: at most three times eager's own error, or the floor.
-
-    The floor is 2e-5 in float32, four units in the last place in 16 bits: deep networks amplify
-    rounding, and by chance eager's may cancel.
-
-    Raises:
-        CheckFailed: ``ours`` is larger, or not a number.
-    """
-    limit = max(3 * eager, 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
-    if not ours <= limit:
-        raise CheckFailed(
-            f"{part} differs from the float64 reference by {ours:.1e} of its largest value, "
-            f"allowed is {limit:.1e} (PyTorch's eager layers differ by {eager:.1e}): "
-            "no times are reported"
-        )
-
-
-def check_detections(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Detections must be those of the reference on the same network outputs.
-
-    Boxes and scores may differ by eight units in the last place of the largest: exp and the sigmoid
-    are not rounded alike.
-
-    Args:
-        name: what made them, for the message.
-        found, expected: boxes, scores, labels and counts as :func:`edet.postprocess.postprocess`
-            returns them.
-
-    Returns:
-        The largest difference of boxes and scores, as a fraction of the largest.
-
-    Raises:
-        CheckFailed: another box, score, label or count; the message says what and how many. NaN is
-            only like NaN.
-    """
-    limit, largest, wrong = 8 * torch.finfo(torch.float32).eps, 0.0, []
-    names = ("boxes", "scores", "labels", "counts")
-    for what, x, y in zip(names, found, expected, strict=True):
-        x, y = x.double(), y.double()
-        scale = y.nan_to_num(0, 0, 0).abs().max().clamp(min=1e-300)
-        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs() / scale)
-        bad = ~(apart <= (limit if what in ("boxes", "scores") else 0.0))
-        if bad.any():
-            wrong.append(f"{int(bad.sum())} of {x.numel()} {what} (by {float(apart.max()):.1e})")
-        elif what in ("boxes", "scores"):
-            largest = max(largest, float(apart.max()))
-    if wrong:
-        raise CheckFailed(
-            f"{name} finds other boxes than the reference, {', '.join(wrong)}: "
-            "no times are reported"
-        )
-    return largest
-
-
-def _timed(call: Call, device: torch.device) -> float:
-    """Milliseconds of one call."""
-    if device.type == "cpu":
-        return 1e3 * call_seconds(call)
-    torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    call()
-    torch.accelerator.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
 @torch.no_grad()
 def run_bench(
     model: EfficientDet | str = "tf_efficientdet_d0",
@@ -472,9 +375,8 @@ def run_bench(
     """Checks the fused parts of a model against a float64 reference, then times them.
 
     Compared are the model's plain PyTorch layers ("eager": eval mode, no gradients, channels_last)
-    with softmax fusion and with the model's own, and the fused ops. All variants take turns within
-    every round, in an order that is reversed from round to round, so that whatever slows the
-    machine slows all of them.
+    with softmax fusion and with the model's own, and the fused ops. All variants take turns in
+    rounds (:func:`edet_kernels.testing.timing.measure`).
 
     Args:
         model: a model, which is not changed; or the name of one, which gets random weights.
@@ -531,7 +433,7 @@ def run_bench(
         mine, theirs = (
             relative_difference(variants[v][part](), reference) for v in ("ours", f"eager {fusion}")
         )
-        check(part, mine, theirs, dtype)
+        check_network(part, mine, theirs, dtype)
         differences[part] = mine, theirs
     del exact, reference
     before, after, by_references = outer_calls(ours, images)
@@ -543,32 +445,28 @@ def run_bench(
     pairs = {"BiFPN nodes": node_calls(ours.fpn, features)}
     found = pairs["BiFPN nodes"]
     difference = relative_difference(found["ours"](), found[PAIRS["BiFPN nodes"]]())
-    check("BiFPN nodes", difference, 0.0, dtype)
+    check_network("BiFPN nodes", difference, 0.0, dtype)
     differences["BiFPN nodes"] = difference, 0.0
     size = (int(images.shape[2]), int(images.shape[3]))
     pairs["predictor"], mine, theirs = predictor_calls(ours, eager, size, images.shape[0])
-    check("predictor", mine, theirs, dtype)
+    check_network("predictor", mine, theirs, dtype)
     differences["predictor"] = mine, theirs
 
-    turns = [
-        (part, v, calls[part]) for part in PARTS for v, calls in variants.items() if part in calls
-    ]
-    turns += [(part, v, call) for part, calls in pairs.items() for v, call in calls.items()]
-    times: dict[str, dict[str, list[float]]] = {part: {} for part, _, _ in turns}
-    for part, v, _ in turns:
-        times[part][v] = []
-    finished = -WARM_UP
-    start = time.perf_counter()
-    while finished < min(rounds, 3) or (
-        finished < rounds and time.perf_counter() - start < seconds
-    ):
-        for part, v, call in reversed(turns) if finished % 2 else turns:
-            elapsed = _timed(call, device)
-            if finished >= 0:
-                times[part][v].append(elapsed)
-        finished += 1
-        if progress is not None and finished > 0:
-            progress(finished, rounds)
+    turns = {
+        (part, v): calls[part] for part in PARTS for v, calls in variants.items() if part in calls
+    }
+    turns |= {(part, v): call for part, calls in pairs.items() for v, call in calls.items()}
+    samples = measure(
+        turns,
+        host_clock(device),
+        rounds=rounds,
+        limit=seconds,
+        warm_up=WARM_UP,
+        progress=progress,
+    )
+    times: dict[str, dict[str, list[float]]] = {part: {} for part, _ in turns}
+    for (part, v), milliseconds in samples.items():
+        times[part][v] = milliseconds
     macs, parameters = count_macs(ours, (images.shape[2], images.shape[3])), count_parameters(ours)
     heads = parameters.class_net + parameters.box_net
     outputs = variants["ours"]["whole"]()
@@ -586,7 +484,8 @@ def run_bench(
         moved = (weights + sum(x.numel() for x in maps)) * images.element_size()
         return {"macs": operations * images.shape[0], "parameters": weights, "bytes": moved}
 
-    roofs = measured_roofs(device, dtype)
+    # a CPU's kernels compute in float32 whatever the maps are
+    peak = matrix_peak(device, torch.float32 if device.type == "cpu" else dtype)
     return Bench(
         model=ours.config.name,
         image_size=(images.shape[2], images.shape[3]),
@@ -594,7 +493,7 @@ def run_bench(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         threads=torch.get_num_threads(),
-        rounds=finished,
+        rounds=len(next(iter(samples.values()))),
         machine=machine_name(device),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -602,11 +501,11 @@ def run_bench(
         backends={c.op: c.backend for c in edet_kernels.explain(device, dtype)},
         variants=list(variants),
         rows=[
-            Row(part, samples, *differences[part], **counted(part))
-            for part, samples in times.items()
+            Row(part, milliseconds, *differences[part], **counted(part))
+            for part, milliseconds in times.items()
         ],
-        peak_gflops=roofs[0],
-        bandwidth_gbs=roofs[1],
+        peak_gflops=1e-9 * peak,
+        bandwidth_gbs=1e-9 * copy_bandwidth(device),
     )
 
 

@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from edet_kernels import library
+from edet_kernels.testing.numeric import CheckFailed, check_network, relative_difference
+from edet_kernels.testing.timing import Call, host_clock, measure
 
-from ..bench.stages import CheckFailed, check
 from ..fused.describe import (
     BackboneBlocks,
     BlockLayers,
@@ -497,7 +497,7 @@ class Report:
         return [part.name for part in self.parts if part.replaced]
 
     @property
-    def largest_difference(self) -> float:
+    def largestrelative_difference(self) -> float:
         """Of all replaced parts, as a fraction of a part's largest value."""
         return max((p.difference or 0.0 for p in self.parts if p.replaced), default=0.0)
 
@@ -610,18 +610,6 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
-def _difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Largest difference as a fraction of the largest value; shapes must agree."""
-    if [x.shape for x in found] != [x.shape for x in exact]:
-        return float("inf")
-    differences = [
-        float((x.double() - r).abs().max() / r.abs().max().clamp(min=1e-300))
-        for x, r in zip(found, exact, strict=True)
-        if r.numel()
-    ]
-    return max(differences, default=0.0)
-
-
 def _copied(maps: Any) -> Any:
     """A new list of the same maps: effdet's BiFPN appends to the one it is given."""
     return maps if isinstance(maps, Tensor) else type(maps)(maps)
@@ -640,19 +628,9 @@ def _exact_result(module: nn.Module, maps: Any) -> list[Tensor]:
     return _tensors(torch.func.functional_call(module, state, (exact,)))
 
 
-def _time(
-    calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[str, float]:
+def _time(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, float]:
     """Median milliseconds of each call; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-1, rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            if turn >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
+    times = measure(calls, host_clock(device), rounds=rounds)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -777,14 +755,14 @@ def _try(name: str, module: nn.Module, maps: Any, rounds: int, device: torch.dev
     if maps is None:
         return Part(name, kind, "the network did not run it on the sample input")
     exact = _exact_result(module, maps)
-    own = _difference(_own_result(module, maps), exact)
+    own = relative_difference(_own_result(module, maps), exact)
     if not math.isfinite(own):
         return Part(name, kind, "its own result for the sample input is not finite")
     _fuse(module)
     try:
         result = _tensors(module(_copied(maps)))
-        difference = _difference(result, exact)
-        check(name, difference, own, result[0].dtype)
+        difference = relative_difference(result, exact)
+        check_network(name, difference, own, result[0].dtype)
     except (CheckFailed, ValueError, TypeError, RuntimeError) as error:
         _unfuse(module)
         wrong = isinstance(error, CheckFailed)

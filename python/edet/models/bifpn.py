@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels import reference
 from edet_kernels.autocast import autocast_dtype
-from edet_kernels.ops import Size
+from edet_kernels.names import Size
 
 from ..fused.describe import Edge, FusionNodes, NodeLayers, PackedNodes
 from ..fused.module import PackedModule, planned
