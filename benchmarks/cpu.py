@@ -9,9 +9,9 @@ import argparse
 import copy
 import datetime
 import json
+import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,25 +33,29 @@ import edet_kernels  # noqa: E402
 from benchmarks import rivals  # noqa: E402
 from edet import EfficientDet, count_macs, create_model  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import (  # noqa: E402
-    PAIRS,
-    Call,
-    CheckFailed,
-    call_seconds,
-    check_detections,
+from edet.bench.measure import machine_name  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.bench.table import PAIRS  # noqa: E402
+from edet.bench.variants import (  # noqa: E402
     eager_copy,
-    machine_name,
     node_calls,
     part_calls,
     predictor_calls,
     prepare,
-    relative_difference,
     set_batch_norms,
 )
 from edet.detection.anchors import model_anchors  # noqa: E402
 from edet.detection.postprocess import postprocess  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
+from edet_kernels.testing import timing as timer  # noqa: E402
+from edet_kernels.testing.numeric import (  # noqa: E402
+    OP_FACTOR,
+    CheckFailed,
+    check_detections,
+    check_errors,
+    relative_difference,
+)
+from edet_kernels.testing.timing import CPU_SIDES, TURN_SECONDS, Call  # noqa: E402
 
 #: Names on the command line and in the tables.
 STAGES = {
@@ -67,89 +71,30 @@ STAGES = {
 #: ``edet.bench`` has another name for the network.
 PART_OF_BENCH = {"network": "whole"}
 
-#: A turn of a variant begins with calls that are not timed, and ends after this many seconds.
-WARM_SECONDS, TURN_SECONDS = 0.005, 0.05
-#: Sides of the square matrices whose fastest product is the measured peak.
-PEAK_SIZES = (1024, 1536, 2048, 3072)
-
 
 def log(message: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
 
 
-# Correctness -------------------------------------------------------------------------------------
+#: Times eager's error that the backbone or the whole network may differ by. In a deep chain the
+#: layers amplify the first rounding errors all together, so that eager's own error differs tenfold
+#: from one set of random weights to another (D0's network: 3.8e-6 and 3.7e-5 with seeds 0 and 1;
+#: ours 1.0e-5 and 7.0e-6). Each op is held to its own factor by its tests; a chain is only to show
+#: that they are put together rightly. A rival beyond the limit is left out of the row, with the
+#: reason.
+CHAIN_FACTOR = 8
 
 
-#: The error rule: a part may differ from the float64 reference by twice as much as eager layers.
-#: The error of a deep chain, the backbone or the whole network, is another matter: the layers
-#: amplify the first rounding errors all together, so that eager's own error differs tenfold from
-#: one set of random weights to another (D0's network: 3.8e-6 and 3.7e-5 with seeds 0 and 1; ours
-#: 1.0e-5 and 7.0e-6). Each op is held to the rule by its tests; a chain is only to show that they
-#: are put together rightly. A rival beyond the limit is left out of the row, with the reason.
-PART_FACTOR, NETWORK_FACTOR = 2, 8
-
-
-def gate(
-    what: str, errors: dict[str, float], eager: float, dtype: torch.dtype,
-    factor: float = PART_FACTOR,
-) -> None:  # fmt: skip
-    """The error rule: at most ``factor`` times eager's error in the same precision, plus one unit.
-
-    Args:
-        what: the model and stage, for the message.
-        errors: of each variant, the largest difference from the float64 reference as a fraction of
-            each map's largest value.
-        eager: the same of PyTorch's eager layers.
-        dtype: its unit in the last place.
-        factor: :data:`PART_FACTOR` or :data:`NETWORK_FACTOR`.
-
-    Raises:
-        CheckFailed: an error is larger or not a number; the message gives those of all variants.
-    """
-    limit = factor * eager + torch.finfo(dtype).eps
-    wrong = [name for name, error in errors.items() if not error <= limit]
-    if wrong:
-        found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        raise CheckFailed(
-            f"{what}: {', '.join(wrong)} must differ from the float64 reference by at most "
-            f"{limit:.1e} of its largest value (eager: {eager:.1e}), got {found}: "
-            "no times are reported"
-        )
-
-
-# Timing ------------------------------------------------------------------------------------------
-
-
-def settle() -> None:
-    """Waits until no thread of this process works.
-
-    Runtimes let their threads spin for a while after a call, which would slow whoever is next.
-    """
-    for _ in range(200):
-        before = time.process_time()
-        time.sleep(0.001)
-        if time.process_time() - before < 2e-4:
-            return
-
-
-def turn(call: Call) -> float:
-    """Milliseconds of one call: the median of the calls of one turn."""
-    settle()
-    start = time.perf_counter()
-    call()
-    while time.perf_counter() - start < WARM_SECONDS:
-        call()
-    times: list[float] = []
-    while not times or sum(times) < TURN_SECONDS:
-        times.append(call_seconds(call))
-    return 1e3 * statistics.median(times)
+def factor_of(stage: str) -> float:
+    """Times eager's error that a stage may differ by from the float64 reference."""
+    return CHAIN_FACTOR if stage in ("backbone", "network", "predictor") else OP_FACTOR
 
 
 @torch.inference_mode()
 def measure(
     calls: dict[str, Call], *, rounds: int, seconds: float, limit: float
 ) -> dict[str, dict[str, Any]]:
-    """Times ``calls`` in rounds in which each has a turn; the order changes from round to round.
+    """Times ``calls`` in rounds in which each has a turn.
 
     Args:
         rounds: at least this many.
@@ -159,38 +104,10 @@ def measure(
     Returns:
         ``report.summary`` for each call.
     """
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    start = time.perf_counter()
-    finished = 0
-    for call in calls.values():
-        turn(call)
-    while True:
-        shift = finished % len(names)
-        order = names[shift:] + names[:shift]
-        for name in reversed(order) if finished % 2 else order:
-            samples[name].append(turn(calls[name]))
-        finished += 1
-        # a turn of a quick call lasts TURN_SECONDS, of a slow one longer
-        enough = finished >= rounds and finished * TURN_SECONDS >= seconds
-        if enough or (finished >= 3 and time.perf_counter() - start > limit):
-            return {name: report.summary(times) for name, times in samples.items()}
-
-
-def measured_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of the fastest square matrix product; a multiply-add is two operations."""
-    best = 0.0
-    for size in PEAK_SIZES:
-        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        out = torch.mm(a, b)
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            elapsed = time.perf_counter() - start
-            best = max(best, 2e-9 * size**3 / elapsed)
-            if elapsed > 0.5:  # emulated arithmetic; larger ones would only take longer
-                return best
-    return best
+    # a turn of a quick call lasts TURN_SECONDS, of a slow one longer
+    rounds = max(rounds, math.ceil(seconds / TURN_SECONDS))
+    times = timer.measure(calls, timer.turn_clock, rounds=rounds, limit=limit)
+    return {name: report.summary(samples) for name, samples in times.items()}
 
 
 # Cases -------------------------------------------------------------------------------------------
@@ -319,14 +236,14 @@ class Case:
             except CheckFailed as failed:
                 raise CheckFailed(f"{what}: {failed}") from failed
             errors = dict.fromkeys(calls, error)
-            gate(what, errors, eager, self.dtype, NETWORK_FACTOR)
+            check_errors(what, errors, eager, self.dtype, factor=factor_of(stage))
             return calls, errors
         features = [x.clone() for x in self.features]
         calls = node_calls(self.ours.fpn, features)
         exact = self.part("bifpn", copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part("bifpn", self.eager)(), exact)
         errors = {name: relative_difference(call(), exact) for name, call in calls.items()}
-        gate(what, errors, eager, self.dtype)
+        check_errors(what, errors, eager, self.dtype, factor=factor_of(stage))
         return calls, errors
 
     @torch.inference_mode()
@@ -365,16 +282,16 @@ class Case:
         exact = self.part(stage, copy.deepcopy(self.eager).double())()
         eager = relative_difference(self.part(stage, self.eager)(), exact)
         errors = {name: relative_difference(found, exact) for name, found in outputs.items()}
-        factor = NETWORK_FACTOR if stage in ("backbone", "network") else PART_FACTOR
+        factor = factor_of(stage)
         what = f"{self.ours.config.name}, {self.dtype_name}, {stage}"
         for name in [n for n in calls if n not in (OURS, "eager")]:
             try:
-                gate(what, {name: errors[name]}, eager, self.dtype, factor)
+                check_errors(what, {name: errors[name]}, eager, self.dtype, factor=factor)
             except CheckFailed as error:
                 unavailable[name] = str(error)
                 log(f"  {error}")
                 del calls[name], errors[name]
-        gate(what, errors, eager, self.dtype, factor)
+        check_errors(what, errors, eager, self.dtype, factor=factor)
         return calls, errors, unavailable
 
     def _then_detections(self, network: Call) -> Call:
@@ -540,7 +457,8 @@ def fusion_rows(case: Case, timing: dict[str, Any]) -> list[dict[str, Any]]:
             exact = exact_call()
             error = relative_difference(eager(), exact)
             errors = {name: relative_difference(call(), exact) for name, call in variants.items()}
-        gate(f"{case.ours.config.name}, {fusion} fusion", errors, error, case.dtype)
+        what = f"{case.ours.config.name}, {fusion} fusion"
+        check_errors(what, errors, error, case.dtype, factor=OP_FACTOR)
         calls |= {f"{name}/{fusion}": call for name, call in variants.items()}
     times = measure(calls, **timing)
     names = [name.removesuffix("/fast") for name in calls if name.endswith("/fast")]
@@ -670,7 +588,8 @@ def run(
                 case = Case.create(model, size, getattr(torch, dtype), threads, Path(folder))
                 # arithmetic in bfloat16 that is emulated is bounded by that in float32
                 for kind in {torch.float32, case.dtype}:
-                    peaks[dtype] = max(peaks[dtype], measured_peak(kind))
+                    peak = timer.matrix_peak(torch.device("cpu"), kind, CPU_SIDES)
+                    peaks[dtype] = max(peaks[dtype], 1e-9 * peak)
                 for stage in stages:
                     log(f"{model}, {dtype}: {stage}")
                     row = stage_row(case, stage, names, timing)
@@ -742,7 +661,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (CheckFailed, ValueError) as error:
         sys.exit(str(error))
     report.write(result, args.output)
-    report.plot(result, args.output.with_suffix(".png"))
+    report.plot_ratios(result, args.output.with_suffix(".png"))
     print(report.markdown(result))
 
 

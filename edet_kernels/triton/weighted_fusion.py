@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import FUSIONS, POOLS
+from ..names import FUSIONS, POOLS
 from ..reference import fusion_coefficients
 from . import configs
 from .device import (

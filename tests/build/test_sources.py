@@ -62,6 +62,55 @@ def test_kernels_do_not_import_models(path):
     assert [i for i in imports if i.split(".")[0] == "edet"] == []
 
 
+def imports(path: Path, modules: set[str]) -> set[str]:
+    """The ``modules`` that a file imports, also inside functions."""
+    folders = path.relative_to(ROOT).parent.parts
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folders[: len(folders) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= names & modules if names & modules else {base}
+    return found & modules
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of some circle of a graph of imports; none where there is no circle."""
+    left = {name: set(needed) for name, needed in graph.items()}
+    while free := [name for name, needed in left.items() if not needed & set(left)]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+@pytest.mark.parametrize("path", [p for p in PYTHON if "tests" in p.parts], ids=name)
+def test_no_test_edits_the_search_path(path):
+    # shared helpers are in edet_kernels.testing, or in tests, which pyproject.toml names
+    assert "sys." + "path" not in path.read_text()
+
+
+def test_kernels_import_each_other_in_no_circle():
+    folder = ROOT / "edet_kernels"
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(folder.rglob("*.py"))
+    }
+    # the package itself is the face of all its modules; its version alone is read, late
+    del files["edet_kernels"]
+    graph = {name: imports(path, set(files)) for name, path in files.items()}
+    assert {"edet_kernels.backend", "edet_kernels.triton"} <= set(graph)
+    assert graph["edet_kernels.names"] == set()
+    assert circle(graph) == []
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("readme", "parts"),
     [

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from op_utils import Graph, sample
 
 import edet_kernels
+from edet_kernels.testing.samples import Graph, sample
 
 MAP = torch.randn(2, 24, 9, 6)  # like the first map of a sample
 FLOATS = torch.ones(24)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from op_utils import DTYPES, assert_identical, sample
-from test_nms import plain_nms
 
 import edet_kernels
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, sample
+from plain_nms import plain_nms
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,24 +9,23 @@ import threading
 
 import pytest
 import torch
+from torch import Tensor
+
+import edet_kernels
 from backends import cases
-from op_utils import (
+from edet_kernels.names import ACTIVATIONS, MAP_OPS, POOLS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import (
     CHANNELS,
     DTYPES,
-    FUSIONS,
-    MAP_OPS,
+    FUSION_KINDS,
     SAMPLES,
-    assert_identical,
     bifpn_graph,
     cast,
     map_tree,
     sample,
     tensors,
 )
-from torch import Tensor
-
-import edet_kernels
-from edet_kernels.ops import ACTIVATIONS, POOLS
 
 FUSION_OPS = ("weighted_fusion", "fusion_node", "bifpn")
 KERNELS = ("cpu", "triton", "emulated")  # the backends that are not plain PyTorch
@@ -57,7 +56,7 @@ def test_wide_maps_of_few_pixels(backend, op, dtype):
     backend.sample(op, dtype, channels=384, **sizes).check(dtype)
 
 
-@cases(op=FUSION_OPS, method=FUSIONS, pool=POOLS, dtype=DTYPES)
+@cases(op=FUSION_OPS, method=FUSION_KINDS, pool=POOLS, dtype=DTYPES)
 def test_fusion_methods(backend, op, method, pool, dtype):
     fusion, per_channel = method
     backend.sample(op, dtype, fusion=fusion, per_channel=per_channel, pool=pool).check(dtype)

@@ -191,7 +191,9 @@ def test_a_kill_in_the_middle_of_a_write(
     child.join()
     assert child.exitcode == -signal.SIGKILL
     if write > 1:
-        assert read_training(tmp_path / "run/last.pt")["trainer"]["step_count"] == {3: 2, 6: 4}[write]
+        assert (
+            read_training(tmp_path / "run/last.pt")["trainer"]["step_count"] == {3: 2, 6: 4}[write]
+        )
     run(data, tmp_path / "run", resume=True)
     assert_same_runs(tmp_path / "straight", tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["last.pt", "log.csv"]

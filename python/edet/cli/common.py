@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import edet_kernels
-
-from ..bench.stages import CheckFailed
+from edet_kernels.testing.numeric import CheckFailed
 
 app = typer.Typer(
     name="edet",

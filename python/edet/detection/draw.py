@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..extras import require
-from .preprocess import ImageLike, load_image
+from .images import ImageLike, load_image
 from .results import Detections
 
 if TYPE_CHECKING:

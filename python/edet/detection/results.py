@@ -18,7 +18,7 @@ from .labels import COCO_NAMES, label_name
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .preprocess import ImageLike
+    from .images import ImageLike
 
 
 class Detection(NamedTuple):

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import resource
+import threading
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..fused import cuda_graph
 
 #: What is timed; pre-processing includes reading a file.
 STAGES = ("pre-processing", "network", "post-processing", "total")
+
+#: Batches whose times are kept for the percentiles.
+MAX_TIMES = 1000
 
 
 class Latency(NamedTuple):
@@ -48,3 +61,45 @@ class Stats:
             for stage, latency in self.latency.items()
         ]
         return "\n".join(lines)
+
+
+class Recorder:
+    """Counts images and batches and keeps the last times; several threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._times: deque[Sequence[float]] = deque(maxlen=MAX_TIMES)
+        self._images = self._batches = 0
+
+    def add(self, images: int, seconds: Sequence[float]) -> None:
+        """One batch, and the seconds of each of :data:`STAGES`; none for one that ran unplanned."""
+        with self._lock:
+            if seconds:
+                self._times.append(seconds)
+            self._images += images
+            self._batches += 1
+
+    def stats(self, plans: int, device: torch.device) -> Stats:
+        """What there is so far, with ``plans`` shapes planned on ``device``."""
+        with self._lock:
+            milliseconds = 1e3 * np.array(self._times).reshape(-1, len(STAGES))
+        latency = {}
+        if len(milliseconds):
+            rows = np.percentile(milliseconds, (50, 90, 99), axis=0).T.tolist()
+            latency = {s: Latency(*row) for s, row in zip(STAGES, rows, strict=True)}
+        memory, peak = memory_bytes(device)
+        return Stats(
+            self._images, self._batches, plans, latency, memory / 2**20, max(peak, memory) / 2**20
+        )
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """Memory in use and its peak: of the process, or what PyTorch has allocated on a GPU."""
+    if cuda_graph.captures(device):
+        return (
+            cuda_graph.cuda.memory_allocated(device),
+            cuda_graph.cuda.max_memory_allocated(device),
+        )
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * resource.getpagesize(), peak

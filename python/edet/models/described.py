@@ -95,7 +95,7 @@ def save_described(
         OSError: the file cannot be written; one that was there before stays as it is.
     """
     path = Path(path)
-    if path.suffix not in (".pt", ".pth"):
+    if not is_checkpoint(path):
         raise ValueError(f"path must end in .pt or .pth, got {path}")
     for name, values in (("class_names", class_names), ("category_ids", category_ids)):
         if values and len(values) != model.config.num_classes:
@@ -136,6 +136,11 @@ def _content(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     return _read(path)
+
+
+def is_checkpoint(name: str | os.PathLike[str]) -> bool:
+    """Whether ``name`` is that of a checkpoint, and not of a model."""
+    return Path(name).suffix in (".pt", ".pth")
 
 
 def read_description(path: str | os.PathLike[str]) -> Description | None:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
-from ..fused.describe import BackboneBlocks, BlockLayers, PackedBackbone
+from ..fused.describe import BackboneBlocks, BlockLayers
 from ..fused.module import PackedModule, planned
+from ..fused.packed import PackedBackbone, pack_backbone
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -354,4 +355,4 @@ class EfficientNet(PackedModule):
         )
 
     def pack(self, dtype: torch.dtype) -> PackedBackbone:
-        return self.as_backbone_blocks().pack(dtype)
+        return pack_backbone(self.as_backbone_blocks(), dtype)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels.reference import activate
 
-from ..fused.describe import HeadLayers, PackedHead
+from ..fused.describe import HeadLayers
 from ..fused.module import PackedModule, planned
+from ..fused.packed import PackedHead, pack_head
 from .batch_norm import normalise, training_maps
 from .bifpn import SeparableConv, batch_norm, check_maps
 
@@ -144,4 +145,4 @@ class Head(PackedModule):
         )
 
     def pack(self, dtype: torch.dtype) -> PackedHead:
-        return self.as_head_layers().pack(dtype)
+        return pack_head(self.as_head_layers(), dtype)

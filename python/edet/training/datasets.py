@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..detection.preprocess import ImageError, load_image
+from ..detection.images import ImageError, load_image
 from ..extras import require
 from .formats import (
     IMAGE_SUFFIXES,

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from ..detection.predictor import Predictor
-from ..detection.preprocess import letterbox_fill
+from ..detection.pipeline import Network, Selection, columns, stages
+from ..detection.preprocess import geometry, letterbox_fill
 from ..extras import require
 from ..files import replacing
 from ..models.described import load_described
@@ -228,26 +229,22 @@ def detect(
     rank, processes = process_group()
     table = _label_table(model, dataset)
     mine: list[tuple[int, Found]] = []
-    with _as_it_was(model):
-        predictor = Predictor(
-            model,
-            image_size=image_size,
-            nms=nms,
-            iou_threshold=iou_threshold,
-            score_threshold=score_threshold,
-            max_detections=max_detections,
-        )
-        images = EvaluationImages(dataset, predictor.image_size, letterbox_fill(model.config.mean))
-        batches = evaluation_loader(
-            images, batch_size, rank=rank, processes=processes, workers=workers
-        )
+    size = model.config.image_size if image_size is None else image_size
+    selection = Selection(score_threshold, nms, iou_threshold, max_detections=max_detections)
+    images = EvaluationImages(dataset, size, letterbox_fill(model.config.mean))
+    batches = evaluation_loader(images, batch_size, rank=rank, processes=processes, workers=workers)
+    with _as_it_was(model), torch.no_grad():
+        network = Network(model.eval().freeze())
         for batch in batches:
-            objects = predictor.letterboxed(batch.images, batch.sizes)
-            for index, result in zip(batch.indices, objects, strict=True):
-                labels = table[result.labels.numpy()]
-                known = labels > 0
-                boxes, scores = result.boxes.float().numpy(), result.scores.float().numpy()
-                mine.append((index, Found(boxes[known], scores[known], labels[known])))
+            _, *row = stages(network, batch.sizes, size, selection)
+            where = geometry(batch.sizes, size)
+            values = [x.to(network.device, non_blocking=True) for x in (batch.images, where)]
+            for stage in row:
+                values = stage(values)
+            for index, rows in zip(batch.indices, values[0].cpu(), strict=True):
+                boxes, scores, labels = (x.numpy() for x in columns(rows.float()))
+                known = table[labels] > 0
+                mine.append((index, Found(boxes[known], scores[known], table[labels][known])))
             if progress is not None:
                 progress(len(batch.indices))
     everything = dict(pair for share in gathered(mine) for pair in share)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..detection.draw import draw_detections
-from ..detection.preprocess import load_image
+from ..detection.images import load_image
 from ..detection.results import Detections
 from ..extras import require
 from ..files import replacing
