@@ -16,6 +16,7 @@ from .detection.images import ImageError
 from .detection.predictor import Prediction, Predictor
 from .detection.results import Detections
 from .dropin import accelerate, restore
+from .models.backbones import load_backbone
 from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .models.configs import ModelConfig, list_models
 from .models.counts import count_macs, count_parameters
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "layers",
     "list_models",
+    "load_backbone",
     "load_checkpoint",
     "losses",
     "open_dataset",

@@ -134,7 +134,7 @@ def save_described(
 def _content(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"path must be a checkpoint file, got {path}")
     return _read(path)
 
 
