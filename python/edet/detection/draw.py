@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import colorsys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..extras import require
 from .images import ImageLike, load_image
-from .results import Detections
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Images whose longer side is below this are enlarged by a whole factor, so that names fit.
 SMALLEST = 320
+
+
+class Drawable(Protocol):
+    """What can be drawn: :class:`edet.Detections`, or anything like it.
+
+    Iterating gives box (x1, y1, x2, y2), score, label and name of each object, best first.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the image that the boxes are in."""
+        ...
+
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[tuple[float, float, float, float], float, int, str]]: ...
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -45,7 +61,7 @@ def to_pil(image: ImageLike) -> Image:
     return picture
 
 
-def draw_detections(image: ImageLike, detections: Detections) -> Image:
+def draw_detections(image: ImageLike, detections: Drawable) -> Image:
     """``image`` with the boxes, names and scores of ``detections``.
 
     Lines and letters grow with the image; one smaller than 320 pixels is enlarged by a whole
