@@ -271,21 +271,28 @@ def predict_video(
 ) -> Iterator[None]:
     """Reports and writes what was found in the frames of a video, yielding after each.
 
-    What follows a frame that cannot be decoded is left out.
+    Copies keep the times of the frames, also where a damaged one is left out.
     """
     names: Counter[str] = Counter()
     frames = 0
     with ExitStack() as stack:
         try:
-            for _, pixels, objects, error in found:
+            for frame, pixels, objects, error in found:
                 assert pixels is not None and objects is not None, error
                 if copy is not None and frames == 0:
                     temporary = stack.enter_context(replacing(copy))
-                    drawn = stack.enter_context(video.VideoWriter(temporary, reader.rate))
+                    drawn = stack.enter_context(
+                        video.VideoWriter(temporary, reader.rate, reader.time_base)
+                    )
                     stack.callback(writer.wait)
                 if copy is not None:
-                    writer.draw(pixels, objects, drawn.write)
-                writer.entry(file=str(reader.path), frame=frames, **objects.to_plain())
+                    writer.draw(pixels, objects, partial(drawn.write, time=frame.time))
+                writer.entry(
+                    file=str(reader.path),
+                    frame=frames,
+                    time=float(frame.time),
+                    **objects.to_plain(),
+                )
                 names.update(objects.names)
                 counted.images += 1
                 frames += 1

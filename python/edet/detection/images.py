@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -51,13 +53,54 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
+#: What shows a picture upright, by its orientation (EXIF 2.32, tag 0x0112; 1 is upright).
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def _decode(image: Any) -> None:
+    """Decodes the pixels in place. A TIFF's tags that cannot be read do not stop it."""
+    turn = getattr(image, "load_end", None)  # Pillow turns a TIFF as it decodes it
+    if image.format != "TIFF" or turn is None:
+        image.load()
+        return
+
+    def turn_if_possible() -> None:
+        with suppress(Exception):  # the orientation is still there then, for _orientation
+            turn()
+
+    image.load_end = turn_if_possible
+    try:
+        image.load()
+    finally:
+        del image.load_end
+
+
+def _orientation(image: Any) -> Any:
+    """The orientation of a decoded picture, 1 to 8; None where it is missing or unreadable."""
+    for tags in (lambda: image.tag_v2, image.getexif):
+        with suppress(Exception):  # none, or any damage
+            value = tags().get(0x0112)
+            if value in _TURNS:  # also a float or a fraction
+                return value
+    return None
+
+
 def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
     """The pixels of a PIL image, upright: (H, W, 3 or 4) uint8, or (H, W) uint16."""
-    from PIL import ImageOps
-
     mode, fmt = image.mode, image.format
     try:
-        image = ImageOps.exif_transpose(image)
+        _decode(image)
+        orientation = _orientation(image)
+        if orientation is not None:  # by that tag alone: others may be damaged
+            image = image.transpose(require("PIL.Image", "image").Transpose[_TURNS[orientation]])
         if mode.startswith("I;16") or (mode == "I" and fmt == "PNG"):  # Pillow < 11 reads PNG as I
             return np.asarray(image).astype(np.uint16)
         if mode in _MODES:
@@ -71,6 +114,22 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
     )
 
 
+def _open(pil: Any, path: Path) -> Any:
+    """Opens a picture; also a JPEG that Pillow cannot identify for damage in its EXIF block."""
+    try:
+        return pil.open(path)
+    except pil.UnidentifiedImageError:
+        data = path.read_bytes()
+        start = data.find(b"Exif\0\0", 0, 1 << 16)
+        if not data.startswith(b"\xff\xd8") or start < 4:
+            raise
+        # hidden while it opens, which reads the resolution; only the orientation is wanted
+        image = pil.open(io.BytesIO(data[:start] + b"Hide" + data[start + 4 :]))
+        length = int.from_bytes(data[start - 2 : start], "big")  # counts its own two bytes
+        image.info["exif"] = data[start : start + length - 2]
+        return image
+
+
 def _read_file(path: Path, name: str) -> np.ndarray[Any, Any]:
     pil = require("PIL.Image", "image")
     if not path.exists():
@@ -78,7 +137,7 @@ def _read_file(path: Path, name: str) -> np.ndarray[Any, Any]:
     if path.is_dir():
         raise ImageError(f"{name} is a folder, an image file is required")
     try:
-        image = pil.open(path)
+        image = _open(pil, path)
     except pil.UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image in a known format") from error
     except PermissionError as error:
