@@ -35,7 +35,10 @@ from ..fused.describe import (
 from ..fused.module import PackedModule, _Cache
 
 #: Attributes that a fused module needs for itself.
-_RESERVED = ("pack", "packed", "repack", "freeze", "unfreeze", "fused", "_cache", "_frozen")
+_RESERVED = (
+    *("pack", "packed", "repack", "freeze", "unfreeze", "fused"),
+    *("_cache", "_frozen", "_freeze", "_entry", "_check_layers", "_layer_types", "_made_of"),
+)
 
 #: Class names of activations, in lower case, that the kernels compute.
 _ACTIVATIONS = {
@@ -398,6 +401,15 @@ class Fused(PackedModule):
     """Mixed into the class of an accelerated module."""
 
     original_class: type[nn.Module]
+    _made_of: dict[str, type]  # the classes of its layers when it was fused, and so compared
+
+    def _check_layers(self) -> None:
+        found = _made_of(self)
+        for name in self._made_of.keys() | found.keys():
+            if found.get(name) is not self._made_of.get(name):
+                raise Mismatch(f"its layer {name} was exchanged")
+        if describe(self) is None:
+            raise Mismatch(f"{self.original_class.__name__} is not recognised any more")
 
     def pack(self, dtype: torch.dtype) -> Any:
         description = describe(self)
@@ -411,10 +423,7 @@ class Fused(PackedModule):
         first = maps[0] if isinstance(maps, (list, tuple)) and maps else maps
         if not isinstance(first, Tensor):
             return own(self, maps)  # which says what it wants
-        try:
-            packed = self.packed(first)
-        except Mismatch:  # its layers were exchanged for others
-            packed = None
+        packed = self.packed(first)
         return own(self, maps) if packed is None else packed[0].run(maps, packed[1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -438,15 +447,25 @@ def _blank(original: type[nn.Module]) -> Fused:
     return fused.__new__(fused)
 
 
+def _made_of(module: nn.Module) -> dict[str, type]:
+    """The class of each layer; a synchronised batch norm counts as an ordinary one."""
+    return {
+        name: nn.BatchNorm2d if type(layer) is nn.SyncBatchNorm else type(layer)
+        for name, layer in module.named_modules()
+        if layer is not module
+    }
+
+
 def _fuse(module: nn.Module) -> None:
     module.__class__ = _fused_class(type(module))
     cast(Fused, module)._cache = _Cache()
+    cast(Fused, module)._made_of = _made_of(module)
 
 
 def _unfuse(module: nn.Module) -> None:
     cast(Fused, module).unfreeze()
     module.__class__ = cast(Fused, module).original_class
-    del module._cache
+    del module._cache, module._made_of
     vars(module).pop("_frozen", None)
 
 

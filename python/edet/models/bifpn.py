@@ -13,8 +13,9 @@ from edet_kernels import reference
 from edet_kernels.autocast import autocast_dtype
 from edet_kernels.ops import Size
 
-from ..fused.describe import Edge, FusionNodes, NodeLayers, PackedNodes
+from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers, PackedNodes
 from ..fused.module import PackedModule, planned
+from ..fused.sources import own_weight
 from .batch_norm import normalise, training_maps
 from .configs import FUSIONS, ModelConfig
 
@@ -90,8 +91,11 @@ def check_nodes(nodes: Sequence[Node], levels: int) -> None:
         raise ValueError(f"nodes must give every level an output, level {min(missing)} has none")
 
 
-def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
+def check_maps(maps: Any, channels: Sequence[int], weight: Tensor | None) -> None:
     """Checks that ``maps`` is a list of NCHW maps with these channels, fit for ``weight``.
+
+    Args:
+        weight: of the layers that get the maps; None when they have none.
 
     Raises:
         TypeError, ValueError: naming the map, what it must be and what it was.
@@ -104,6 +108,8 @@ def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
             raise TypeError(f"maps[{i}] must be a tensor, got {type(x).__name__}")
         if x.dim() != 4 or x.shape[1] != c:
             raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got {tuple(x.shape)}")
+        if weight is None:
+            continue
         if x.device != weight.device:
             raise ValueError(
                 f"maps[{i}] must be on {weight.device} like the weights, got {x.device}"
@@ -172,6 +178,17 @@ class SeparableConv(nn.Module):
             weight,
             weight.new_zeros(weight.shape[0]) if bias is None else bias,
         )
+
+
+def check_separable_layers(name: str, conv: SeparableConv) -> None:
+    """Checks that the convolutions of ``conv`` are padded as they were made.
+
+    Raises:
+        Mismatch: they are not.
+    """
+    for layer, zeros in ((conv.conv_dw, 1), (conv.conv_pw, 0)):
+        if layer.padding != (zeros, zeros) or layer.padding_mode != "zeros":
+            raise Mismatch(f"{name} is padded in another way")
 
 
 class Combine(nn.Module):
@@ -351,6 +368,13 @@ class BiFPN(PackedModule):
             level without a node or a node that reads what is not there.
     """
 
+    _layer_types = frozenset(
+        (
+            *(BiFPNCell, FusionNode, Combine, AfterCombine, Projection, ConvNorm, SeparableConv),
+            *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList, nn.ModuleDict),
+        )
+    )
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -424,7 +448,7 @@ class BiFPN(PackedModule):
         Raises:
             TypeError, ValueError: ``maps`` are not what ``in_channels`` says.
         """
-        check_maps(maps, self.in_channels, self.cells[0].nodes[0].after_combine.conv.conv_pw.weight)
+        check_maps(maps, self.in_channels, own_weight(self))
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in maps]
         while len(sizes) < self.levels:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
@@ -488,6 +512,23 @@ class BiFPN(PackedModule):
                 known.append(self.levels + len(nodes) - 1)
             known = [known[i] for i in cell.outputs]
         return FusionNodes(given, nodes, known, above, self.pool, self.activation)
+
+    def _check_layers(self) -> None:
+        layers = dict(self.resample.items())
+        for c, cell in enumerate(self.cells):
+            for n, node in enumerate(cell.nodes):
+                name = f"cell.{c}.fnode.{n}"
+                check_separable_layers(name, node.after_combine.conv)
+                if (node.pool, node.activation, node.fusion) != (
+                    *(self.pool, self.activation),
+                    self.fusion,
+                ):
+                    raise Mismatch(f"{name} fuses, pools or activates in another way")
+                layers |= {f"{name}.{e}": p for e, p in node.combine.projections.items()}
+        for name, layer in layers.items():
+            if cast(Projection, layer).conv.conv.padding != (0, 0):
+                raise Mismatch(f"{name} is padded in another way")
+        self.as_fusion_nodes().check()
 
     def pack(self, dtype: torch.dtype) -> PackedNodes:
         return self.as_fusion_nodes().pack(dtype)
