@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
-from ..fused.describe import BackboneBlocks, BlockLayers
+from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
 from ..fused.module import PackedModule, planned
 from ..fused.packed import PackedBackbone, pack_backbone
+from ..fused.sources import own_weight
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -206,13 +207,31 @@ class MBConv(nn.Module):
         return BlockLayers(expand, depthwise, squeeze, (self.conv_pwl, self.bn3), self.shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        expand, (conv_dw, bn), _, (project, project_bn), _ = self.layers
-        y = x if expand is None else activate(expand[1](expand[0](x)), self.activation)
-        y = activate(bn(conv_dw(y)), self.activation)
+        y, bn, project, project_bn = x, self.bn1, self.conv_pw, self.bn2
+        if self.expands:
+            y = activate(self.bn1(self.conv_pw(x)), self.activation)
+            bn, project, project_bn = self.bn2, self.conv_pwl, self.bn3
+        y = activate(bn(self.conv_dw(y)), self.activation)
         if self.se is not None:
             y = self.se(y)
         y = project_bn(project(y))
         return x + y if self.shortcut else y
+
+
+def _check_convolution(name: str, conv: nn.Module, pad: str) -> None:
+    """Checks that ``conv`` is a :class:`Conv2d` as it was made, padded by ``pad``.
+
+    Raises:
+        Mismatch: it is another one, or was changed.
+    """
+    if not isinstance(conv, Conv2d):
+        raise Mismatch(f"{name} is a {type(conv).__name__}")
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    zeros = kernel // 2 if conv.pad == "symmetric" or stride == 1 else 0
+    if (stride > 1 and conv.pad != pad) or conv.padding != (zeros, zeros):
+        raise Mismatch(f"{name} is padded in another way")
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        raise Mismatch(f"{name} is dilated, or not padded by zeros")
 
 
 class EfficientNet(PackedModule):
@@ -231,6 +250,10 @@ class EfficientNet(PackedModule):
     Raises:
         ValueError: unknown name, level or padding.
     """
+
+    layer_types = frozenset(
+        (Conv2d, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, SqueezeExcite, MBConv, nn.ModuleList)
+    )
 
     def __init__(
         self,
@@ -287,7 +310,10 @@ class EfficientNet(PackedModule):
                     nn.init.zeros_(module.bias)
 
     def _stages(self) -> list[list[MBConv]]:
-        return [list(cast("list[MBConv]", stage)) for stage in self.blocks]
+        # a stage may have been exchanged for one layer
+        lists = (nn.ModuleList, nn.Sequential)
+        stages = (list(s) if isinstance(s, lists) else [s] for s in self.blocks)
+        return cast("list[list[MBConv]]", list(stages))
 
     def _check(self, images: Any) -> None:
         if not isinstance(images, Tensor):
@@ -298,7 +324,9 @@ class EfficientNet(PackedModule):
             raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}{hint}")
         if 0 in images.shape[2:]:
             raise ValueError(f"images must have at least one pixel, got {tuple(images.shape)}")
-        weight = self.conv_stem.weight
+        weight = own_weight(self)
+        if weight is None:
+            return
         if images.device != weight.device:
             raise ValueError(
                 f"images must be on {weight.device} like the model, got {images.device}"
@@ -334,10 +362,11 @@ class EfficientNet(PackedModule):
             pixels: (N, 3, H, W) uint8.
             mean, std: (3,) for values of 0 … 255.
         """
-        weight = self.conv_stem.weight
-        packed = self.packed(weight)  # the dtype to compute in is the weight's
+        weight = own_weight(self)
+        packed = None if weight is None else self.packed(weight)  # computes in the weight's dtype
         if packed is None:
-            images = normalise_pixels(pixels.float(), mean, std, weight.dtype)
+            dtype = torch.float32 if weight is None else weight.dtype
+            images = normalise_pixels(pixels.float(), mean, std, dtype)
             return cast("list[Tensor]", self(images))
         weights, dtype = packed
         return weights.run(pixels, dtype, mean, std)
@@ -353,6 +382,18 @@ class EfficientNet(PackedModule):
             padding=self.conv_stem.pad,
             activation=self.activation,
         )
+
+    def check_layers(self) -> None:
+        pad = self.conv_stem.pad
+        _check_convolution("conv_stem", self.conv_stem, pad)
+        for i, block in enumerate(block for stage in self._stages() for block in stage):
+            for part in (block.layers.expand, block.layers.depthwise, block.layers.project):
+                if part is not None:
+                    _check_convolution(f"a convolution of block {i}", part[0], pad)
+            acts = [block.activation] + ([] if block.se is None else [block.se.activation])
+            if set(acts) != {self.activation}:
+                raise Mismatch(f"block {i} has another activation")
+        self.as_backbone_blocks().check()
 
     def pack(self, dtype: torch.dtype) -> PackedBackbone:
         return pack_backbone(self.as_backbone_blocks(), dtype)
