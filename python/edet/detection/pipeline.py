@@ -28,6 +28,7 @@ class Selection(NamedTuple):
     iou_threshold: float = 0.5
     sigma: float = 0.5
     max_detections: int = 100
+    class_agnostic: bool = False
 
 
 class Network:

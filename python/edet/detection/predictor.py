@@ -97,6 +97,7 @@ class Predictor:
         iou_threshold: ``hard`` drops boxes of a class that overlap a better one more than this.
         sigma: width of the decay of ``gaussian``.
         max_detections: most objects per image.
+        class_agnostic: boxes of all classes suppress each other, not only those of one class.
         image_size: (H, W) of the network's input; the model's own when None.
         class_names: names of labels 1, 2, …, or label to name; COCO's for 90 classes when None.
         batch_size: images that go through the network at once.
@@ -119,6 +120,7 @@ class Predictor:
         iou_threshold: float = 0.5,
         sigma: float = 0.5,
         max_detections: int = 100,
+        class_agnostic: bool = False,
         image_size: tuple[int, int] | None = None,
         class_names: Mapping[int, str] | Sequence[str] | None = None,
         batch_size: int = 8,
@@ -167,6 +169,7 @@ class Predictor:
         self.iou_threshold = iou_threshold
         self.sigma = sigma
         self.max_detections = max_detections
+        self.class_agnostic = class_agnostic
         self.batch_size = batch_size
         if device is not None or dtype is not None:  # which thaws a frozen model
             model.to(device=device, dtype=dtype)
@@ -339,7 +342,12 @@ class Predictor:
             for x in images
         ]
         selection = Selection(
-            self.score_threshold, self.nms, self.iou_threshold, self.sigma, self.max_detections
+            self.score_threshold,
+            self.nms,
+            self.iou_threshold,
+            self.sigma,
+            self.max_detections,
+            self.class_agnostic,
         )
         with graph.cuda.device(self.device) if self._captures else nullcontext():
             row: Sequence[Stage] = stages(self.network, [x.size for x in images], size, selection)

@@ -176,6 +176,6 @@ class Detections:
                 f"text must be JSON as Detections.to_json writes it: {error!r}"
             ) from error
 
-    def draw(self, image: ImageLike) -> Image:
+    def draw(self, image: ImageLike, *, font: str | os.PathLike[str] | None = None) -> Image:
         """``image`` with the boxes and names drawn on it; see :func:`edet.draw.draw_detections`."""
-        return draw_detections(image, self)
+        return draw_detections(image, self, font=font)
