@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
         self.misshaped = list(misshaped)
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "safetensors")
         try:
@@ -91,7 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[s
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint file, got {path}")
-    content = _read(path)
+    content = read_file(path)
     names = ("state_dict_ema", "state_dict", "model")
     for name in names if ema else (*names[1:], names[0]):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
