@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -25,7 +24,7 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import choose, current_backend
 
 from ..fused import cuda_graph as graph
-from ..fused.module import PackedModule
+from ..fused.module import FrozenModel
 from ..fused.plan import CallList, Stage
 from ..models.efficientdet import EfficientDet
 from ..models.efficientnet import EfficientNet, normalise_pixels
@@ -138,8 +137,11 @@ class Predictor:
     batch is never filled up, so that each number of images is a shape of its own. The ``max_plans``
     shapes used last are kept.
 
-    The model is frozen (:meth:`EfficientDet.freeze`): its weights are constants until ``train()``,
-    ``.to()`` or ``load_state_dict()``, after which everything is planned anew.
+    The model is frozen (:meth:`EfficientDet.freeze`), also when it was frozen before. Everything is
+    planned anew once its weights are written to, its layers exchanged or it is moved. Two kinds of
+    writes cannot be seen, those through ``parameter.data`` and through NumPy: make a new predictor
+    after them, or call ``repack()`` of the part. With forward hooks in the model nothing is
+    planned: its layers run.
 
     Several threads may call one predictor. On a GPU their calls take turns; each runs on the
     thread's current stream.
@@ -224,14 +226,13 @@ class Predictor:
         if device is not None or dtype is not None:  # which thaws a frozen model
             model.to(device=device, dtype=dtype)
         self.model = model.eval()
-        self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
-        self._frozen: list[Any] = []
+        self._frozen = FrozenModel(self.model)
         self._lock = threading.Lock()
         # None: a shape that was seen once
         self._plans: OrderedDict[Any, CallList | graph.Graph | None] = OrderedDict()
         self._times: deque[tuple[float, ...]] = deque(maxlen=MAX_TIMES)
         self._images = self._batches = 0
-        self._refresh()
+        self._prepare()
 
     @overload
     def __call__(
@@ -414,24 +415,25 @@ class Predictor:
         """Freezes the model and forgets all plans, if it is not the frozen one they are made of."""
         if self.model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
-        if self._frozen and all(map(is_, (part._frozen for part in self._parts), self._frozen)):
-            return
-        with self._lock:
-            if any(part._frozen is None for part in self._parts):
-                self.model.freeze()
-            self._frozen = [part._frozen for part in self._parts]
-            parameter = next(self.model.parameters())
-            self.device, self.dtype = parameter.device, parameter.dtype
-            config = self.model.config
-            self._mean = torch.tensor(config.mean, device=self.device)
-            self._std = torch.tensor(config.std, device=self.device)
-            self._mean_of_bytes, self._std_of_bytes = 255 * self._mean, 255 * self._std
-            self._fill = letterbox_fill(config.mean)
-            self._captures = graph.captures(self.device)
-            if self._captures:
-                self._pool = graph.cuda.graph_pool_handle()
-                self._uploads = graph.cuda.Stream(self.device)
-            self._plans.clear()
+        if self._frozen.stale():
+            with self._lock:
+                self._frozen.renew()
+                self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what follows from the model's weights, device and dtype; without any plans."""
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        config = self.model.config
+        self._mean = torch.tensor(config.mean, dtype=torch.float32, device=self.device)
+        self._std = torch.tensor(config.std, dtype=torch.float32, device=self.device)
+        self._mean_of_bytes, self._std_of_bytes = 255 * self._mean, 255 * self._std
+        self._fill = letterbox_fill(config.mean)
+        self._captures = graph.captures(self.device)
+        if self._captures:
+            self._pool = graph.cuda.graph_pool_handle()
+            self._uploads = graph.cuda.Stream(self.device)
+        self._plans.clear()
 
     def _read(self, image: ImageLike, name: str, size: tuple[int, int]) -> _Image:
         """Reads an image; for a CPU resizes it, to a GPU begins to bring it."""
@@ -467,6 +469,7 @@ class Predictor:
                 self.max_detections,
                 current_backend(),
                 autocast_dtype(where),
+                self._frozen.runs_python(),
                 *((x.shape, x.dtype) for x in inputs),
             )
             rows, seconds = self._run(key, stages, inputs)
@@ -510,6 +513,8 @@ class Predictor:
     def _planned(
         self, stages: Sequence[Stage], inputs: list[Tensor]
     ) -> CallList | graph.Graph | None:
+        if self._frozen.runs_python():
+            return None
         if not self._captures:
             return CallList(stages, inputs)
         choices = [choose(op, self.device, self.dtype) for op in _OPS]
@@ -520,6 +525,10 @@ class Predictor:
     def _network(self, inputs: list[Tensor]) -> list[Tensor]:
         """Pixels and geometry to class outputs, box outputs and geometry."""
         pixels, where = inputs
+        if self._frozen.runs_python():  # hooks are to see the calls that the model makes by itself
+            images = normalise_pixels(pixels, self._mean, self._std, self.dtype)
+            classes, boxes = self.model(images)
+            return [*classes, *boxes, where]
         backbone = self.model.backbone
         if pixels.dtype == torch.uint8 and isinstance(backbone, EfficientNet):
             maps = backbone.forward_pixels(pixels, self._mean_of_bytes, self._std_of_bytes)

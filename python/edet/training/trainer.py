@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detection.anchors import model_anchors
+from ..fused.module import PackedModule
 from ..models.efficientdet import EfficientDet
 from .losses import Losses, detection_loss
 from .targets import assign_targets
@@ -82,6 +83,9 @@ class MovingAverage:
                 average.lerp_(new, 1 - decay)
             else:
                 average.copy_(new)
+        for part in self.model.modules():
+            if isinstance(part, PackedModule):
+                part.repack()
 
 
 class Trainer:
