@@ -51,7 +51,13 @@ def draw_input(path: Path, model: EfficientDet) -> Image:
     pixels = load_image(path)
     _, (h, w) = fit((pixels.shape[1], pixels.shape[2]), config.image_size)
     height, width = config.image_size
-    fill = torch.tensor(config.mean).mul(255).round().to(torch.uint8).view(3, 1, 1)
+    fill = (
+        torch.tensor(config.mean, dtype=torch.float32)
+        .mul(255)
+        .round()
+        .to(torch.uint8)
+        .view(3, 1, 1)
+    )
     canvas = fill.expand(3, height, width).clone()
     canvas[:, :h, :w] = resize(pixels, (h, w))
     picture = to_pil(canvas)

@@ -495,7 +495,8 @@ def run_bench(
     if images is None:
         config = get_config(model) if isinstance(model, str) else model.config
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, 3, *config.image_size, generator=generator)
+        shape = (batch_size, 3, *config.image_size)
+        images = torch.randn(shape, dtype=torch.float32, generator=generator)
     source = random_model(model, images) if isinstance(model, str) else copy.deepcopy(model)
     ours = prepare(source.eval(), device, dtype)
     images = images.to(device, dtype, memory_format=torch.channels_last)
