@@ -26,10 +26,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # as a program, only its own f
 
 import edet  # noqa: E402
 import edet_kernels  # noqa: E402
-from benchmarks import cpu  # noqa: E402
+from benchmarks.case import factor_of, log  # noqa: E402
+from benchmarks.cpu import machine, revision  # noqa: E402
+from benchmarks.cpu_rows import measure  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import Call, CheckFailed, relative_difference, set_batch_norms  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.bench.variants import set_batch_norms  # noqa: E402
+from edet_kernels.testing.numeric import (  # noqa: E402
+    CheckFailed,
+    check_errors,
+    relative_difference,
+)
+from edet_kernels.testing.timing import CPU_SIDES, TURN_SECONDS, Call, matrix_peak  # noqa: E402
 
 #: The baselines' columns.
 EFFDET, CHANNELS_LAST = "effdet", "effdet, channels_last"
@@ -123,10 +131,10 @@ def run(
         calls = {variant: stages[stage] for variant, stages in variants.items()}
         reference = exact[stage]()
         errors = {v: relative_difference(call(), reference) for v, call in calls.items()}
-        factor = cpu.NETWORK_FACTOR if stage in ("backbone", "network") else cpu.PART_FACTOR
-        cpu.gate(f"{name}, {stage}", errors, errors[EFFDET], images.dtype, factor)
-        cpu.log(f"{name}: {stage}")
-        times = cpu.measure(calls, **timing)
+        factor = factor_of(stage)
+        check_errors(f"{name}, {stage}", errors, errors[EFFDET], images.dtype, factor=factor)
+        log(f"{name}: {stage}")
+        times = measure(calls, **timing)
         for variant, error in errors.items():
             times[variant]["error"] = error
         best, ratios = report.compare(times)
@@ -166,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.output.parent.is_dir():
         parser.error(f"the folder of --output does not exist: {args.output.parent}")
     timing = {"rounds": args.rounds, "seconds": args.seconds, "limit": args.limit}
-    peak = cpu.measured_peak(torch.float32)
+    peak = 1e-9 * matrix_peak(torch.device("cpu"), torch.float32, CPU_SIDES)
     try:
         rows = [
             row
@@ -183,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "schema": report.SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "revision": cpu.revision(),
-        "machine": cpu.machine(),
+        "revision": revision(),
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             "edet_kernels": edet_kernels.__version__,
@@ -193,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": args.threads,
         "settings": {
             **timing,
-            "turn_seconds": cpu.TURN_SECONDS,
+            "turn_seconds": TURN_SECONDS,
             "peak": "largest torch.mm",
             "note": args.note,
         },

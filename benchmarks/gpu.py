@@ -16,29 +16,33 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
 
 import edet_kernels  # noqa: E402
-from benchmarks.cpu import gate  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import (  # noqa: E402
-    check_detections,
-    machine_name,
-    relative_difference,
-)
-from edet.models.bifpn import graph_of  # noqa: E402
+from edet.bench.measure import machine_name  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.fused.cells import graph_of  # noqa: E402
+from edet.models.bifpn import bifpn_nodes  # noqa: E402
 from edet.models.configs import ModelConfig, get_config  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
+from edet_kernels.testing import timing  # noqa: E402
+from edet_kernels.testing.model_samples import MODEL_SAMPLES as CASES  # noqa: E402
+from edet_kernels.testing.model_samples import Shapes  # noqa: E402
+from edet_kernels.testing.numeric import (  # noqa: E402
+    OP_FACTOR,
+    check_detections,
+    check_errors,
+    relative_difference,
+)
+from edet_kernels.testing.samples import Call, Graph, Maker, tensors  # noqa: E402
 
 SCHEMA = "edet-bench-gpu/1"
 MODELS = tuple(f"tf_efficientdet_d{i}" for i in (*range(8), "7x"))
@@ -65,231 +69,46 @@ DEVICE = "cuda"
 COLD_BYTES = 512 * 2**20
 
 
-@dataclass
-class Case:
-    """A call of an op at the shapes of a model, and the least it can cost."""
-
-    op: str
-    arguments: tuple[Any, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    bytes: int = 0
-    operations: int = 0
-    #: For the reference, where it would unpack weights that our op takes packed only.
-    unpacked: tuple[Any, ...] | None = None
-
-    def run(self, module: Any) -> list[Tensor]:
-        """The op's results, by ``edet_kernels`` or by ``edet_kernels.reference``."""
-        unpacked = self.unpacked if module is reference else None
-        arguments = self.arguments if unpacked is None else unpacked
-        return self.listed(getattr(module, self.op)(*arguments, **self.options))
-
-    @staticmethod
-    def listed(found: Any) -> list[Tensor]:
-        """An op's result as a list."""
-        return [found] if isinstance(found, Tensor) else list(found)
-
-    def to(self, dtype: torch.dtype) -> Case:
-        """The same call with every float tensor in ``dtype``."""
-
-        def cast(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return x.to(dtype) if x.is_floating_point() else x
-            return type(x)(cast(y) for y in x) if isinstance(x, (list, tuple)) else x
-
-        options = {name: cast(value) for name, value in self.options.items()}
-        if "dtype" in options:
-            options["dtype"] = dtype
-        return Case(self.op, cast(self.arguments), options, unpacked=cast(self.unpacked))
-
-
-@dataclass
-class Maker:
-    """Random arguments on a device."""
-
-    config: ModelConfig
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def size(self, level: int) -> tuple[int, int]:
-        """Rows and columns of the pyramid's map ``level`` steps above its finest."""
-        h, w = self.config.image_size
-        for _ in range(self.config.min_level + level):
-            h, w = -(-h // 2), -(-w // 2)
-        return h, w
-
-    def map(self, channels: int, size: tuple[int, int]) -> Tensor:
-        x = torch.randn(self.batch, channels, *size, device=self.device, dtype=self.dtype)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def weight(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=self.device) * scale).to(self.dtype).float()
-
-    def separable(self, c: int, c_out: int) -> tuple[Tensor, ...]:
-        return (
-            self.weight(c, 1, 3, 3, scale=1 / 3),
-            self.weight(c_out, c, 1, 1, scale=c**-0.5),
-            self.weight(c_out),
-            self.weight(c_out),
-        )
-
-
-def _cost(case: Case, results: Sequence[tuple[int, ...]], operations: int) -> Case:
-    """Sets the least bytes: every argument once and results, in the maps' type, once."""
-    tensors: list[Tensor] = []
-
-    def collect(x: Any) -> None:
-        if isinstance(x, Tensor):
-            tensors.append(x)
-        elif isinstance(x, (list, tuple)):
-            for y in x:
-                collect(y)
-
-    collect(case.arguments)
-    element = min(t.element_size() for t in tensors if t.is_floating_point())
-    case.bytes = sum(t.numel() * t.element_size() for t in tensors)
-    case.bytes += element * sum(torch.Size(shape).numel() for shape in results)
-    case.operations = operations
-    return case
-
-
-def _node(make: Maker, level: int, inputs: Sequence[int], fusion: str = "fast") -> Case:
-    c, (h, w) = make.config.width, make.size(level)
-    maps = [make.map(c, make.size(i)) for i in inputs]
-    edges = torch.ones(len(maps), device=make.device)
-    case = Case("fusion_node", (maps, edges, *make.separable(c, c)))
-    case.options = {"size": (h, w), "fusion": fusion}
-    return _cost(case, [(make.batch, c, h, w)], 2 * make.batch * h * w * c * (9 + c))
-
-
-def _layer(make: Maker) -> Case:
-    c, levels = make.config.width, make.config.levels
-    sizes = [make.size(level) for level in range(levels)]
-    maps = [make.map(c, size) for size in sizes]
-    pixels = make.batch * sum(h * w for h, w in sizes)
-    case = Case("separable_conv", (maps, *make.separable(c, c)))
-    return _cost(case, [(make.batch, c, *size) for size in sizes], 2 * pixels * c * (9 + c))
-
-
-def _bifpn(make: Maker) -> Case:
-    c, graph = make.config.width, graph_of(make.config)
-    count, levels = len(graph.nodes), make.config.levels
-    maps = [make.map(c, size) for size in graph.input_sizes]
-    edges = None
-    if make.config.fusion != "sum":
-        edges = torch.ones(count, max(map(len, graph.nodes)), device=make.device)
-    dw, pw, scales, shifts = zip(*(make.separable(c, c) for _ in range(count)), strict=True)
-    scale, shift = torch.stack(scales), torch.stack(shifts)
-    packed = [torch.stack([edet_kernels.pack_depthwise(w) for w in dw]),
-              torch.stack([edet_kernels.pack_pointwise(w) for w in pw])]  # fmt: skip
-    case = Case("bifpn", (maps, edges, *packed, scale, shift))
-    rows = [] if edges is None else [edges[i, : len(ids)] for i, ids in enumerate(graph.nodes)]
-    case.unpacked = (maps, rows or None, list(dw), list(pw), scale, shift)
-    case.options = {"nodes": graph.nodes, "sizes": graph.sizes,
-                    "outputs": list(range(count, levels + count)),
-                    "fusion": make.config.fusion}  # fmt: skip
-    pixels = make.batch * sum(h * w for h, w in graph.sizes)
-    shapes = [(make.batch, c, *size) for size in graph.input_sizes]
-    return _cost(case, shapes, 2 * pixels * c * (9 + c))
-
-
-def _head(make: Maker) -> Case:
-    c, levels = make.config.width, make.config.levels
-    sizes = [make.size(level) for level in range(levels)]
-    outs = [c] * make.config.head_repeats + [9 * 90]
-    layers = zip(*(make.separable(c, c_out) for c_out in outs), strict=True)
-    case = Case("head", ([make.map(c, size) for size in sizes], *map(list, layers)))
-    pixels = make.batch * sum(h * w for h, w in sizes)
-    shapes = [(make.batch, outs[-1], *size) for size in sizes]
-    return _cost(case, shapes, 2 * pixels * c * sum(9 + c_out for c_out in outs))
-
-
-def _lateral(make: Maker) -> Case:
-    c_in, c, size = 320, make.config.width, make.size(2)
-    count, pixels = 3, make.batch * size[0] * size[1]
-    weights = [make.separable(c_in, c)[1:] for _ in range(count)]
-    case = Case("lateral", (make.map(c_in, size), *(list(w) for w in zip(*weights, strict=True))))
-    return _cost(case, [(make.batch, c, *size)] * count, 2 * pixels * c_in * c * count)
-
-
-def _stem(make: Maker) -> Case:
-    h, w = make.config.image_size
-    image = torch.randint(256, (make.batch, 3, h, w), device=make.device, dtype=torch.uint8)
-    weights = (make.weight(32, 3, 3, 3, scale=0.2), make.weight(32), make.weight(32))
-    out = (make.batch, 32, -(-h // 2), -(-w // 2))
-    case = Case("stem", (image, *weights), {"dtype": make.dtype})
-    return _cost(case, [out], 2 * 27 * torch.Size(out).numel())
-
-
-def _mbconv(make: Maker) -> Case:
-    c, middle, size = 40, 240, make.size(0)
-    norm = (make.weight(middle), make.weight(middle))
-    squeeze = (make.weight(10, middle, 1, 1), make.weight(10))
-    excite = (make.weight(middle, 10, 1, 1), make.weight(middle))
-    arguments = (
-        make.map(c, size),
-        (make.weight(middle, c, 1, 1, scale=c**-0.5), *norm),
-        (make.weight(middle, 1, 5, 5, scale=0.2), *norm),
-        (*squeeze, *excite),
-        (make.weight(c, middle, 1, 1, scale=middle**-0.5), make.weight(c), make.weight(c)),
+def shapes_of(config: ModelConfig) -> Shapes:
+    """What decides the shapes of a model's ops."""
+    levels, sizes = config.levels, config.level_sizes
+    found = graph_of([bifpn_nodes(levels)] * config.cells, levels)
+    node_sizes = [sizes[node.level] for node in found.nodes]
+    graph = Graph(sizes, found.edges, node_sizes, found.outputs)
+    return Shapes(
+        config.name, config.image_size, config.width, config.head_repeats, config.fusion, graph
     )
-    pixels = make.batch * size[0] * size[1]
-    case = Case("mbconv", arguments, {"residual": True})
-    return _cost(case, [(make.batch, c, *size)], 2 * pixels * middle * (2 * c + 25))
-
-
-def _detect(make: Maker) -> Case:
-    sizes = [make.size(level) for level in range(make.config.levels)]
-    anchors = torch.rand(9 * sum(h * w for h, w in sizes), 4, device=make.device) * 64
-    anchors[:, 2:] += anchors[:, :2] + 16
-    classes = [make.map(9 * 90, size) for size in sizes]
-    boxes = [0.1 * make.map(9 * 4, size) for size in sizes]
-    return _cost(Case("detect", (classes, boxes, anchors)), [], 0)
-
-
-#: What is timed: rows of the table.
-CASES: dict[str, Callable[[Maker], Case]] = {
-    "fusion_node, P3 of 2": lambda make: _node(make, 0, (0, 1)),
-    "fusion_node, P4 of 3": lambda make: _node(make, 1, (1, 1, 0)),
-    "fusion_node, softmax": lambda make: _node(make, 0, (0, 1), "softmax"),
-    "bifpn": _bifpn,
-    "head": _head,
-    "separable_conv": _layer,
-    "lateral": _lateral,
-    "stem": _stem,
-    "mbconv": _mbconv,
-    "detect": _detect,
-}
 
 
 class Judge:
-    """The right result of a case, and how far from it a variant may be.
+    """The right result of a call, and how far from it a variant may be.
 
     Args:
-        what: the case, for messages.
-        case: its arguments.
+        what: the call, for messages.
+        call: its op and arguments.
         dtype: of the maps.
     """
 
-    def __init__(self, what: str, case: Case, dtype: torch.dtype) -> None:
-        self.what, self.op, self.dtype = what, case.op, dtype
-        if case.op == "detect":
-            self.expected, self.eager = case.run(reference), 0.0
+    def __init__(self, what: str, call: Call, dtype: torch.dtype) -> None:
+        self.what, self.op, self.dtype = what, call.op, dtype
+        if call.op == "detect":
+            self.expected, self.eager = tensors(call.run(reference.detect)), 0.0
             return
-        self.expected = case.to(torch.float64).run(reference)
-        self.eager = relative_difference(case.to(dtype).run(reference), self.expected)
+        self.expected = tensors(call.reference(torch.float64))
+        self.eager = relative_difference(tensors(call.reference(dtype)), self.expected)
 
-    def check(self, name: str, found: Sequence[Tensor]) -> float:
+    def check(self, name: str, result: Any) -> float:
         """The error of the variant ``name`` as a fraction of the largest value.
 
         Raises:
             CheckFailed: it is wrong.
         """
+        found = tensors(result)
         if self.op == "detect":
             check_detections(f"{self.what}, {name}", found, self.expected)
             return 0.0
         error = relative_difference(found, self.expected)
-        gate(self.what, {name: error}, self.eager, self.dtype)
+        check_errors(self.what, {name: error}, self.eager, self.dtype, factor=OP_FACTOR)
         return error
 
 
@@ -321,61 +140,53 @@ def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def variant(name: str, op: str) -> Callable[[Case], list[Tensor]]:
-    """What one of :data:`VARIANTS` does with a case of ``op``; compiled once for all its cases."""
+def variant(name: str, op: str) -> Callable[[Call], Any]:
+    """What one of :data:`VARIANTS` does with a call of ``op``; compiled once for all its calls."""
     if name.startswith(OURS):
-        return lambda case: case.run(edet_kernels)
+        return lambda call: call()
     if name.startswith("Triton"):
 
-        def by_triton(case: Case) -> list[Tensor]:
+        def by_triton(call: Call) -> Any:
             with edet_kernels.backend("triton"):
-                return case.run(edet_kernels)
+                return call()
 
         return by_triton
-    if not name.startswith("compile"):
-        return lambda case: case.run(reference)
-    mode = "max-autotune" if name.endswith("max-autotune") else None
-    function = torch.compile(getattr(reference, op), mode=mode, fullgraph=True, dynamic=False)
-
-    def compiled(case: Case) -> list[Tensor]:
-        arguments = case.arguments if case.unpacked is None else case.unpacked
-        return Case.listed(function(*arguments, **case.options))
-
-    return compiled
+    function = getattr(reference, op)
+    if name.startswith("compile"):
+        mode = "max-autotune" if name.endswith("max-autotune") else None
+        function = torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
+    return lambda call: call.run(function)
 
 
 def measure(calls: Sequence[Callable[[], Any]], seconds: float) -> dict[str, Any]:
     """Times ``calls`` in turn by device events; several when the cache is to be cold."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    samples: list[float] = []
-    while len(samples) < 20 or (sum(samples) < 1e3 * seconds and len(samples) < 1000):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def turn() -> None:
         for call in calls:
             call()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / len(calls))
-    return report.summary(samples)
+
+    turn()
+    torch.cuda.synchronize()
+    rounds = min(1000, max(20, math.ceil(1e3 * seconds / timing.event_clock(turn))))
+    times = timing.measure({OURS: turn}, timing.event_clock, rounds=rounds)[OURS]
+    return report.summary([ms / len(calls) for ms in times])
 
 
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
     """Measured bytes per second of a large copy and operations per second of a large product."""
-    x = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    copy = measure([lambda: y.copy_(x)], 0.3)["median_ms"]
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    product = measure([lambda: a @ b], 0.3)["median_ms"]
     return {
-        "bytes_per_second": 2e3 * x.numel() / copy,
-        "operations_per_second": 2e3 * 8192**3 / product,
+        "bytes_per_second": timing.copy_bandwidth(torch.device(DEVICE)),
+        "operations_per_second": timing.matrix_peak(torch.device(DEVICE), dtype),
     }
 
 
 def rows(
-    title: str, make: Maker, names: Sequence[str], caches: Sequence[str], seconds: float
+    title: str,
+    shapes: Shapes,
+    make: Maker,
+    names: Sequence[str],
+    caches: Sequence[str],
+    seconds: float,
 ) -> list[dict[str, Any]]:
     """The op at one model's shapes, every variant that runs and is right: a row for each cache.
 
@@ -385,10 +196,10 @@ def rows(
     """
     if any(name.startswith("compile") for name in names):
         torch.compiler.reset()  # or the compiler would make one program for the shapes of all rows
-    case = CASES[title](make)
+    case = CASES[title](make, shapes)
     judge = Judge(title, case, make.dtype)
     copies = max(2, min(64, COLD_BYTES // max(case.bytes, 1))) if "cold" in caches else 1
-    cases = [case] + [CASES[title](make) for _ in range(copies - 1)]
+    cases = [case] + [CASES[title](make, shapes) for _ in range(copies - 1)]
     cast = [c if c.op == "detect" else c.to(make.dtype) for c in cases]  # weights too, for PyTorch
     times: dict[str, dict[str, Any]] = {cache: {} for cache in caches}
     errors: dict[str, float] = {}
@@ -413,7 +224,7 @@ def rows(
     return [
         {
             "case": title,
-            "model": make.config.name,
+            "model": shapes.name,
             "batch": make.batch,
             "dtype": str(make.dtype).removeprefix("torch."),
             "cache": cache,
@@ -505,8 +316,8 @@ def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """
     end = time.monotonic() + args.limit
     cases = [
-        (title, Maker(get_config(model), batch, DTYPES[dtype], torch.device(DEVICE)))
-        for model in args.models
+        (title, shapes, Maker(DTYPES[dtype], batch, torch.device(DEVICE)))
+        for shapes in (shapes_of(get_config(model)) for model in args.models)
         for batch in args.batches
         for dtype in args.dtypes
         for title in args.cases
@@ -514,14 +325,14 @@ def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for compiled in (False, True):
         names = [name for name in args.variants if name.startswith("compile") == compiled]
-        for i, (title, make) in enumerate(cases if names else []):
-            what = f"{title}, {make.config.name}, batch {make.batch}, {make.dtype}"
+        for i, (title, shapes, make) in enumerate(cases if names else []):
+            what = f"{title}, {shapes.name}, batch {make.batch}, {make.dtype}"
             if time.monotonic() > end:
                 rest = len(cases) - i
                 result["left_out"].append(f"{', '.join(names)}: {rest} of {len(cases)} cases")
                 break
             try:
-                for row in rows(title, make, names, args.caches, args.seconds):
+                for row in rows(title, shapes, make, names, args.caches, args.seconds):
                     known = found.setdefault((what, row["cache"]), row)
                     for key in ("times", "errors", "unavailable"):
                         known[key].update(row[key])

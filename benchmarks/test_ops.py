@@ -8,6 +8,7 @@ unbounded weights. A result that differs from the reference is an error, not a t
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import edet_kernels
-from benchmarks.gpu import CASES, Case, Maker
-from edet.bench.stages import check, check_detections, relative_difference
-from edet.layers import bifpn_nodes
+from benchmarks.gpu import shapes_of
 from edet.models.configs import get_config
 from edet_kernels import reference
+from edet_kernels.testing import model_samples
+from edet_kernels.testing.model_samples import MODEL_SAMPLES, Shapes
+from edet_kernels.testing.numeric import check_detections, check_network, relative_difference
+from edet_kernels.testing.samples import Call, Maker, tensors
 
 VARIANTS = ("eager", "compiled", "fused")
 FUSIONS = ("softmax", "fast", "unbounded")
@@ -29,76 +32,59 @@ FUSIONS = ("softmax", "fast", "unbounded")
 MODELS = ("d0", "d3")
 
 
-def make_case(op: str, make: Maker, fusion: str) -> Case:
-    """A call of ``op``: a node of three maps, a cell, a head layer, the class head, or others."""
-    c, levels = make.config.width, range(make.config.levels)
-    sizes = [make.size(level) for level in levels]
-    pyramid = [make.map(c, size) for size in sizes]
+def make_call(op: str, make: Maker, shapes: Shapes, fusion: str) -> Call:
+    """A call of ``op``: a node of three maps, a cell, the class head, or others."""
+    c, sizes = shapes.width, shapes.sizes
     if op in ("weighted_fusion", "fusion_node"):
-        maps = [pyramid[1], pyramid[2], pyramid[0]]  # as it is, enlarged, max-pooled
-        convs = make.separable(c, c) if op == "fusion_node" else ()
-        return Case(
-            op, (maps, 1 + make.weight(3, scale=0.3), *convs), {"size": sizes[1], "fusion": fusion}
-        )
+        # as it is, enlarged, max-pooled
+        maps = make.maps(c, [sizes[1], sizes[2], sizes[0]])
+        weights = (1 + make.weight(3, scale=0.3), *make.separable(c, c))
+        options = {"size": sizes[1], "fusion": fusion}
+        return Call(op, maps, weights if op == "fusion_node" else weights[:1], options)
     if op == "bifpn":
-        nodes = bifpn_nodes(len(sizes))
-        dw, pw, scale, shift = map(list, zip(*(make.separable(c, c) for _ in nodes), strict=True))
-        dw, pw = [*map(edet_kernels.pack_depthwise, dw)], [*map(edet_kernels.pack_pointwise, pw)]
-        options = {
-            "nodes": [node.edges for node in nodes],
-            "sizes": [sizes[node.level] for node in nodes],
-            "outputs": list(range(len(nodes), len(nodes) + len(sizes))),
-            "fusion": fusion,
-        }
-        weights = 1 + make.weight(len(nodes), 3, scale=0.3)
-        stacked = map(torch.stack, (dw, pw, scale, shift))
-        return Case(op, (pyramid, weights, *stacked), options)
-    if op == "head":
-        layers = [make.separable(c, n) for n in (*[c] * make.config.head_repeats, 9 * 90)]
-        dw, pw, scale, shift = map(list, zip(*layers, strict=True))
-        for per_level in (scale, shift):
-            per_level[:-1] = [x.expand(len(sizes), c).contiguous() for x in per_level[:-1]]
-        return Case(op, (pyramid, dw, pw, scale, shift))
+        call = model_samples.bifpn(make, shapes)
+        edges = 1 + make.weight(*call.weights[0].shape, scale=0.3)
+        options = {**call.options, "fusion": fusion}
+        return replace(call, weights=(edges, *call.weights[1:]), options=options, unpacked=None)
     if op == "nms":
         corners, sides = 512 * torch.rand(make.batch, 1000, 2), 64 * torch.rand(make.batch, 1000, 2)
         boxes = torch.cat([corners, corners + sides], dim=-1)
         labels = torch.randint(90, (make.batch, 1000))
-        return Case(op, (boxes, torch.rand(make.batch, 1000), labels))
-    return CASES[op](make)
+        return Call(op, boxes, (torch.rand(make.batch, 1000), labels))
+    return MODEL_SAMPLES[op](make, shapes)
 
 
-def check_case(name: str, case: Case, found: Any) -> None:
-    """Checks a result against the reference by the error rule.
+def check_call(name: str, call: Call, found: Any) -> None:
+    """Checks a result against the reference by the error rule of networks: a head is five layers.
 
     Raises:
         CheckFailed: it is wrong.
     """
-    results = [found] if isinstance(found, torch.Tensor) else list(found)
-    own = case.run(reference)
-    if case.op == "detect":
+    results, own = tensors(found), tensors(call.run(getattr(reference, call.op)))
+    if call.op == "detect":
         check_detections(name, results, own)
-    elif case.op == "nms":
+    elif call.op == "nms":
         assert all(torch.equal(x, y) for x, y in zip(results, own, strict=True))
     else:
-        exact = case.to(torch.float64).run(reference)
+        exact = tensors(call.reference(torch.float64))
         mine, theirs = (relative_difference(x, exact) for x in (results, own))
-        check(name, mine, theirs, torch.float32)
+        check_network(name, mine, theirs, torch.float32)
 
 
 def run(benchmark: Any, op: str, model: str, variant: str, fusion: str = "fast") -> None:
     """Checks a variant of an op, then times it."""
     torch.manual_seed(0)
-    config = get_config(f"tf_efficientdet_{model}")
-    case = make_case(op, Maker(config, 1, torch.float32, torch.device("cpu")), fusion)
+    shapes = shapes_of(replace(get_config(f"tf_efficientdet_{model}"), cells=1))
+    call = make_call(op, Maker(torch.float32, 1), shapes, fusion)
     eager = getattr(reference, op)
-    call = getattr(edet_kernels, op) if variant == "fused" else eager
+    function = getattr(edet_kernels, op) if variant == "fused" else eager
     if variant == "compiled":
         torch._dynamo.reset()
-        call = torch.compile(eager, dynamic=False)
-    benchmark.group = " ".join([op, model, case.options.get("fusion", "")])
+        function = torch.compile(eager, dynamic=False)
+    benchmark.group = " ".join([op, model, call.options.get("fusion", "")])
     with torch.inference_mode():
-        check_case(f"{op}, {variant}", case, call(*case.arguments, **case.options))
-        benchmark(call, *case.arguments, **case.options)
+        check_call(f"{op}, {variant}", call, call.run(function))
+        benchmark(function, call.maps, *call.weights, **call.options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,9 +1,7 @@
 """Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler and no GPU."""
 
-from . import autocast as _autocast
-from . import autograd as _autograd
-from . import fake as _fake
 from . import library as _library
+from . import operators as _operators
 from .backend import BackendError, Choice, backend, current_backend, explain
 from .ops import (
     bifpn,
@@ -31,9 +29,7 @@ __version__ = "0.1.0"
 
 _library.load()  # whose operators are there from now on
 for _namespace in ("edet_kernels", "edet_kernels_tf32"):
-    _fake.register(_namespace)
-    _autocast.register(_namespace)
-    _autograd.register(_namespace)
+    _operators.register(_namespace)
 
 __all__ = [
     "BackendError",

@@ -2,7 +2,8 @@
 
 As for PyTorch's convolutions, float32 and half maps are cast to autocast's dtype, which is that of
 the results. Weights and folded batch norms stay in float32: a kernel rounds what it multiplies. In
-`nms` and `detect` nothing is cast: they compute in float32 in any case.
+`nms` and `detect` nothing is cast: they compute in float32 in any case. Maps come first among an
+operator's arguments.
 """
 
 from __future__ import annotations
@@ -14,20 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KEYS = ("AutocastCPU", "AutocastCUDA")
+from .names import MAP_OPS
 
-#: The ops whose maps are cast. They come first among the arguments.
-OPS = (
-    "weighted_fusion",
-    "fusion_node",
-    "bifpn",
-    "separable_conv",
-    "head",
-    "lateral",
-    "mbconv",
-    "stem",
-    "training_node",
-)
+_KEYS = ("AutocastCPU", "AutocastCUDA")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -62,7 +52,7 @@ _libraries: list[torch.library.Library] = []
 
 def register(namespace: str = "edet_kernels") -> None:
     """Registers the rules for the operators that ``torch.ops`` has under ``namespace``."""
-    found = [op for op in OPS if torch._C._dispatch_has_kernel(f"{namespace}::{op}")]
+    found = [op for op in MAP_OPS if torch._C._dispatch_has_kernel(f"{namespace}::{op}")]
     if not found:
         return
     library = torch.library.Library(namespace, "FRAGMENT")

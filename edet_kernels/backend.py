@@ -15,33 +15,13 @@ import torch
 from torch import Tensor
 
 from . import library
+from .names import OPS, TF32_OPS, TRITON_OPS
 
 #: Names accepted by :func:`backend` and by the environment variable ``EDET_BACKEND``.
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 #: Map dtypes the compiled kernels take; the reference takes any float dtype.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-#: Every op of the functional API.
-OPS = (
-    "stem",
-    "mbconv",
-    "lateral",
-    "weighted_fusion",
-    "fusion_node",
-    "bifpn",
-    "separable_conv",
-    "head",
-    "training_node",
-    "nms",
-    "detect",
-)
-
-#: Those that have Triton kernels.
-TRITON_OPS = tuple(op for op in OPS if op not in ("stem", "mbconv", "nms", "detect"))
-
-#: Those that multiply: on CUDA, floats as TF32 where torch may.
-TF32_OPS = ("mbconv", "lateral", "fusion_node", "bifpn", "separable_conv", "head")
 
 #: The compute capability that Triton's compiler asks for.
 _TRITON_CAPABILITY = (8, 0)
@@ -130,9 +110,7 @@ def _triton_refusal(op: str, device_type: str) -> str:
     if problem:
         return problem
     if device_type == "cpu":
-        from .triton import INTERPRETED
-
-        if INTERPRETED:
+        if has_kernel(op, "cpu", "edet_kernels_triton"):  # registered where it is interpreted
             return ""
         return (
             "the tensors are on cpu, where only Triton's interpreter runs: set TRITON_INTERPRET=1 "

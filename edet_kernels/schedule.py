@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import library
-from .ops import POOLS, Size
+from .names import POOLS, Size
 
 #: Columns of pixels of a tile (csrc/core/tile_schedule.h).
 TILE_COLUMNS = 8

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import edet
+from edet_kernels.testing.numeric import check_network, relative_difference
 
 #: Folders of tests that run whole models: the rooms of ``edet``.
 ROOMS = {"bench", "cli", "detection", "dropin", "fused", "models", "training"}
@@ -108,11 +109,7 @@ def layers() -> Callable[..., list[Tensor]]:
 def assert_agrees(
     fused: Callable[..., list[Tensor]], layers: Callable[..., list[Tensor]]
 ) -> Callable[..., None]:
-    """Checks the fused ops in float32 against the layers in float64, by the golden fixtures' rule.
-
-    A stack of layers amplifies rounding, so the largest error, as a fraction of an output's absmax,
-    may be three times that of the layers in float32, or 2e-5.
-    """
+    """Checks the fused ops in float32 against the layers in float64, by the rule of networks."""
 
     def check(module: nn.Module, *args: Any) -> None:
         double = copy.deepcopy(module).double()
@@ -120,11 +117,7 @@ def assert_agrees(
         truths = layers(double, *wide)
         found, eager = fused(module, *args), layers(module, *args)
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in eager]
-
-        def error(outputs: list[Tensor]) -> float:
-            pairs = zip(outputs, truths, strict=True)
-            return max(float((x - truth).abs().max() / truth.abs().max()) for x, truth in pairs)
-
-        assert error(found) <= max(3 * error(eager), 2e-5)
+        mine, theirs = (relative_difference(x, truths) for x in (found, eager))
+        check_network(type(module).__name__, mine, theirs, torch.float32)
 
     return check

@@ -67,6 +67,11 @@ EDET_DEVICE Box load_box(const Candidates& c, int64_t i) {
   return box;
 }
 
+// Whether one of two overlapping boxes may suppress the other.
+EDET_DEVICE bool compete(const Box& a, const Box& b, const NmsSettings& settings) {
+  return settings.class_agnostic || a.label == b.label;
+}
+
 EDET_DEVICE float iou(const Box& a, const Box& b) {
   const auto overlap = [&](int axis) {
     const float low = a.at.value[axis] > b.at.value[axis] ? a.at.value[axis] : b.at.value[axis];
@@ -134,18 +139,18 @@ suppress_hard(EDET_PARAMS(SuppressParams) p) {
     }
     for (int64_t k = 0; k < count && alive; k++) {
       const Box other = load_box(p.c, first + load_shared_by_blocks(kept + k));
-      alive = !(other.label == mine.label && iou(other, mine) > p.settings.iou_threshold);
+      alive = !(compete(other, mine, p.settings) && iou(other, mine) > p.settings.iou_threshold);
     }
     while (count < p.settings.most) {
       const uint32_t vote = ballot(alive);
       if (t % kWarp == 0) store(votes + t / kWarp, vote);
-      block_barrier();
+      sync_threads();
       int best = -1;
       for (int w = kWarps - 1; w >= 0; w--) {
         const uint32_t others = get(votes + w);
         if (others) best = w * kWarp + first_set(others);
       }
-      block_barrier();
+      sync_threads();
       if (best < 0) break;
       if (t == best) {
         alive = false;
@@ -155,11 +160,11 @@ suppress_hard(EDET_PARAMS(SuppressParams) p) {
       count++;
       if (alive) {
         const Box other = load_box(p.c, first + base + best);
-        alive = !(other.label == mine.label && iou(other, mine) > p.settings.iou_threshold);
+        alive = !(compete(other, mine, p.settings) && iou(other, mine) > p.settings.iou_threshold);
       }
     }
     global_fence();
-    block_barrier();  // what was kept is seen by all
+    sync_threads();  // what was kept is seen by all
   }
   finish(p, image, count);
 }
@@ -188,7 +193,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
       }
       if (taken >= 0) {
         const Box mine = load_box(p.c, first + i);
-        if (mine.label == last.label) {
+        if (compete(mine, last, p.settings)) {
           const float overlap = iou(last, mine);
           score *= exp(-(overlap * overlap) / p.settings.sigma);
           const bool alive = score > p.settings.score_threshold;
@@ -210,7 +215,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
       store(best_scores + t / kWarp, best);
       store(best_places + t / kWarp, place);
     }
-    block_barrier();
+    sync_threads();
     best = get(best_scores);
     place = get(best_places);
     for (int w = 1; w < kWarps; w++) {
@@ -218,7 +223,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
       const int where = get(best_places + w);
       if (!better(best, place, other, where)) best = other, place = where;
     }
-    block_barrier();
+    sync_threads();
     if (place < 0) break;
     taken = place;
     last = load_box(p.c, first + taken);
@@ -231,7 +236,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
 }  // namespace
 
 namespace {
-int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+int64_t padded(int64_t bytes) { return round_up(bytes, 256); }
 }  // namespace
 
 int64_t candidates_bytes(int64_t n, int64_t most, int64_t kept) {
@@ -275,7 +280,7 @@ Error nms(int64_t batch, const NmsParams& p, void* memory, Stream stream) {
   if (batch > 65535 || p.n > INT32_MAX) return kInvalidValue;
   const CollectParams params{p, place_candidates(memory, batch, p.n, p.settings.most)};
   Error error = clear(params.c.count, sizeof(int) * static_cast<size_t>(batch), stream);
-  const unsigned blocks = static_cast<unsigned>((p.n + kThreads - 1) / kThreads);
+  const unsigned blocks = static_cast<unsigned>(divide_up(p.n, kThreads));
   const Dim3 grid(blocks, static_cast<unsigned>(batch));
   if (error == kSuccess && p.n) error = launch(collect, grid, Dim3(kThreads), 0, stream, params);
   if (error == kSuccess && p.n) {

@@ -84,8 +84,8 @@ int multiprocessors();
 int architecture();
 int most_shared_bytes();
 cudaError_t clear(void* data, size_t bytes);
-// `overtakes`: it may begin while the launches before it run, which kernels must await.
-cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
+// `pdl`: it may begin while the launches before it run, which kernels must await.
+cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                 void (*body)(const void* kernel, const void* params), const void* kernel,
                 const void* params);
 

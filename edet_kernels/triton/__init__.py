@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import autocast, autograd, fake
+from .. import operators
 from .bifpn import bifpn
 from .device import INTERPRETED
 from .fusion_node import fusion_node, fusion_node_backward
@@ -31,7 +31,6 @@ def _register(function: Callable[..., Any]) -> None:
     torch.library.define(op, torch.library.infer_schema(function, mutates_args=()))
     for device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
         torch.library.impl(op, device, function)
-    torch.library.register_fake(op, fake.FAKES[function.__name__])
 
 
 for _function in (
@@ -50,8 +49,7 @@ for _function in (
 ):
     _register(_function)
 
-autocast.register("edet_kernels_triton")
-autograd.register("edet_kernels_triton")
+operators.register("edet_kernels_triton")
 
 __all__ = [
     "INTERPRETED",

@@ -12,7 +12,7 @@ import triton.language as tl
 _FAST_EPSILON = tl.constexpr(1e-4)  # paper section 3.3
 _PANEL = tl.constexpr(16)  # output channels in a panel of a packed pointwise weight
 
-# Numbers of the op schemas (edet_kernels/ops.py).
+# Numbers of the op schemas (edet_kernels/names.py).
 _FAST, _SOFTMAX, _SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 _SWISH, _RELU, _RELU6, _HARD_SWISH = (tl.constexpr(i) for i in range(1, 5))
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import POOLS
+from ..names import POOLS
 from . import configs
 from .device import (
     activate,

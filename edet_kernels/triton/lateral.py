@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import ACTIVATIONS, FUSIONS
+from ..names import ACTIVATIONS, FUSIONS
 from . import configs
 from .device import affine, dot, find_level, load_pointwise, select, tile_offsets
 from .host import cdiv, channels_last, empty_map, first_tiles, launch, pixel_count, tile_width

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import ACTIVATIONS, FUSIONS
+from ..names import ACTIVATIONS, FUSIONS
 from . import configs
 from .device import find_level, load_channels, select, tile_offsets
 from .host import cdiv, channels_last, empty_map, first_tiles, launch, pixel_count, tile_width

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import pack_depthwise, pack_pointwise
-from ..ops import ACTIVATIONS, FUSIONS, POOLS
+from ..names import ACTIVATIONS, FUSIONS, POOLS
+from ..packing import pack_depthwise, pack_pointwise
 from . import configs
 from .fusion_node import fusion_node
 from .lateral import lateral, lateral_backward

@@ -12,8 +12,8 @@ from . import (
     training,
     video,
 )
+from .detection.images import ImageError
 from .detection.predictor import Prediction, Predictor
-from .detection.preprocess import ImageError
 from .detection.results import Detections
 from .dropin import accelerate, restore
 from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint

@@ -1,15 +1,11 @@
-"""Makes the folder of the benchmarks importable, which is not part of the distribution."""
+"""Tests of the benchmarks leave the number of threads as it was."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,11 @@
 """Detections equal to effdet's, where its scores are far enough apart to say which comes first."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from edet.detection.anchors import model_anchors
 from edet.detection.postprocess import postprocess
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden_utils import DETECTION_NAMES, golden
 
 #: Scores closer than this may come in either order, boxes this close (as a fraction of their own

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image as pil
 
+from edet.detection.images import ImageError, load_image
 from edet.detection.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ImageError,
     fit,
-    load_image,
     preprocess,
 )
 

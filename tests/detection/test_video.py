@@ -1,5 +1,6 @@
 """Video files: frames as they were written, clear errors, and 'edet predict' on them."""
 
+import contextlib
 import json
 import sys
 from fractions import Fraction
@@ -20,7 +21,7 @@ MODEL = "tf_efficientdet_lite0"
 def frames(count, height=48, width=64):
     """Grey frames, each brighter than the one before, with a dark left half."""
     for i in range(count):
-        pixels = np.full((height, width, 3), 60 + 20 * i, np.uint8)
+        pixels = np.full((height, width, 3), (60 + 20 * i) % 256, np.uint8)
         pixels[:, : width // 2] = 10
         yield pixels
 
@@ -71,24 +72,151 @@ def test_rotated_frames_are_upright(tmp_path, monkeypatch):
 
     class Rotated:
         rotation = -90  # turn it clockwise to see it upright
+        pts, time_base = 3, Fraction(1, 10)
 
         def to_ndarray(self, format):
             return next(frames(1))
 
-    class Container:
-        def decode(self, video):
-            yield Rotated()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    reader._container = Container()
+    monkeypatch.setattr(video, "_decoded", lambda *_: [Rotated()])
     [pixels] = reader
     assert pixels.shape == (64, 48, 3)
     assert (pixels[:30] == 10).all() and (pixels[34:] == 60).all()  # left became top
+    assert pixels.time == Fraction(3, 10)
+
+
+def noise_video(path, milliseconds, **options):
+    """A video of noise, which compresses badly, with a frame at each of these times."""
+    if "libx264" not in av.codec.codecs_available:
+        pytest.skip("needs the encoder libx264, whose damage the decoder notices")
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "5", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(milliseconds):
+            pixels = np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def times(path):
+    with av.open(str(path)) as container:
+        return [round(float(frame.time), 3) for frame in container.decode(video=0)]
+
+
+VARYING = [0, 100, 150, 1000, 1010, 3000, 3001, 9000]
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+@pytest.mark.parametrize("start", [0, 500])
+def test_times_of_a_variable_rate_are_kept(tmp_path, suffix, start):
+    path = noise_video(tmp_path / f"in{suffix}", [start + t for t in VARYING])
+    wanted = [(start + t) / 1000 for t in VARYING]
+    assert times(path) == wanted
+    assert [round(float(frame.time), 3) for frame in video.VideoReader(path)] == wanted
+    result = predict(path, "--json", "found.json", "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert times(tmp_path / "out" / "in.mp4") == wanted
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert [round(entry["time"], 3) for entry in entries] == wanted
+    assert [entry["frame"] for entry in entries] == list(range(len(wanted)))
+
+
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(24000, 1001), 25, 1000])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_constant_rate_stays_exact(tmp_path, rate, suffix):
+    """Though Matroska rounds the times of frames to milliseconds."""
+    with video.VideoWriter(tmp_path / f"in{suffix}", Fraction(rate)) as writer:
+        for pixels in frames(9):
+            writer.write(Image.fromarray(pixels))
+    reader = video.VideoReader(tmp_path / f"in{suffix}")
+    assert reader.rate == rate
+    with video.VideoWriter(tmp_path / "out.mp4", reader.rate, reader.time_base) as writer:
+        for pixels in reader:
+            writer.write(Image.fromarray(pixels), pixels.time)
+    found = [frame.time for frame in video.VideoReader(tmp_path / "out.mp4")]
+    assert found == [pytest.approx(i / rate, abs=1e-6) for i in range(9)]
+    assert video.VideoReader(tmp_path / "out.mp4").rate == rate
+
+
+def test_times_that_do_not_grow_are_moved_on(tmp_path):
+    with video.VideoWriter(tmp_path / "x.mp4", Fraction(10), Fraction(1, 1000)) as writer:
+        for pixels, time in zip(frames(5), (0, 0.5, 0.5, 0.2, None), strict=True):
+            writer.write(Image.fromarray(pixels), time)
+    assert times(tmp_path / "x.mp4") == [0, 0.5, 0.501, 0.502, 0.503]
+
+
+def test_the_frames_can_be_read_again(tmp_path):
+    reader = video.VideoReader(write(tmp_path / "clip.mp4", 4))
+    first, second = list(reader), list(reader)
+    assert len(first) == 4
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one, other) and one.time == other.time
+    begun = iter(reader)
+    next(begun)
+    assert len(list(reader)) == 4  # beside another
+    assert len(list(begun)) == 3
+
+
+def damaged(path, packet):
+    """The video with the beginning of one packet overwritten."""
+    with av.open(str(path)) as container:
+        position = [p.pos for p in container.demux(video=0) if p.size][packet]
+    data = bytearray(path.read_bytes())
+    data[position : position + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    return path
+
+
+def decodable(path):
+    count = 0
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            with contextlib.suppress(av.error.FFmpegError):
+                count += len(packet.decode())
+    return count
+
+
+@pytest.mark.parametrize("packet", [0, 7, 29])
+def test_reading_goes_on_behind_a_damaged_packet(tmp_path, packet):
+    path = damaged(noise_video(tmp_path / "clip.mp4", range(0, 3000, 100)), packet)
+    read = []
+    with pytest.raises(video.VideoError, match=r"clip\.mp4 is damaged in .*: 29 frames"):
+        read.extend(video.VideoReader(path))
+    assert len(read) == decodable(path) == 29
+    assert [round(float(f.time), 3) for f in read] == [i / 10 for i in range(30) if i != packet]
+    result = predict(path, "--json", "found.json", "-o", "out")
+    assert result.exit_code == 1
+    assert "Skipped: " in result.stderr and "is damaged in" in result.stderr
+    assert result.stdout.endswith("clip.mp4: 29 frames, nothing\n")
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 29
+    assert len(times(tmp_path / "out" / "clip.mp4")) == 29
+
+
+def test_many_damaged_packets_and_a_torn_end(tmp_path):
+    path = noise_video(tmp_path / "clip.mp4", range(0, 3000, 100), movflags="faststart")
+    for packet in (3, 4, 11, 12, 20):
+        damaged(path, packet)
+    path.write_bytes(path.read_bytes()[:-3000])
+    read = []
+    with pytest.raises(video.VideoError, match="is damaged in 6 places"):
+        read.extend(video.VideoReader(path))
+    assert len(read) == decodable(path) == 24 - 1
+
+
+def test_data_that_the_decoder_made_up_is_told(tmp_path):
+    path = tmp_path / "clip.avi"
+    with video.VideoWriter(path, Fraction(10)) as writer:
+        for i in range(30):
+            noise = np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8)
+            writer.write(Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3 + 7])
+    read = []
+    with pytest.raises(video.VideoError, match=r"damaged in .*Corrupt data"):
+        read.extend(video.VideoReader(path))
+    assert len(read) == decodable(path) > 15
 
 
 def test_what_cannot_be_read(tmp_path):

@@ -13,20 +13,23 @@ from torch.nn.utils import prune
 
 import edet
 from edet import dropin
-from edet.bench.stages import check, relative_difference
+from edet.dropin import effdet
+from edet.dropin.trial import tensors
+from edet.fused import packed
 from edet.fused.describe import (
     Edge,
     FusionNodes,
     HeadLayers,
     Mismatch,
     NodeLayers,
-    zero_padded_max_pool,
 )
+from edet.fused.packed import zero_padded_max_pool
+from edet_kernels.testing.numeric import check_network, relative_difference
 from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
 def flat(outputs):
-    return dropin._tensors(outputs)
+    return tensors(outputs)
 
 
 @torch.no_grad()
@@ -59,7 +62,7 @@ def test_effdet_gives_the_same(options):
     assert report.replaced == ["fpn", "class_net", "box_net"]
     with torch.no_grad():
         mine, own = errors(model, torch.randn(2, 3, *size))
-    check("model", mine, own, torch.float32)
+    check_network("model", mine, own, torch.float32)
     assert 0 < report.largest_difference < 1e-5
 
 
@@ -73,7 +76,7 @@ def test_timm_backbone_gives_the_same(options):
     report = edet.accelerate(model, rounds=0)
     assert report.replaced == ["backbone", "fpn", "class_net", "box_net"]
     mine, own = errors(model, torch.randn(2, 3, 96, 96))
-    check("model", mine, own, torch.float32)
+    check_network("model", mine, own, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_zylo_gives_the_same(attention, p8):
     report = edet.accelerate(model, torch.randn(1, 3, 256, 256), rounds=0)
     assert report.replaced == ["bifpn.0", "bifpn.1", "regressor", "classifier"]
     mine, own = errors(model, torch.randn(1, 3, 256, 256))
-    check("model", mine, own, torch.float32)
+    check_network("model", mine, own, torch.float32)
     with torch.no_grad():
         features, boxes, classes = model(torch.randn(1, 3, 256, 256))
     assert isinstance(features, tuple) and len(features) == 5 + p8
@@ -126,8 +129,8 @@ def test_the_module_stays_and_the_fused_ops_run(monkeypatch):
     fpn, keys = model.fpn, list(model.state_dict())
     tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
     calls = []
-    run = edet.describe.PackedNodes.run
-    monkeypatch.setattr(edet.describe.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
+    run = packed.PackedNodes.run
+    monkeypatch.setattr(packed.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
     edet.accelerate(model, rounds=0)
     assert model.fpn is fpn and list(model.state_dict()) == keys
     assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors
@@ -173,7 +176,7 @@ def test_training_checkpoints_and_averages_keep_working():
     for (key, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
     mine, own = errors(model, images)  # the fused ops see the new weights
-    check("trained", mine, own, torch.float32)
+    check_network("trained", mine, own, torch.float32)
     fresh = Effdet()
     edet.accelerate(fresh, rounds=0)
     fresh.load_state_dict(twin.state_dict())
@@ -225,10 +228,10 @@ def test_exchanged_layers_are_used():
     model.fpn.cell[0].fnode[2].combine.weight_method = "attn"
     model.fpn.cell[0].fnode[2].combine.edge_weights = nn.Parameter(torch.tensor([2.0, -1.0]))
     mine, own = errors(model, images)
-    check("other weights", mine, own, torch.float32)
+    check_network("other weights", mine, own, torch.float32)
     model.class_net.predict.conv_dw = nn.Conv2d(24, 24, 3, padding=1)  # not depthwise any more
     mine, own = errors(model, images)
-    check("other layers", mine, own, torch.float32)
+    check_network("other layers", mine, own, torch.float32)
 
 
 class AddedTo(nn.Conv2d):
@@ -383,7 +386,7 @@ def test_what_cannot_be_matched_is_left_alone(spoil, reason):
 def test_a_wrong_description_is_found_out_by_the_sample():
     class Wrong(type(Effdet().class_net)):
         def as_head_layers(self):
-            right = dropin._effdet_head(self)
+            right = effdet.head(self)
             return HeadLayers(right.layers, right.norms, right.predict, "relu")
 
     model = Effdet()
@@ -453,7 +456,7 @@ def test_the_protocol():
     report = edet.accelerate(model, torch.randn(1, 3, 16, 24), rounds=0)
     assert report.replaced == ["neck"]
     mine, own = errors(model, torch.randn(2, 3, 16, 24))
-    check("neck", mine, own, torch.float32)
+    check_network("neck", mine, own, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ what another block has not released, and deadlocks. Every result must be that of
 
 import pytest
 import torch
-from op_utils import (
+
+import edet_kernels
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import (
     DTYPES,
-    FUSIONS,
+    FUSION_KINDS,
     Graph,
-    assert_identical,
     bifpn_graph,
     node_by_node,
     sample,
 )
-
-import edet_kernels
 
 LAUNCHES = ("nodes", "pdl", "persistent")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +77,7 @@ def test_batch(monkeypatch, op, batch, launch, dtype):
 
 
 @pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize(("fusion", "per_channel"), FUSIONS)
+@pytest.mark.parametrize(("fusion", "per_channel"), FUSION_KINDS)
 def test_fusion_methods(fusion, per_channel, pool):
     call = sample("bifpn", torch.float16, fusion=fusion, per_channel=per_channel, pool=pool)
     call.check(torch.float16)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from op_utils import assert_identical, sample
+
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import sample
 
 pytestmark = pytest.mark.usefixtures("emulated")
 methods = pytest.mark.parametrize("method", ["hard", "gaussian"])

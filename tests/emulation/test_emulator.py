@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from op_utils import to_tf32
+
+from edet_kernels.testing.numeric import to_tf32
 
 
 def numbers(blocks=3, threads=64):

@@ -3,7 +3,9 @@ their launches, on the host; ``test_kernels.py`` has the rest."""
 
 import pytest
 import torch
-from op_utils import DTYPES, FUSIONS, assert_identical, sample
+
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, FUSION_KINDS, sample
 
 pytestmark = pytest.mark.usefixtures("emulated")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,7 +28,7 @@ def test_output_channels(out_channels, dtype):
 
 @dtypes
 @pytest.mark.parametrize("pool", ["same", "symmetric"])
-@pytest.mark.parametrize(("fusion", "per_channel"), FUSIONS)
+@pytest.mark.parametrize(("fusion", "per_channel"), FUSION_KINDS)
 def test_fusion_methods(fusion, per_channel, pool, dtype):
     # several chunks of channels, each with factors of its own
     options = {"fusion": fusion, "per_channel": per_channel, "pool": pool}

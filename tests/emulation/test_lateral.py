@@ -1,7 +1,9 @@
 """What CUDA alone has of lateral, on the host; ``test_kernels.py`` has the rest."""
 
 import pytest
-from op_utils import DTYPES, assert_identical, sample
+
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, sample
 
 pytestmark = pytest.mark.usefixtures("emulated")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

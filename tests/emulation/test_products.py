@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from op_utils import assert_identical, sample, tensors
 
-from edet_kernels.backend import TF32_OPS
+from edet_kernels.names import TF32_OPS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import sample, tensors
 
 ops = pytest.mark.parametrize("op", TF32_OPS)
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

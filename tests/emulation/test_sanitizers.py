@@ -4,6 +4,8 @@ An index beyond a thread's own array, a shift too far, an overflow: accesses of 
 go through the door, and arithmetic.
 """
 
+import os
+
 import pytest
 
 import sanitizers
@@ -30,11 +32,10 @@ def test_kernels_under_sanitizers(sanitized):
 @pytest.mark.slow
 def test_the_sanitizer_is_on(sanitized):
     code = (
-        "import sys\n"
-        "sys.path.insert(0, 'tests/emulation')\n"
         "import emulated, numpy\n"
         "emulated.module().reverse(numpy.zeros(64, numpy.float32), 64, 'local_overrun')\n"
     )
-    done = sanitizers.python("-c", code, **sanitized)
+    paths = [str(sanitizers.Path(sanitizers.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = sanitizers.python("-c", code, PYTHONPATH=os.pathsep.join(paths), **sanitized)
     assert done.returncode != 0
     assert "out of bounds" in done.stderr or "stack-buffer-overflow" in done.stderr, done.stderr

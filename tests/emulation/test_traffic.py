@@ -8,7 +8,8 @@ its first-level cache holds a tile. The maps are parts of P3 of D0, D3 and D6: a
 
 import pytest
 import torch
-from op_utils import Maker, fusion_node, separable_conv
+
+from edet_kernels.testing.samples import Maker, fusion_node, separable_conv
 
 MOST = 1.35
 TILE = 8

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from op_utils import DTYPES, assert_identical, sample
+
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, sample
 
 pytestmark = pytest.mark.usefixtures("emulated")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

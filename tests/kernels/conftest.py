@@ -1,17 +1,12 @@
-"""Kernel tests share ``op_utils``, run on one thread, and allocate buffers full of NaN."""
+"""Kernel tests run on one thread, on a backend each, and allocate buffers full of NaN."""
 
 import contextlib
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "emulation")]  # for op_utils and emulated
-
-from backends import BACKENDS  # noqa: E402
+from backends import BACKENDS
 
 # Read by the library once, at its first allocation: a pixel that is never written shows up as NaN.
 os.environ.setdefault("EDET_POISON", "1")

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from backends import gradient_cases
-from op_utils import MAP_OPS, assert_identical, cast, map_tree, sample, tensors
-from test_torch_library import compiled_call
 
 import edet_kernels
+from backends import gradient_cases
+from compiled_calls import compiled_call
+from edet_kernels.names import MAP_OPS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import cast, map_tree, sample, tensors
 
 # lanes outside a map hold anything
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

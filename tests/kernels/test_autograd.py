@@ -2,47 +2,27 @@
 
 import pytest
 import torch
+
+import edet_kernels
 from backends import cases, gradient_cases
-from op_utils import (
+from edet_kernels import operators, reference
+from edet_kernels.names import ACTIVATIONS, MAP_OPS, POOLS
+from edet_kernels.testing.numeric import assert_as_accurate_as_eager, assert_identical
+from edet_kernels.testing.samples import (
     DTYPES,
-    FUSIONS,
-    MAP_OPS,
+    FUSION_KINDS,
     SAMPLES,
-    assert_as_accurate_as_eager,
-    assert_identical,
     gradients,
     map_tree,
     sample,
     tensors,
 )
 
-import edet_kernels
-from edet_kernels import reference
-from edet_kernels.ops import ACTIVATIONS, POOLS
-
 # NaN and infinity are meant, and lanes outside a map hold anything
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 #: Ops whose backward pass is a kernel, and the chains of them.
 KERNELS = ("weighted_fusion", "fusion_node", "separable_conv", "bifpn", "head", "training_node")
 EDGE_OPS = ("weighted_fusion", "fusion_node", "bifpn", "training_node")
-
-
-def check(call, dtype):
-    """Checks every gradient by the error of eager PyTorch, and its bias and direction."""
-    exact = gradients(call, getattr(reference, call.op), torch.float64)
-    eager = gradients(call, getattr(reference, call.op), dtype)
-    found = gradients(call, getattr(edet_kernels, call.op), dtype)
-    eps = torch.finfo(dtype).eps
-    for g, e, x in zip(found, eager, exact, strict=True):
-        assert g.isfinite().all()
-        norm = x.norm()
-        assert (g - x).norm() <= 2 * (e - x).norm() + 4 * eps * norm
-        # rounding errors are as often up as down, so that a sum of them grows like √n
-        bias = (g - x).sum().abs()
-        assert bias <= 2 * (e - x).sum().abs() + 8 * eps * norm
-        if norm > 0:
-            cosine = (g * x).sum() / (g.norm() * norm)
-            assert cosine > 1 - 2 * eps - 2 * ((e - x).norm() / norm) ** 2
 
 
 def assert_exact(call):
@@ -57,7 +37,7 @@ def assert_exact(call):
 
 @gradient_cases(MAP_OPS, backends=("cpu", "triton", "emulated"), dtype=DTYPES)
 def test_gradients(backend, op, dtype):
-    check(backend.sample(op, dtype), dtype)
+    backend.sample(op, dtype).check_gradients(dtype)
 
 
 @gradient_cases(
@@ -66,7 +46,7 @@ def test_gradients(backend, op, dtype):
     dtype=DTYPES,
 )
 def test_training_node(backend, op, options, dtype):
-    check(backend.sample(op, dtype, **options), dtype)
+    backend.sample(op, dtype, **options).check_gradients(dtype)
 
 
 @gradient_cases(
@@ -75,27 +55,27 @@ def test_training_node(backend, op, options, dtype):
     dtype=DTYPES,
 )
 def test_channels(backend, op, channels, dtype):
-    check(backend.sample(op, dtype, batch=1, channels=channels), dtype)
+    backend.sample(op, dtype, batch=1, channels=channels).check_gradients(dtype)
 
 
 @gradient_cases(
     ["fusion_node", "separable_conv", "training_node"], out_channels=[1, 15, 17, 36, 81]
 )
 def test_out_channels(backend, op, out_channels):
-    check(backend.sample(op, out_channels=out_channels), torch.float32)
+    backend.sample(op, out_channels=out_channels).check_gradients(torch.float32)
 
 
-@gradient_cases(EDGE_OPS, method=FUSIONS)
+@gradient_cases(EDGE_OPS, method=FUSION_KINDS)
 def test_fusions(backend, op, method):
     fusion, per_channel = method
-    check(backend.sample(op, fusion=fusion, per_channel=per_channel), torch.float32)
+    backend.sample(op, fusion=fusion, per_channel=per_channel).check_gradients(torch.float32)
 
 
 @gradient_cases(KERNELS, activation=ACTIVATIONS)
 def test_activations(backend, op, activation):
     name = {"fusion_node": "pre_activation", "bifpn": "pre_activation"}.get(op, "activation")
     options = {"post_activation": activation} if op == "fusion_node" else {}
-    check(backend.sample(op, **{name: activation}, **options), torch.float32)
+    backend.sample(op, **{name: activation}, **options).check_gradients(torch.float32)
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -106,7 +86,7 @@ def test_resizes_of_large_maps(source, size, pool):
     if (source[0] > size[0]) != (source[1] > size[1]) and source != size:
         pytest.skip("a map grows or shrinks along both axes")
     call = sample("fusion_node", batch=1, channels=3, sizes=[size, source], size=size, pool=pool)
-    check(call, torch.float32)
+    call.check_gradients(torch.float32)
 
 
 RESIZES = [
@@ -127,13 +107,13 @@ RESIZES = [
 def test_resizes(backend, op, resize, pool):
     source, size = resize
     options = {"channels": 3, "sizes": [size, source], "pool": pool}
-    check(backend.sample(op, **options), torch.float32)
+    backend.sample(op, **options).check_gradients(torch.float32)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60), (60, 1), (33, 49), (64, 64)])
 @pytest.mark.usefixtures("kernels_only")
 def test_sizes_of_many_groups(size):
-    check(sample("separable_conv", sizes=[size, (5, 3)], channels=20), torch.float32)
+    sample("separable_conv", sizes=[size, (5, 3)], channels=20).check_gradients(torch.float32)
 
 
 @gradient_cases(["weighted_fusion"], activation=ACTIVATIONS)
@@ -156,7 +136,7 @@ def test_edge_weights_at_and_below_zero_have_no_gradient(backend, op, per_channe
     grad = edge_weights.grad.reshape(edges.shape)
     assert not grad[edges <= 0].any()
     assert grad[edges > 0].any()
-    check(call, torch.float32)
+    call.check_gradients(torch.float32)
 
 
 @gradient_cases(["weighted_fusion"], source=[(9, 9), (12, 10)], pool=POOLS)
@@ -256,11 +236,9 @@ def test_gradients_of_the_weights_alone(backend, op):
 
 @pytest.mark.usefixtures("kernels_only")
 def test_backward_without_its_kernel_runs_the_reference(monkeypatch):
-    from edet_kernels import autograd
-
     call = sample("fusion_node")
     expected = gradients(call, edet_kernels.fusion_node, torch.float32)
-    monkeypatch.setattr(autograd, "has_kernel", lambda *_: False)
+    monkeypatch.setattr(operators, "has_kernel", lambda *_: False)
     found = gradients(call, edet_kernels.fusion_node, torch.float32)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -9,11 +9,12 @@ import threading
 
 import pytest
 import torch
-from op_utils import MAP_OPS, SAMPLES, assert_identical, cast, sample, tensors
 
 import edet_kernels
 from edet_kernels import BackendError, backend, current_backend, explain, library
-from edet_kernels.backend import OPS, TF32_OPS
+from edet_kernels.names import MAP_OPS, OPS, TF32_OPS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import SAMPLES, cast, sample, tensors
 
 backend_module = sys.modules["edet_kernels.backend"]  # the package has a function of this name
 all_ops = pytest.mark.parametrize("op", SAMPLES)

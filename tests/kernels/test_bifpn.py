@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_utils import DTYPES, Graph, assert_identical, bifpn_graph, node_by_node, sample
+
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, Graph, bifpn_graph, node_by_node, sample
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
-from op_utils import DTYPES, SAMPLES, Call, assert_identical, bifpn_graph, map_tree, sample
 
 from edet_kernels import explain
-from edet_kernels.backend import TF32_OPS
+from edet_kernels.names import TF32_OPS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, SAMPLES, Call, bifpn_graph, map_tree, sample
 
 pytestmark = [pytest.mark.gpu]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

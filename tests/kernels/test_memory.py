@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from op_utils import bifpn_graph, map_tree, sample
+
+from edet_kernels.testing.samples import bifpn_graph, map_tree, sample
 
 STATM = Path("/proc/self/statm")
 

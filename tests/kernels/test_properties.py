@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from op_utils import DTYPES, FUSIONS, assert_identical, sample
 
-from edet_kernels.ops import ACTIVATIONS, POOLS
+from edet_kernels.names import ACTIVATIONS, POOLS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, FUSION_KINDS, sample
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
@@ -55,7 +56,7 @@ def strided(draw, x):
     out_channels=channels,
     batch=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
-    fusion=st.sampled_from(FUSIONS),
+    fusion=st.sampled_from(FUSION_KINDS),
     pool=st.sampled_from(POOLS),
     pre_activation=st.sampled_from(ACTIVATIONS),
     post_activation=st.sampled_from(ACTIVATIONS),

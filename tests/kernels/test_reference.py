@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from op_utils import MAP_OPS, cast, map_tree, sample, tensors
 from torch import nn
 from torch.nn import functional as F
 
 from edet_kernels import reference
+from edet_kernels.names import MAP_OPS
+from edet_kernels.testing.samples import cast, map_tree, sample, tensors
 
 torch_activations = {
     "none": nn.Identity(),

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_utils import Graph, bifpn_graph
 
 from edet_kernels import library, reference
 from edet_kernels.schedule import TILE_COLUMNS, Schedule, tile_schedule
+from edet_kernels.testing.samples import Graph, bifpn_graph
 
 pytestmark = pytest.mark.skipif(not library.load(), reason="needs the op library")
 

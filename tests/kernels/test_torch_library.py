@@ -2,36 +2,17 @@
 
 import pytest
 import torch
-from backends import cases
-from op_utils import DTYPES, MAP_OPS, SAMPLES, Graph, assert_identical, map_tree, sample, tensors
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import edet_kernels
+from backends import cases
+from compiled_calls import Recorder, compiled_call
+from edet_kernels.names import MAP_OPS
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, SAMPLES, Graph, map_tree, sample, tensors
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 all_ops = pytest.mark.parametrize("op", SAMPLES)
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the calls of compiled ops that pass by."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("edet_"):
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def compiled_call(call):
-    """The compiled op behind a public call, and its arguments."""
-    with Recorder() as recorder:
-        call()
-    [recorded] = recorder.calls
-    return recorded
 
 
 def backward_calls(call):

@@ -12,22 +12,22 @@ import sys
 
 import pytest
 import torch
-from backends import BACKENDS
-from op_utils import DTYPES, assert_identical, gradients, sample
-from test_autograd import check
 
 import edet_kernels
-from edet_kernels import BackendError, autograd, explain
+from backends import BACKENDS
+from edet_kernels import BackendError, explain, operators
+from edet_kernels.testing.numeric import assert_identical
+from edet_kernels.testing.samples import DTYPES, gradients, sample
 
 pytest.importorskip("triton")
 
-from edet_kernels import triton as kernels
+from edet_kernels.names import TRITON_OPS
 from edet_kernels.triton import configs
 
 backend_module = sys.modules["edet_kernels.backend"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = backend_module.TRITON_OPS
+OPS = TRITON_OPS
 #: Those that have backward kernels.
 GRADIENT_OPS = ("weighted_fusion", "fusion_node", "separable_conv", "lateral", "training_node")
 
@@ -67,8 +67,8 @@ def test_many_tiles_of_output_channels(triton, dtype):
 
 def test_gradients_of_many_programs(triton):
     options = {"sizes": [(5, 4), (2, 1)], "channels": 17, "out_channels": 20}
-    check(triton.sample("separable_conv", **options), torch.float32)
-    check(triton.sample("training_node", nodes=2, **options), torch.float32)
+    triton.sample("separable_conv", **options).check_gradients(torch.float32)
+    triton.sample("training_node", nodes=2, **options).check_gradients(torch.float32)
 
 
 @on_triton
@@ -90,7 +90,7 @@ def test_padding_is_zero_whatever_the_weights(backend):
 
 @on_triton
 def test_gradients_of_projections_of_different_widths(backend):
-    check(backend.sample("lateral", out_channels=(7, 64, 40), pooled=0), torch.float32)
+    backend.sample("lateral", out_channels=(7, 64, 40), pooled=0).check_gradients(torch.float32)
 
 
 @on_triton
@@ -137,7 +137,12 @@ def test_a_request_is_met_or_refused(fresh):
 
 
 def test_cpu_tensors_need_the_interpreter(fresh, monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    has_kernel = backend_module.has_kernel
+
+    def uninterpreted(op, device, namespace="edet_kernels"):
+        return namespace != "edet_kernels_triton" and has_kernel(op, device, namespace)
+
+    monkeypatch.setattr(backend_module, "has_kernel", uninterpreted)
     with (
         edet_kernels.backend("triton"),
         pytest.raises(BackendError, match="set TRITON_INTERPRET=1 before"),
@@ -162,13 +167,13 @@ def test_triton_serves_where_the_library_has_no_cuda_kernel(fresh, monkeypatch):
 
 
 def test_triton_is_the_backward_of_cuda_kernels(monkeypatch):
-    monkeypatch.setattr(autograd, "triton_serves", lambda op: True)
+    monkeypatch.setattr(operators, "triton_serves", lambda op: True)
     for op in ("weighted_fusion", "lateral", "training_node"):
         kernel = f"{op}_backward"
-        found = autograd._backward_namespace("edet_kernels", op, kernel, "cuda")
+        found = operators._backward_namespace("edet_kernels", op, kernel, "cuda")
         assert found == "edet_kernels_triton"
         assert backend_module.has_kernel(kernel, "cuda", found)
-    found = autograd._backward_namespace("edet_kernels", "lateral", "lateral_backward", "cpu")
+    found = operators._backward_namespace("edet_kernels", "lateral", "lateral_backward", "cpu")
     assert found == ""
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import triton
-from op_utils import Call, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from edet_kernels import triton as ops
+from edet_kernels.testing.samples import Call, sample
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

@@ -1,15 +1,21 @@
-"""The tile schedule of a model's BiFPN, as CUDA computes it in one launch: table and picture."""
+"""``edet schedule``: the tiles of a model's BiFPN, as CUDA computes it in one launch."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from edet_kernels.schedule import Schedule, tile_schedule
 
 from ..extras import require
 from ..files import replacing
-from ..models.bifpn import bifpn_nodes, graph_of
-from ..models.configs import ModelConfig
+from ..fused.cells import graph_of
+from ..models.bifpn import bifpn_nodes
+from ..models.configs import ModelConfig, get_config
+from .common import ModelName, check_target, one_line_errors, print_table
 
 
 def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Schedule:
@@ -19,7 +25,10 @@ def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Sche
         ValueError: it has more nodes than one launch can hold.
         RuntimeError: the op library is not built.
     """
-    return tile_schedule(*graph_of(config), batch=batch, tile_rows=tile_rows)
+    sizes = config.level_sizes
+    graph = graph_of([bifpn_nodes(config.levels)] * config.cells, config.levels)
+    node_sizes = [sizes[node.level] for node in graph.nodes]
+    return tile_schedule(sizes, graph.edges, node_sizes, batch=batch, tile_rows=tile_rows)
 
 
 def _name(schedule: Schedule, map_id: int, min_level: int, levels: int) -> str:
@@ -82,3 +91,38 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], blocks: int, title: s
     )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def schedule(
+    model: Annotated[str, ModelName] = "tf_efficientdet_d0",
+    batch: Annotated[int, typer.Option(help="Images.", min=1, metavar="N")] = 1,
+    blocks: Annotated[
+        int, typer.Option(help="Blocks that a GPU runs at once.", min=1, metavar="N")
+    ] = 264,
+    tile_rows: Annotated[
+        int, typer.Option(help="Rows of a tile of 8 columns: 8, or 4 for small maps.", metavar="N")
+    ] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the schedule to this file (PNG, SVG or PDF).")
+    ] = None,
+) -> None:
+    """Show how CUDA computes a model's BiFPN in one launch: its tiles and what they wait for.
+
+    A step is the time of one tile, the same for all: begin and end say when the first tile of a
+    node begins and the last one ends on that many blocks.
+    """
+    with one_line_errors():
+        if tile_rows not in (4, 8):
+            raise ValueError(f"--tile-rows must be 4 or 8, got {tile_rows}")
+        if plot is not None:
+            check_target(plot, "--plot")
+        config = get_config(model)
+        pyramid = of_model(config, batch=batch, tile_rows=tile_rows)
+        print_table(table(pyramid, config.min_level, config.levels, blocks))
+        typer.echo(
+            f"\n{len(pyramid.tiles)} tiles of {tile_rows}x8 pixels; the longest chain is "
+            f"{pyramid.steps()} tiles, {blocks} blocks take {pyramid.steps(blocks)} steps"
+        )
+        if plot is not None:
+            draw(pyramid, plot, blocks, f"{model}, batch {batch}")
+            typer.echo(plot)

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import os
-import queue
-import resource
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,30 +17,17 @@ from edet_kernels.backend import choose, current_backend
 
 from ..fused import cuda_graph as graph
 from ..fused.module import FrozenModel
-from ..fused.plan import CallList, Stage
+from ..fused.plan import CallList, Plans, Stage
 from ..models.efficientdet import EfficientDet
-from ..models.efficientnet import EfficientNet, normalise_pixels
 from ..models.factory import create_model
-from .anchors import model_anchors
+from .images import ImageLike, as_list, load_image
 from .labels import label_map
-from .postprocess import SCORE_THRESHOLDS, postprocess
-from .preprocess import (
-    ImageLike,
-    as_list,
-    fit,
-    geometry,
-    letterbox,
-    letterbox_fill,
-    load_image,
-    resize,
-)
+from .pipeline import Network, Selection, columns, stages
+from .postprocess import SCORE_THRESHOLDS
+from .preprocess import fit, resize
 from .results import Detections
-
-#: What is timed; pre-processing includes reading a file.
-STAGES = ("pre-processing", "network", "post-processing", "total")
-
-#: Batches whose times are kept for the percentiles.
-MAX_TIMES = 1000
+from .stats import Recorder, Stats
+from .stream import read_ahead
 
 #: Ops of a whole detector. A CUDA graph cannot hold their references, which wait for the device.
 _OPS = ("stem", "mbconv", "lateral", "bifpn", "head", "detect")
@@ -68,47 +47,6 @@ class Prediction(NamedTuple):
     pixels: Tensor | None
     detections: Detections | None
     error: Exception | None
-
-
-class Latency(NamedTuple):
-    """Percentiles of milliseconds."""
-
-    p50: float
-    p90: float
-    p99: float
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a :class:`Predictor` has done and what it takes.
-
-    Attributes:
-        images, batches: that were predicted.
-        plans: shapes that are planned at present.
-        latency: of a batch, for each of :data:`STAGES`, over the last 1000 batches that ran
-            planned; empty before the first.
-        memory_mib, peak_memory_mib: of the process; on a GPU, what PyTorch has allocated there.
-    """
-
-    images: int
-    batches: int
-    plans: int
-    latency: dict[str, Latency]
-    memory_mib: float
-    peak_memory_mib: float
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.images} images in {self.batches} batches, {self.plans} shapes planned, "
-            f"{self.memory_mib:.0f} MiB (peak {self.peak_memory_mib:.0f} MiB)"
-        ]
-        if self.latency:
-            lines.append(f"{'ms per batch':<16}{'p50':>9}{'p90':>9}{'p99':>9}")
-        lines += [
-            f"{stage:<16}" + "".join(f"{value:9.2f}" for value in latency)
-            for stage, latency in self.latency.items()
-        ]
-        return "\n".join(lines)
 
 
 class _Image(NamedTuple):
@@ -156,6 +94,7 @@ class Predictor:
         iou_threshold: ``hard`` drops boxes of a class that overlap a better one more than this.
         sigma: width of the decay of ``gaussian``.
         max_detections: most objects per image.
+        class_agnostic: boxes of all classes suppress each other, not only those of one class.
         image_size: (H, W) of the network's input; the model's own when None.
         class_names: names of labels 1, 2, …, or label to name; COCO's for 90 classes when None.
         batch_size: images that go through the network at once.
@@ -178,6 +117,7 @@ class Predictor:
         iou_threshold: float = 0.5,
         sigma: float = 0.5,
         max_detections: int = 100,
+        class_agnostic: bool = False,
         image_size: tuple[int, int] | None = None,
         class_names: Mapping[int, str] | Sequence[str] | None = None,
         batch_size: int = 8,
@@ -221,17 +161,16 @@ class Predictor:
         self.iou_threshold = iou_threshold
         self.sigma = sigma
         self.max_detections = max_detections
+        self.class_agnostic = class_agnostic
         self.batch_size = batch_size
-        self.max_plans = max_plans
         if device is not None or dtype is not None:  # which thaws a frozen model
             model.to(device=device, dtype=dtype)
         self.model = model.eval()
         self._frozen = FrozenModel(self.model)
         self._lock = threading.Lock()
-        # None: a shape that was seen once
-        self._plans: OrderedDict[Any, CallList | graph.Graph | None] = OrderedDict()
-        self._times: deque[tuple[float, ...]] = deque(maxlen=MAX_TIMES)
-        self._images = self._batches = 0
+        # a shape without a plan was seen once
+        self._plans: Plans[CallList | graph.Graph] = Plans(max_plans)
+        self._recorder = Recorder()
         self._prepare()
 
     @overload
@@ -285,9 +224,8 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """Detects objects in one image after the other, reading ahead of the network.
 
-        A thread goes through ``images`` and ``workers`` threads read and resize (to a GPU: upload)
-        them while the network computes; no more wait at a time than two for each worker and one
-        batch. An image that cannot be read is reported in its place.
+        ``workers`` threads read and resize (to a GPU: upload) images while the network computes:
+        :func:`edet.detection.stream.read_ahead`. One that cannot be read is reported in its place.
 
         Args:
             images: any iterable, also an endless one; see :func:`edet.preprocess.load_image`.
@@ -310,63 +248,17 @@ class Predictor:
     def _stream(
         self, images: Iterable[ImageLike], size: tuple[int, int], workers: int
     ) -> Iterator[Prediction]:
-        waiting: queue.Queue[tuple[ImageLike, Future[_Image]] | None]
-        waiting = queue.Queue(2 * workers + self.batch_size)
-        closed = threading.Event()
+        def read(i: int, image: ImageLike) -> _Image:
+            return self._read(image, f"images[{i}]", size)
 
-        def put(entry: tuple[ImageLike, Future[_Image]] | None) -> None:
-            while not closed.is_set():
-                try:
-                    return waiting.put(entry, timeout=0.1)
-                except queue.Full:
-                    pass
-
-        def feed() -> None:
-            try:
-                for i, image in enumerate(images):
-                    if closed.is_set():
-                        break
-                    put((image, readers.submit(self._read, image, f"images[{i}]", size)))
-            finally:
-                put(None)
-
-        def batches() -> Iterator[list[tuple[ImageLike, Future[_Image]]]]:
-            batch = []
-            while entry := waiting.get():
-                batch.append(entry)
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            yield batch
-
-        with (
-            ThreadPoolExecutor(workers, "edet-read") as readers,
-            ThreadPoolExecutor(1, "edet-feed") as feeder,
-        ):
-            feeding = feeder.submit(feed)
-            try:
-                for batch in batches():
-                    yield from self._predict(batch, size)
-                feeding.result()  # raises what the iteration raised
-            finally:
-                closed.set()
-
-    def _predict(
-        self, batch: list[tuple[ImageLike, Future[_Image]]], size: tuple[int, int]
-    ) -> Iterator[Prediction]:
-        read: list[_Image | Exception] = []
-        for _, future in batch:
-            try:
-                read.append(future.result())
-            except (OSError, ValueError, TypeError) as error:
-                read.append(error)
-        good = [x for x in read if isinstance(x, _Image)]
-        found = iter(self._detect(good, size) if good else [])
-        for (image, _), x in zip(batch, read, strict=True):
-            if isinstance(x, Exception):
-                yield Prediction(image, None, None, x)
-            else:
-                yield Prediction(image, x.pixels, next(found), None)
+        for batch in read_ahead(images, read, workers, self.batch_size):
+            good = [x for _, x in batch if isinstance(x, _Image)]
+            found = iter(self._detect(good, size) if good else [])
+            for image, x in batch:
+                if isinstance(x, Exception):
+                    yield Prediction(image, None, None, x)
+                else:
+                    yield Prediction(image, x.pixels, next(found), None)
 
     def warm_up(
         self,
@@ -393,23 +285,16 @@ class Predictor:
 
     def stats(self) -> Stats:
         """Images and batches so far, latency percentiles of each stage, plans and memory."""
-        with self._lock:
-            milliseconds = 1e3 * np.array(self._times).reshape(-1, len(STAGES))
-        latency = {}
-        if len(milliseconds):
-            rows = np.percentile(milliseconds, (50, 90, 99), axis=0).T.tolist()
-            latency = {s: Latency(*row) for s, row in zip(STAGES, rows, strict=True)}
-        if self._captures:
-            memory = graph.cuda.memory_allocated(self.device)
-            peak = graph.cuda.max_memory_allocated(self.device)
-        else:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            memory = pages * resource.getpagesize()
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        plans = sum(plan is not None for plan in self._plans.values())
-        return Stats(
-            self._images, self._batches, plans, latency, memory / 2**20, max(peak, memory) / 2**20
-        )
+        return self._recorder.stats(len(self._plans.values()), self.device)
+
+    @property
+    def max_plans(self) -> int:
+        """Shapes that are kept planned."""
+        return self._plans.most
+
+    @max_plans.setter
+    def max_plans(self, most: int) -> None:
+        self._plans.most = most
 
     def _refresh(self) -> None:
         """Freezes the model and forgets all plans, if it is not the frozen one they are made of."""
@@ -422,13 +307,8 @@ class Predictor:
 
     def _prepare(self) -> None:
         """Makes what follows from the model's weights, device and dtype; without any plans."""
-        parameter = next(self.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        config = self.model.config
-        self._mean = torch.tensor(config.mean, dtype=torch.float32, device=self.device)
-        self._std = torch.tensor(config.std, dtype=torch.float32, device=self.device)
-        self._mean_of_bytes, self._std_of_bytes = 255 * self._mean, 255 * self._std
-        self._fill = letterbox_fill(config.mean)
+        self.network = Network(self.model, self._frozen.runs_python)
+        self.device, self.dtype = self.network.device, self.network.dtype
         self._captures = graph.captures(self.device)
         if self._captures:
             self._pool = graph.cuda.graph_pool_handle()
@@ -453,55 +333,51 @@ class Predictor:
             x.prepared.result() if isinstance(x.prepared, graph.Upload) else x.prepared
             for x in images
         ]
+        selection = Selection(
+            self.score_threshold,
+            self.nms,
+            self.iou_threshold,
+            self.sigma,
+            self.max_detections,
+            self.class_agnostic,
+        )
         with graph.cuda.device(self.device) if self._captures else nullcontext():
-            where = geometry([x.size for x in images], size).to(self.device)
-            anchors = model_anchors(self.model.config, size, device=self.device)
-            stages: list[Stage] = [self._network, partial(self._postprocess, anchors)]
-            if self._captures:
-                stages.insert(0, lambda raw: [letterbox(raw, size, self._fill), where])
-            else:
-                pixels = letterbox([x.to(self.device) for x in inputs], size, self._fill)
-                inputs = [pixels, where]
+            row: Sequence[Stage] = stages(self.network, [x.size for x in images], size, selection)
+            if not self._captures:  # images of all sizes share a plan
+                inputs, row = row[0]([x.to(self.device) for x in inputs]), row[1:]
             before = time.perf_counter() - start
             key = (
                 size,
-                (self.score_threshold, self.nms, self.iou_threshold, self.sigma),
-                self.max_detections,
+                selection,
                 current_backend(),
-                autocast_dtype(where),
+                autocast_dtype(self.network.mean),
                 self._frozen.runs_python(),
                 *((x.shape, x.dtype) for x in inputs),
             )
-            rows, seconds = self._run(key, stages, inputs)
+            found, seconds = self._run(key, row, inputs)
         results = [
-            Detections(*columns(found), image.size, self.label_names)
-            for image, found in zip(images, rows, strict=True)
+            Detections(*columns(rows), image.size, self.label_names)
+            for image, rows in zip(images, found, strict=True)
         ]
         read = sum(x.seconds for x in images)
         total = read + time.perf_counter() - start
-        with self._lock:
-            if seconds:
-                self._times.append((read + before + sum(seconds[:-2]), *seconds[-2:], total))
-            self._images += len(images)
-            self._batches += 1
+        times = (read + before + sum(seconds[:-2]), *seconds[-2:], total) if seconds else ()
+        self._recorder.add(len(images), times)
         return results
 
     def _run(
-        self, key: Any, stages: Sequence[Stage], inputs: list[Tensor]
+        self, key: Hashable, row: Sequence[Stage], inputs: list[Tensor]
     ) -> tuple[Tensor, list[float]]:
         """The rows that the stages make of the inputs, and seconds of each stage once planned."""
         with self._lock:
-            seen = key in self._plans
-            plan = self._plans.pop(key, None)
+            seen, plan = self._plans.find(key)
             counts = plan is not None
             if seen and plan is None:
-                plan = self._planned(stages, inputs)
-            self._plans[key] = plan
-            while len(self._plans) > self.max_plans:
-                self._plans.popitem(last=False)
+                plan = self._planned(row, inputs)
+            self._plans.keep(key, plan)
             if plan is None:
                 values = inputs
-                for stage in stages:
+                for stage in row:
                     values = stage(values)
                 return values[0].cpu(), []
             if isinstance(plan, graph.Graph):  # its buffers serve one call at a time
@@ -510,55 +386,15 @@ class Predictor:
         [rows], seconds = plan(inputs)
         return rows.cpu(), seconds if counts else []
 
-    def _planned(
-        self, stages: Sequence[Stage], inputs: list[Tensor]
-    ) -> CallList | graph.Graph | None:
+    def _planned(self, row: Sequence[Stage], inputs: list[Tensor]) -> CallList | graph.Graph | None:
         if self._frozen.runs_python():
             return None
         if not self._captures:
-            return CallList(stages, inputs)
+            return CallList(row, inputs)
         choices = [choose(op, self.device, self.dtype) for op in _OPS]
         if any(choice.backend == "reference" for choice in choices):
             return None
-        return graph.Graph(stages, inputs, self._pool)
-
-    def _network(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Pixels and geometry to class outputs, box outputs and geometry."""
-        pixels, where = inputs
-        if self._frozen.runs_python():  # hooks are to see the calls that the model makes by itself
-            images = normalise_pixels(pixels, self._mean, self._std, self.dtype)
-            classes, boxes = self.model(images)
-            return [*classes, *boxes, where]
-        backbone = self.model.backbone
-        if pixels.dtype == torch.uint8 and isinstance(backbone, EfficientNet):
-            maps = backbone.forward_pixels(pixels, self._mean_of_bytes, self._std_of_bytes)
-        else:
-            maps = backbone(normalise_pixels(pixels, self._mean, self._std, self.dtype))
-        pyramid = self.model.fpn(maps)
-        return [*self.model.class_net(pyramid), *self.model.box_net(pyramid), where]
-
-    def _postprocess(self, anchors: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-        """Head outputs and geometry to rows (B, K, 6) of box, score and label; label 0 is none."""
-        levels, where = self.model.config.levels, outputs[-1]
-        boxes, scores, labels, _ = postprocess(
-            outputs[:levels],
-            outputs[levels:-1],
-            anchors,
-            sizes=where[:, :2],
-            scales=where[:, 2],
-            method=self.nms,
-            iou_threshold=self.iou_threshold,
-            sigma=self.sigma,
-            score_threshold=self.score_threshold,
-            max_detections=self.max_detections,
-        )
-        return [torch.cat([boxes, scores[..., None], labels[..., None].to(boxes.dtype)], -1)]
-
-
-def columns(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores and labels of an image's rows."""
-    found = rows[rows[:, 5] > 0]
-    return found[:, :4].contiguous(), found[:, 4].contiguous(), found[:, 5].long()
+        return graph.Graph(row, inputs, self._pool)
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:

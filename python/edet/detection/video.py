@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,8 +21,32 @@ if TYPE_CHECKING:
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 
 
+#: The most pixels of a frame, 8192 × 8192; decoders hold many frames at once.
+MAX_PIXELS = 1 << 26
+
+
 class VideoError(ValueError):
     """A video that cannot be read."""
+
+
+def _too_large(picture: Any) -> str:
+    return (
+        f"must have frames of at most {MAX_PIXELS:,} pixels (edet.detection.video.MAX_PIXELS), "
+        f"got {picture.width} × {picture.height}"
+    )
+
+
+class Frame(np.ndarray[Any, np.dtype[np.uint8]]):
+    """The pixels of a frame, (H, W, 3) uint8 RGB.
+
+    Attributes:
+        time: when it is shown, in seconds of the video's own clock; of a view or copy None.
+    """
+
+    time: Fraction | None
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.time = None
 
 
 class VideoReader:
@@ -33,7 +58,8 @@ class VideoReader:
     Attributes:
         path: the file.
         frames: how many there are as the file says; None when it does not.
-        rate: frames per second.
+        rate: frames per second; their average where it varies.
+        time_base: what the frames' times are whole multiples of, in seconds.
 
     Raises:
         VideoError: not a video, or one without frames.
@@ -42,42 +68,90 @@ class VideoReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        av = require("av", "video")
         self.path = Path(path)
+        with self._open() as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} has no video in it")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise VideoError(f"{path} {_too_large(stream)}")
+            self.frames: int | None = stream.frames or None
+            self.rate = Fraction(stream.average_rate or 25)
+            self.time_base = Fraction(stream.time_base or 1 / self.rate)
+
+    def _open(self) -> Any:
+        av = require("av", "video")
         with self.path.open("rb"):  # an error of the file system has its usual name
             pass
-        self._errors = av.error.FFmpegError
         try:
-            self._container: Any = av.open(os.fspath(path))
-        except self._errors as error:
-            raise VideoError(f"{path} is not a video that can be read: {error.strerror}") from error
-        if not self._container.streams.video:
-            self._container.close()
-            raise VideoError(f"{path} has no video in it")
-        stream = self._container.streams.video[0]
-        stream.thread_type = "AUTO"
-        self.frames: int | None = stream.frames or None
-        self.rate = Fraction(stream.average_rate or 25)
+            return av.open(os.fspath(self.path))
+        except av.error.FFmpegError as error:
+            raise VideoError(
+                f"{self.path} is not a video that can be read: {error.strerror}"
+            ) from error
 
-    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
-        """The frames, once.
+    def __iter__(self) -> Iterator[Frame]:
+        """The frames from the first one on, each with its time.
+
+        What is damaged is left out, and told at the end.
 
         Raises:
-            VideoError: a frame cannot be decoded, or there is none.
+            VideoError: after the last frame: something could not be decoded, or there is no frame.
         """
         count = 0
-        with self._container:
-            try:
-                for frame in self._container.decode(video=0):
-                    quarters = round(getattr(frame, "rotation", 0) / 90)  # since PyAV 14
-                    yield np.rot90(frame.to_ndarray(format="rgb24"), quarters)
-                    count += 1
-            except self._errors as error:
-                raise VideoError(
-                    f"{self.path} cannot be decoded after frame {count}: {error.strerror}"
-                ) from error
+        time = Fraction(0)
+        damage: list[str] = []
+        with self._open() as container:
+            for frame in _decoded(container, damage):
+                if frame.pts is not None:
+                    time = frame.pts * Fraction(frame.time_base)
+                if frame.width * frame.height > MAX_PIXELS:  # it may change on the way
+                    raise VideoError(f"{self.path} {_too_large(frame)}")
+                quarters = round(getattr(frame, "rotation", 0) / 90)  # since PyAV 14
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarters).view(Frame)
+                pixels.time = time
+                yield pixels
+                time += 1 / self.rate  # of a frame without a time of its own
+                count += 1
+        if damage:
+            raise VideoError(
+                f"{self.path} is damaged in {len(damage)} places ({damage[0]}), "
+                f"what could be read: {count} frames"
+            )
         if count == 0:
             raise VideoError(f"{self.path} has no frames")
+
+
+#: Errors in a row after which the rest of a file is given up.
+_ERRORS_IN_A_ROW = 1000
+
+
+def _decoded(container: Any, damage: list[str]) -> Iterator[Any]:
+    """The frames of the first video stream; to ``damage`` is added what is wrong with each packet.
+
+    PyAV decodes in threads of slices unless told otherwise. In threads of frames the decoder waits
+    for ever on some damaged files while PyAV's logging is on, and errors come late.
+    """
+    errors = require("av", "video").error.FFmpegError
+    packets = container.demux(video=0)
+    failed = 0
+    while failed < _ERRORS_IN_A_ROW:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return
+            frames = packet.decode()
+        except EOFError:  # the decoder was emptied
+            return
+        except errors as error:
+            damage.append(str(error.strerror))
+            failed += 1
+            packets = container.demux(video=0)  # an error in it ends the old one
+        else:
+            failed = 0
+            if packet.is_corrupt or any(frame.is_corrupt for frame in frames):
+                damage.append("Corrupt data")  # what is shown of it is made up by the decoder
+            yield from frames
 
 
 class VideoWriter:
@@ -85,28 +159,61 @@ class VideoWriter:
 
     Args:
         path: the file; its suffix says the container.
-        rate: frames per second.
+        rate: frames per second; their average where it varies.
+        time_base: what the times given to :meth:`write` were rounded to, such as
+            :attr:`VideoReader.time_base`; None when none are given.
     """
 
-    def __init__(self, path: str | os.PathLike[str], rate: Fraction) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], rate: Fraction, time_base: Fraction | None = None
+    ) -> None:
         self._av = require("av", "video")
         self._container = self._av.open(os.fspath(path), "w")
         encoder = "libx264" if "libx264" in self._av.codec.codecs_available else "mpeg4"
         self._stream = self._container.add_stream(encoder, rate=rate)
         self._stream.pix_fmt = "yuv420p"
-        self._begun = False
+        self._interval = 1 / rate
+        self._rounding = time_base or self._interval
+        # a unit that holds the times as they are, and those of a constant rate
+        unit = Fraction(1, math.lcm(rate.numerator, self._rounding.denominator))
+        if unit.denominator > (65535 if encoder == "mpeg4" else 10**6):  # more is not held
+            unit = max(self._rounding, Fraction(1, 60000))
+        self._unit = unit if time_base is not None else self._interval
+        self._stream.codec_context.time_base = self._unit
+        self._count = 0
+        self._first = self._time = Fraction(0)
+        self._pts = -1
 
-    def write(self, image: Image) -> None:
+    def write(self, image: Image, time: Fraction | float | None = None) -> None:
         """Appends an image; an odd last row or column is cut off, which the format cannot hold.
 
         One of another size than the first is scaled to it.
+
+        Args:
+            image: the picture.
+            time: when it is shown, in seconds, later than the one before; None: one interval of the
+                rate after it. Times that a constant rate explains become exact.
         """
         even = max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)
-        if not self._begun:
+        if self._count == 0:
             self._stream.width, self._stream.height = even
-            self._begun = True
         frame = self._av.VideoFrame.from_image(image.crop((0, 0, *even)))
+        self._time = self._exact(time)
+        pts = round(self._time / self._unit)
+        self._pts = pts if self._count == 0 else max(pts, self._pts + 1)
+        frame.pts, frame.time_base = self._pts, self._unit
         self._container.mux(self._stream.encode(frame))
+        self._count += 1
+
+    def _exact(self, time: Fraction | float | None) -> Fraction:
+        """The time of the next frame, without the rounding of the file that it comes from."""
+        if time is None:
+            return self._time + self._interval if self._count else Fraction(0)
+        given = Fraction(time)
+        if self._count == 0:
+            self._first = given
+        constant = self._first + self._count * self._interval
+        return constant if abs(constant - given) <= self._rounding / 2 else given
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -117,6 +224,6 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._begun:
+        if kind is None and self._count:
             self._container.mux(self._stream.encode())  # what the encoder still holds
         self._container.close()

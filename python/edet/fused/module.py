@@ -6,11 +6,9 @@ A module that is frozen does not look any more and replays its op calls.
 from __future__ import annotations
 
 import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from edet_kernels import current_backend
 from edet_kernels.autocast import autocast_dtype
 
-from .plan import Plan, record
+from .plan import Plan, Plans, record
 from .sources import Sources, is_traced, layers_reason
+
+#: Attributes that a packed module needs for itself.
+RESERVED = (
+    *("pack", "packed", "repack", "freeze", "unfreeze", "fused", "check_layers", "layer_types"),
+    *("_cache", "_frozen", "_freeze", "_entry"),
+)
 
 #: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
 MAX_PLANS = 16
@@ -81,8 +85,7 @@ class _Frozen:
 
     def __init__(self, trained: list[nn.Parameter], looks: bool) -> None:
         self.trained, self.looks = trained, looks
-        self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
-        self.lock = threading.Lock()  # of the plans
+        self.plans: Plans[Plan] = Plans(MAX_PLANS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"trained": self.trained, "looks": self.looks}  # a copy records its own plans
@@ -102,19 +105,12 @@ class _Frozen:
             autocast_dtype(inputs[0]),
             *((x.shape, x.dtype, x.device) for x in inputs),
         )
-        with self.lock:
-            known = key in self.plans
-            if known:
-                self.plans.move_to_end(key)
-            plan = self.plans.get(key)
+        known, plan = self.plans.find(key)
         if known:
             return list(forward()) if plan is None else plan(inputs)
         forward()  # packs the weights, which are constants of the plan
         outputs, recorded = record(forward, inputs)
-        with self.lock:
-            self.plans[key] = None if recorded.refusal else recorded
-            if len(self.plans) > MAX_PLANS:
-                self.plans.popitem(last=False)  # the one not used for longest
+        self.plans.keep(key, None if recorded.refusal else recorded)
         return outputs
 
 
@@ -169,7 +165,7 @@ class PackedModule(nn.Module):
 
     _frozen: _Frozen | None = None
     #: Classes of the layers that the fused ops stand for; None: any.
-    _layer_types: frozenset[type] | None = None
+    layer_types: frozenset[type] | None = None
     #: False: PyTorch's own layers always run, as for a benchmark's baseline.
     fused: bool = True
 
@@ -177,7 +173,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self._cache = _Cache()
 
-    def _check_layers(self) -> None:
+    def check_layers(self) -> None:
         """Checks that the fused ops compute what the layers do.
 
         Raises:
@@ -279,6 +275,20 @@ class PackedModule(nn.Module):
         entry = _Entry(Sources(self), layers_reason(self, hooks=False))
         self._cache.entry = entry
         return entry
+
+
+def adopt(module: nn.Module, packed_class: type[PackedModule]) -> None:
+    """Changes the class of ``module`` to one derived from it and :class:`PackedModule`."""
+    module.__class__ = packed_class
+    cast(PackedModule, module)._cache = _Cache()
+
+
+def release(module: PackedModule, original_class: type[nn.Module]) -> None:
+    """Undoes :func:`adopt`."""
+    module.unfreeze()
+    del module._cache
+    vars(module).pop("_frozen", None)
+    module.__class__ = original_class  # type: ignore[assignment]
 
 
 class FrozenModel:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -183,3 +185,48 @@ class CallList:
             inputs = stage(inputs)
             seconds.append(time.perf_counter() - start)
         return inputs, seconds
+
+
+_Planned = TypeVar("_Planned")
+
+
+class Plans(Generic[_Planned]):
+    """Plans by what they are for, those used last; several threads may share them.
+
+    Args:
+        most: keys that are kept. One may be known without a plan.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._known: OrderedDict[Hashable, _Planned | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def values(self) -> list[_Planned]:
+        """The plans there are, the one used last at the end."""
+        with self._lock:
+            return [plan for plan in self._known.values() if plan is not None]
+
+    def find(self, key: Hashable) -> tuple[bool, _Planned | None]:
+        """Whether ``key`` is known, and its plan if it has one; counts as a use."""
+        with self._lock:
+            if key not in self._known:
+                return False, None
+            self._known.move_to_end(key)
+            return True, self._known[key]
+
+    def keep(self, key: Hashable, plan: _Planned | None) -> None:
+        """Makes ``key`` known; too many, and the one not used for longest is forgotten."""
+        with self._lock:
+            self._known[key] = plan
+            self._known.move_to_end(key)
+            while len(self._known) > self.most:
+                self._known.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forgets all keys."""
+        with self._lock:
+            self._known.clear()

@@ -136,7 +136,7 @@ def layers_reason(module: Any, *, hooks: bool = True) -> str:
     """
     if hooks and _global_hooks():
         return "hooks are set on every module"
-    known = module._layer_types
+    known = module.layer_types
     for name, layer in module.named_modules():
         if layer is module:
             continue
@@ -149,7 +149,7 @@ def layers_reason(module: Any, *, hooks: bool = True) -> str:
         if known is not None and type(layer) not in known:
             return f"its layer {name} is a {type(layer).__name__}"
     try:
-        module._check_layers()
+        module.check_layers()
     except (ValueError, AttributeError, TypeError, LookupError) as error:
         return str(error)  # of Mismatch, or because a layer lacks what layers in its place have
     return ""

@@ -11,23 +11,14 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels import reference
 from edet_kernels.autocast import autocast_dtype
-from edet_kernels.ops import Size
 
-from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers, PackedNodes
+from ..fused.cells import Node, graph_of
+from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
 from ..fused.module import PackedModule, planned
+from ..fused.packed import PackedNodes, pack_nodes
 from ..fused.sources import own_weight
 from .batch_norm import normalise, training_maps
-from .configs import FUSIONS, ModelConfig
-
-
-class Node(NamedTuple):
-    """One node of a cell: the level it writes and the ids it fuses.
-
-    Ids 0 … levels−1 are the cell's inputs, then come the nodes in order.
-    """
-
-    level: int
-    edges: tuple[int, ...]
+from .configs import FUSIONS
 
 
 def bifpn_nodes(levels: int) -> list[Node]:
@@ -44,35 +35,6 @@ def bifpn_nodes(levels: int) -> list[Node]:
         nodes.append(Node(level, (*ids[level], ids[neighbour][-1])))
         ids[level].append(levels + len(nodes) - 1)
     return nodes
-
-
-class Graph(NamedTuple):
-    """What ``edet_kernels.bifpn`` is told of a network: its inputs' sizes, nodes, their sizes."""
-
-    input_sizes: list[Size]
-    nodes: list[tuple[int, ...]]
-    sizes: list[Size]
-
-
-def graph_of(config: ModelConfig) -> Graph:
-    """All cells of a model's BiFPN; the last nodes, one for each level, are its outputs."""
-    h, w = config.image_size
-    sizes = []
-    for level in range(config.min_level + config.levels):
-        if level >= config.min_level:
-            sizes.append((h, w))
-        h, w = -(-h // 2), -(-w // 2)
-    cell = bifpn_nodes(config.levels)
-    nodes: list[tuple[int, ...]] = []
-    known = list(range(config.levels))
-    for _ in range(config.cells):
-        ids = known
-        for node in cell:
-            nodes.append(tuple(ids[e] for e in node.edges))
-            ids = [*ids, config.levels + len(nodes) - 1]
-        known = ids[-config.levels :]
-    levels = [node.level for node in cell] * config.cells
-    return Graph(sizes, nodes, [sizes[level] for level in levels])
 
 
 def check_nodes(nodes: Sequence[Node], levels: int) -> None:
@@ -368,7 +330,7 @@ class BiFPN(PackedModule):
             level without a node or a node that reads what is not there.
     """
 
-    _layer_types = frozenset(
+    layer_types = frozenset(
         (
             *(BiFPNCell, FusionNode, Combine, AfterCombine, Projection, ConvNorm, SeparableConv),
             *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList, nn.ModuleDict),
@@ -492,28 +454,28 @@ class BiFPN(PackedModule):
             edge(level - 1, dict(self.resample.items()).get(str(level)))
             for level in range(given, self.levels)
         ]
-        nodes: list[NodeLayers] = []
-        known = list(range(self.levels))  # ids that a cell's own ids stand for
-        for cell in self.cells:
-            for node, level in zip(cell.nodes, cell.node_levels, strict=True):
-                projections = node.combine.projections
-                conv = node.after_combine.conv
-                nodes.append(
-                    NodeLayers(
-                        level,
-                        [edge(known[e], projections.get(e)) for e in node.edges],
-                        conv.conv_dw,
-                        conv.conv_pw,
-                        conv.bn,
-                        node.combine.edge_weights,
-                        self.fusion,
-                    )
-                )
-                known.append(self.levels + len(nodes) - 1)
-            known = [known[i] for i in cell.outputs]
-        return FusionNodes(given, nodes, known, above, self.pool, self.activation)
+        graph = graph_of(
+            [
+                [Node(level, n.edges) for n, level in zip(c.nodes, c.node_levels, strict=True)]
+                for c in self.cells
+            ],
+            self.levels,
+        )
+        nodes = []
+        for own, (level, sources) in zip(
+            [node for cell in self.cells for node in cell.nodes], graph.nodes, strict=True
+        ):
+            projections, conv = own.combine.projections, own.after_combine.conv
+            edges = [
+                edge(source, projections.get(e))
+                for source, e in zip(sources, own.edges, strict=True)
+            ]
+            weights = own.combine.edge_weights
+            layers = conv.conv_dw, conv.conv_pw, conv.bn
+            nodes.append(NodeLayers(level, edges, *layers, weights, self.fusion))
+        return FusionNodes(given, nodes, graph.outputs, above, self.pool, self.activation)
 
-    def _check_layers(self) -> None:
+    def check_layers(self) -> None:
         layers = dict(self.resample.items())
         for c, cell in enumerate(self.cells):
             for n, node in enumerate(cell.nodes):
@@ -531,4 +493,4 @@ class BiFPN(PackedModule):
         self.as_fusion_nodes().check()
 
     def pack(self, dtype: torch.dtype) -> PackedNodes:
-        return self.as_fusion_nodes().pack(dtype)
+        return pack_nodes(self.as_fusion_nodes(), dtype)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-#: How the maps of an edge are combined; the names of ``edet_kernels`` (paper, section 3.3).
-FUSIONS = ("fast", "softmax", "unbounded", "sum")
+from edet_kernels.names import FUSIONS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,7 +24,7 @@ class ModelConfig:
         cells: BiFPN cells (D).
         head_repeats: convolutions before the last one of each head.
         backbone: a name of :data:`edet.efficientnet.BACKBONES`.
-        fusion: one of :data:`FUSIONS`.
+        fusion: how the maps of an edge are combined, one of :data:`FUSIONS` (paper, section 3.3).
         fusion_per_channel: one edge weight per channel instead of one per edge.
         min_level, max_level: the pyramid, P3 … P7 in the paper; level l has stride 2^l.
         padding: ``same`` (TensorFlow's: the odd pixel at the bottom and right) or ``symmetric``.
@@ -88,6 +87,17 @@ class ModelConfig:
     def levels(self) -> int:
         """Number of pyramid levels."""
         return self.max_level - self.min_level + 1
+
+    @property
+    def level_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of each pyramid level for an image of ``image_size``, from the lowest level up."""
+        h, w = self.image_size
+        sizes = []
+        for level in range(self.max_level + 1):
+            if level >= self.min_level:
+                sizes.append((h, w))
+            h, w = -(-h // 2), -(-w // 2)
+        return sizes
 
     @property
     def num_anchors(self) -> int:

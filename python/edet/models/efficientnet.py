@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
-from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch, PackedBackbone
+from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
 from ..fused.module import PackedModule, planned
+from ..fused.packed import PackedBackbone, pack_backbone
 from ..fused.sources import own_weight
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
@@ -250,7 +251,7 @@ class EfficientNet(PackedModule):
         ValueError: unknown name, level or padding.
     """
 
-    _layer_types = frozenset(
+    layer_types = frozenset(
         (Conv2d, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, SqueezeExcite, MBConv, nn.ModuleList)
     )
 
@@ -382,7 +383,7 @@ class EfficientNet(PackedModule):
             activation=self.activation,
         )
 
-    def _check_layers(self) -> None:
+    def check_layers(self) -> None:
         pad = self.conv_stem.pad
         _check_convolution("conv_stem", self.conv_stem, pad)
         for i, block in enumerate(block for stage in self._stages() for block in stage):
@@ -395,4 +396,4 @@ class EfficientNet(PackedModule):
         self.as_backbone_blocks().check()
 
     def pack(self, dtype: torch.dtype) -> PackedBackbone:
-        return self.as_backbone_blocks().pack(dtype)
+        return pack_backbone(self.as_backbone_blocks(), dtype)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels.reference import activate
 
-from ..fused.describe import HeadLayers, Mismatch, PackedHead
+from ..fused.describe import HeadLayers, Mismatch
 from ..fused.module import PackedModule, planned
+from ..fused.packed import PackedHead, pack_head
 from ..fused.sources import own_weight
 from .batch_norm import normalise, training_maps
 from .bifpn import SeparableConv, batch_norm, check_maps, check_separable_layers
@@ -51,7 +52,7 @@ class Head(PackedModule):
         prior_bias: initial bias of the prediction.
     """
 
-    _layer_types = frozenset(
+    layer_types = frozenset(
         (SeparableConv, LevelNorm, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList)
     )
 
@@ -148,7 +149,7 @@ class Head(PackedModule):
             self.activation,
         )
 
-    def _check_layers(self) -> None:
+    def check_layers(self) -> None:
         for i, conv in enumerate(cast("list[SeparableConv]", [*self.conv_rep, self.predict])):
             if conv.bn is not None:
                 raise Mismatch(f"layer {i} has a batch norm of its own")
@@ -156,4 +157,4 @@ class Head(PackedModule):
         self.as_head_layers().check()
 
     def pack(self, dtype: torch.dtype) -> PackedHead:
-        return self.as_head_layers().pack(dtype)
+        return pack_head(self.as_head_layers(), dtype)

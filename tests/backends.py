@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_utils import DTYPES, SIZES, Call, bifpn_graph, sample
+
+from edet_kernels.testing.samples import DTYPES, SIZES, Call, bifpn_graph, sample
 
 SMALL_SIZES = ((5, 3), (3, 2), (9, 6))
 

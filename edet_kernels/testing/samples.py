@@ -1,19 +1,24 @@
-"""Sample calls of every op and the error rule that decides whether a kernel is right."""
+"""Sample calls of every op: random maps and weights, small unless asked for otherwise."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import edet_kernels
-from edet_kernels import library, reference
+
+from .. import reference
+from ..names import Size
+from .numeric import (
+    OP_FACTOR,
+    Tf32Products,
+    assert_as_accurate_as_eager,
+    assert_gradients_as_accurate,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -21,7 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS = (1, 7, 16, 64, 88, 112, 160)
 
 #: Name of a fusion method and whether its edge weights are per channel.
-FUSIONS = (
+FUSION_KINDS = (
     ("fast", False),
     ("fast", True),
     ("softmax", False),
@@ -30,6 +35,9 @@ FUSIONS = (
     ("unbounded", True),
     ("sum", False),
 )
+
+#: Of the maps of a fusion: as it is, enlarged, max-pooled.
+SIZES = ((9, 6), (5, 3), (17, 12))
 
 
 def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -46,7 +54,12 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of ``tree``."""
     found: list[Tensor] = []
-    map_tree(lambda t: found.append(t) or t, tree)
+
+    def keep(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tree(keep, tree)
     return found
 
 
@@ -57,30 +70,69 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class Call:
-    """An op and its arguments: ``maps`` in the dtype under test, weights in float32."""
+    """An op and its arguments: ``maps`` in the dtype under test, weights in float32.
+
+    Attributes:
+        op, maps, weights, options: the op's name, first argument, other positional ones, and those
+            by keyword.
+        unpacked: ``weights`` for the reference, which would unpack those that the op takes packed
+            only, where that would be timed; None: the same ones.
+        bytes, operations: the least it must move and the multiplications and additions of its
+            products, where its maker knows them.
+    """
 
     op: str
     maps: Any
     weights: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    unpacked: tuple[Any, ...] | None = None
+    bytes: int = 0
+    operations: int = 0
 
     def __call__(self, maps: Any = None) -> Any:
         """The public op's result, on ``maps`` where given."""
         maps = self.maps if maps is None else maps
         return getattr(edet_kernels, self.op)(maps, *self.weights, **self.options)
 
-    def reference(self, dtype: torch.dtype) -> Any:
-        """The reference's result with every float tensor in ``dtype``."""
+    def run(self, function: Callable[..., Any]) -> Any:
+        """The result of ``function``, which takes the arguments of the op's reference."""
+        weights = self.weights if self.unpacked is None else self.unpacked
+        return function(self.maps, *weights, **self.options)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call with every float tensor in ``dtype``."""
         options = cast(self.options, dtype)
         if "dtype" in options:
             options["dtype"] = dtype
-        return getattr(reference, self.op)(
-            cast(self.maps, dtype), *cast(self.weights, dtype), **options
+        return replace(
+            self,
+            maps=cast(self.maps, dtype),
+            weights=cast(self.weights, dtype),
+            options=options,
+            unpacked=cast(self.unpacked, dtype),
         )
 
-    def check(self, dtype: torch.dtype) -> None:
+    def reference(self, dtype: torch.dtype) -> Any:
+        """The reference's result with every float tensor in ``dtype``."""
+        return self.to(dtype).run(getattr(reference, self.op))
+
+    def check(self, dtype: torch.dtype, *, factor: float = OP_FACTOR) -> None:
         """Checks the op against the fp64 reference, by the error of eager PyTorch in ``dtype``."""
-        assert_as_accurate_as_eager(self(), self.reference(torch.float64), self.reference(dtype))
+        assert_as_accurate_as_eager(
+            self(), self.reference(torch.float64), self.reference(dtype), factor=factor
+        )
+
+    def check_gradients(self, dtype: torch.dtype, *, factor: float = OP_FACTOR) -> None:
+        """Checks all gradients against fp64, by those of eager PyTorch in ``dtype``."""
+        function, eager = getattr(edet_kernels, self.op), getattr(reference, self.op)
+        exact = gradients(self, eager, torch.float64)
+        assert_gradients_as_accurate(
+            gradients(self, function, dtype),
+            exact,
+            gradients(self, eager, dtype),
+            dtype,
+            factor=factor,
+        )
 
     def check_tf32(self) -> None:
         """Checks a float32 op that may multiply as TF32, by the error of eager that does so."""
@@ -89,109 +141,39 @@ class Call:
         assert_as_accurate_as_eager(self(), self.reference(torch.float64), eager)
 
 
-def to_tf32(x: Tensor) -> Tensor:
-    """float32 numbers with a mantissa of 10 bits, rounded to nearest, ties away from zero."""
-    rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x)
-
-
-class Tf32Products(TorchFunctionMode):
-    """Rounds what 1×1 convolutions of float32 multiply to TF32, as a GPU that may does."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function is torch.nn.functional.conv2d and args[1].shape[-2:] == (1, 1):
-            x, weight, *rest = args
-            args = (to_tf32(x), to_tf32(weight), *rest)
-        return function(*args, **(kwargs or {}))
-
-
-def ulp(largest: float, dtype: torch.dtype) -> float:
-    """The distance between neighbours of ``largest`` in ``dtype``."""
-    info = torch.finfo(dtype)
-    _, exponent = math.frexp(max(largest, info.smallest_normal))
-    return math.ldexp(info.eps, exponent - 1)
-
-
-def same(a: Tensor, b: Tensor) -> Tensor:
-    """Where ``a`` and ``b`` are equal, NaN equal to NaN."""
-    return (a == b) | (a.isnan() & b.isnan())
-
-
-@functools.cache
-def _factor() -> int:
-    """2; twice as much for a build with sanitizers: with -O1 it rounds more often."""
-    info = library.build_info()
-    return 4 if info and info.sanitize else 2
-
-
-def assert_as_accurate_as_eager(out: Any, reference64: Any, eager: Any) -> None:
-    """Asserts max|out − reference64| ≤ 2·max|eager − reference64| + 1 ulp of max|reference64|.
-
-    Where the reference is NaN or infinite, so must the output be. Where it is finite but
-    overflows in the output's dtype, the output may overflow or do as eager does.
-
-    Args:
-        out: the op's result: a tensor or a list or tuple of tensors.
-        reference64: the same from the reference in float64.
-        eager: the same from the reference in the output's dtype.
-    """
-    if not isinstance(out, Tensor):
-        assert len(out) == len(reference64) == len(eager)
-        for one in zip(out, reference64, eager, strict=True):
-            assert_as_accurate_as_eager(*one)
-        return
-    assert out.shape == reference64.shape
-    assert out.dtype == eager.dtype
-    if not out.is_floating_point():
-        assert torch.equal(out, reference64)
-        return
-    rounded = reference64.to(out.dtype)
-    special = ~reference64.isfinite()
-    assert same(out, rounded)[special].all(), "NaN or infinity is not where the reference has it"
-    overflow = ~special & ~rounded.isfinite()
-    assert (same(out, rounded) | same(out, eager))[overflow].all(), "overflows unlike the reference"
-    finite = rounded.isfinite()
-    assert (out.isfinite() | ~eager.isfinite())[finite].all(), "not finite where eager is"
-    compared = finite & out.isfinite()
-    if not compared.any():
-        return
-    error = (out.double() - reference64)[compared].abs().max().item()
-    eager_error = (eager.double() - reference64)[finite & eager.isfinite()].abs()
-    largest = reference64[finite].abs().max().item()
-    bound = _factor() * max(eager_error.tolist(), default=0.0) + ulp(largest, out.dtype)
-    assert error <= bound, f"error {error:.3g} > {bound:.3g}, largest value {largest:.3g}"
-
-
-def assert_identical(a: Any, b: Any) -> None:
-    """Asserts that two results are equal in every bit that matters (NaN equal to NaN)."""
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
 class Maker:
     """Makes random maps in a dtype and float32 weights that this dtype holds exactly.
 
     With such weights the error of eager PyTorch is that of its arithmetic alone.
+
+    Args:
+        dtype: of the maps.
+        batch: images in each map.
+        device: where all is made; torch's default device when None.
     """
 
-    def __init__(self, dtype: torch.dtype, batch: int = 2) -> None:
-        self.dtype, self.batch = dtype, batch
+    def __init__(
+        self, dtype: torch.dtype, batch: int = 2, device: torch.device | None = None
+    ) -> None:
+        self.dtype, self.batch, self.device = dtype, batch, device
 
     def map(self, channels: int, h: int, w: int) -> Tensor:
         """A map (batch, channels, h, w), channels_last."""
-        x = torch.randn(self.batch, channels, h, w).to(self.dtype)
+        x = torch.randn(self.batch, channels, h, w, device=self.device).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def maps(self, channels: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def maps(self, channels: int, sizes: Sequence[Size]) -> list[Tensor]:
         """A map for each of ``sizes``."""
         return [self.map(channels, h, w) for h, w in sizes]
 
     def weight(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normally distributed weights."""
-        return (torch.randn(shape) * scale).to(self.dtype).float()
+        return (torch.randn(shape, device=self.device) * scale).to(self.dtype).float()
 
     def batch_norm(self, *shape: int) -> tuple[Tensor, Tensor]:
         """A folded batch norm: scale and shift."""
-        return (torch.rand(shape) + 0.5).to(self.dtype).float(), self.weight(*shape)
+        scale = (torch.rand(shape, device=self.device) + 0.5).to(self.dtype).float()
+        return scale, self.weight(*shape)
 
     def edge_weights(self, *shape: int) -> Tensor:
         """Weights of edges, of either sign but for the first edge's: all negative fuse to zero."""
@@ -215,16 +197,13 @@ class Maker:
         )
 
 
-SIZES = ((9, 6), (5, 3), (17, 12))  # of a fusion: as it is, enlarged, max-pooled
-
-
 def weighted_fusion(
     make: Maker,
     channels: int = 24,
     *,
     fusion: str = "fast",
     per_channel: bool = False,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[Size] = SIZES,
     edge_weights: Tensor | None = None,
     **options: Any,
 ) -> Call:
@@ -248,19 +227,19 @@ def fusion_node(
 class Graph:
     """Nodes of a feature network: see ``nodes``, ``sizes`` and ``outputs`` of ``bifpn``."""
 
-    input_sizes: list[tuple[int, int]]
+    input_sizes: list[Size]
     nodes: list[tuple[int, ...]]
-    sizes: list[tuple[int, int]]
+    sizes: list[Size]
     outputs: list[int]
 
 
-def bifpn_graph(size: tuple[int, int], levels: int, cells: int) -> Graph:
+def bifpn_graph(size: Size, levels: int, cells: int) -> Graph:
     """EfficientDet's graph (paper, figure 3): ``levels`` maps from ``size`` down, ⌈/2⌉ each."""
     extents = [size]
     for _ in range(levels - 1):
         extents.append((-(-extents[-1][0] // 2), -(-extents[-1][1] // 2)))
     nodes: list[tuple[int, ...]] = []
-    sizes: list[tuple[int, int]] = []
+    sizes: list[Size] = []
 
     def add(level: int, *edges: int) -> int:
         nodes.append(edges)
@@ -316,7 +295,7 @@ def separable_conv(
     channels: int = 24,
     out_channels: int | None = None,
     *,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[Size] = SIZES,
     per_level: bool = True,
     **options: Any,
 ) -> Call:
@@ -327,9 +306,7 @@ def separable_conv(
     return Call("separable_conv", make.maps(channels, sizes), weights, options)
 
 
-def head(
-    make: Maker, channels: int = 24, *, sizes: Sequence[tuple[int, int]] = SIZES, **options: Any
-) -> Call:
+def head(make: Maker, channels: int = 24, *, sizes: Sequence[Size] = SIZES, **options: Any) -> Call:
     """Two layers and a prediction of another width."""
     layers = [(channels, channels), (channels, channels), (channels, 9)]
     norms = [make.batch_norm(len(sizes), c_out) for _, c_out in layers]
@@ -347,7 +324,7 @@ def lateral(
     channels: int = 24,
     out_channels: Sequence[int] = (24, 17),
     *,
-    size: tuple[int, int] = (9, 6),
+    size: Size = (9, 6),
     **options: Any,
 ) -> Call:
     """Projections of one map, the last one pooled twice."""
@@ -368,7 +345,7 @@ def mbconv(
     kernel: int = 3,
     out_channels: int | None = None,
     squeeze: bool = True,
-    size: tuple[int, int] = (9, 6),
+    size: Size = (9, 6),
     **options: Any,
 ) -> Call:
     """An inverted residual block; ``expansion=1`` leaves the expansion out."""
@@ -395,7 +372,7 @@ def stem(
     make: Maker,
     out_channels: int = 24,
     *,
-    size: tuple[int, int] = (9, 6),
+    size: Size = (9, 6),
     uint8: bool = False,
     normalise: bool = True,
     **options: Any,
@@ -419,7 +396,7 @@ def training_node(
     *,
     nodes: int = 1,
     normalised: bool = True,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[Size] = SIZES,
     **options: Any,
 ) -> Call:
     """A node on the maps of :func:`weighted_fusion`; for several nodes, one of the maps each."""
@@ -430,9 +407,9 @@ def training_node(
     else:
         options = {"edge_counts": [1] * nodes, "sizes": list(sizes), **fused.options}
     dw, pw, _, shift = make.separable(channels, out_channels or channels + 3)
-    norm = (make.weight(len(fused.maps), channels), make.weight(len(fused.maps), channels))
-    norm = norm if normalised else (None, None)
-    return Call("training_node", fused.maps, (*norm, *fused.weights, dw, pw, shift), options)
+    norm = [make.weight(len(fused.maps), channels) for _ in range(2)]
+    norms = norm if normalised else (None, None)
+    return Call("training_node", fused.maps, (*norms, *fused.weights, dw, pw, shift), options)
 
 
 def nms(make: Maker, count: int = 40, **options: Any) -> Call:
@@ -447,7 +424,7 @@ def detect(
     make: Maker,
     classes: int = 5,
     *,
-    sizes: Sequence[tuple[int, int]] = ((7, 6), (4, 3), (2, 2)),
+    sizes: Sequence[Size] = ((7, 6), (4, 3), (2, 2)),
     limits: bool = True,
     **options: Any,
 ) -> Call:
@@ -478,8 +455,10 @@ SAMPLES: dict[str, Callable[..., Call]] = {
     )
 }
 
-#: Ops that return maps.
-MAP_OPS = tuple(op for op in SAMPLES if op not in ("nms", "detect"))
+
+def sample(op: str, dtype: torch.dtype = torch.float32, batch: int = 2, **options: Any) -> Call:
+    """A small call of ``op``."""
+    return SAMPLES[op](Maker(dtype, batch), **options)
 
 
 def gradients(call: Call, function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
@@ -514,12 +493,7 @@ def gradients(call: Call, function: Callable[..., Any], dtype: torch.dtype) -> l
     return [g.double() for g in torch.autograd.grad(total, leaves)]
 
 
-def sample(op: str, dtype: torch.dtype = torch.float32, batch: int = 2, **options: Any) -> Call:
-    """A small call of ``op``."""
-    return SAMPLES[op](Maker(dtype, batch), **options)
-
-
-def node_by_node(call):
+def node_by_node(call: Call) -> list[Tensor]:
     """The result of a ``bifpn`` from one ``fusion_node`` for each node."""
     edge_weights, *weights = call.weights
     options = dict(call.options)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from edet_kernels import autocast, autograd, fake
+from edet_kernels import operators
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 #: What the emulated launchers believe: an H200's blocks may have 227 KiB of shared memory.
 MULTIPROCESSORS, SHARED_BYTES = 4, 227 * 1024
@@ -27,8 +27,7 @@ def module():
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     found.set_device(MULTIPROCESSORS, SHARED_BYTES)
-    for registers in (fake, autocast, autograd):
-        registers.register("edet_emulation")
+    operators.register("edet_emulation")
     return found
 
 

@@ -1,0 +1,494 @@
+"""``edet predict``: objects in images and videos, printed, written as JSON and drawn."""
+
+from __future__ import annotations
+
+import glob
+import json
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+from torch import Tensor
+
+from ..detection import video
+from ..detection.draw import (
+    MissingGlyphWarning,
+    draw_detections,
+    glyph_hint,
+    load_font,
+    missing_glyphs,
+)
+from ..detection.labels import read_class_names
+from ..detection.predictor import Prediction, Predictor
+from ..detection.results import Detections
+from ..detection.stats import Stats
+from ..extras import require
+from ..files import replacing
+from ..models.configs import get_config
+from ..models.factory import create_model
+from .common import (
+    Device,
+    Dtype,
+    DtypeOption,
+    NumClasses,
+    check_writable,
+    checked_device,
+    fail,
+    one_line_errors,
+    progress_bar,
+    say,
+)
+from .targets import annotated_names, check_targets, is_video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Nms(str, Enum):
+    """Ways to suppress overlapping boxes."""
+
+    hard = "hard"
+    gaussian = "gaussian"
+
+
+#: The longest side of the network's input that is taken for meant.
+LARGEST = 16384
+
+
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        help="Images, videos, folders, or quoted patterns such as 'in/**/*.jpg'.", metavar="FILE"
+    ),
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A name that 'edet models' lists.", metavar="MODEL")
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="The model's weights: effdet's .pth, or .safetensors.",
+        metavar="FILE",
+    ),
+]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Run without a checkpoint; boxes mean nothing.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write all detections to this file.", metavar="FILE")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Write annotated copies to this folder.", metavar="FOLDER"),
+]
+ScoreThreshold = Annotated[
+    float,
+    typer.Option(help="Leave out objects scored at or below this.", min=0, max=1, metavar="P"),
+]
+Suppression = Annotated[Nms, typer.Option(help="Suppression: hard, or gaussian (soft-NMS).")]
+BatchSize = Annotated[int, typer.Option(help="Images at once.", min=1, metavar="N")]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(help="Text file with the name of each class on a line.", metavar="FILE"),
+]
+IouThreshold = Annotated[
+    float,
+    typer.Option(
+        help="With --nms hard: drop boxes that overlap a better one more than this.",
+        min=0,
+        max=1,
+        metavar="P",
+    ),
+]
+ClassAgnostic = Annotated[
+    bool,
+    typer.Option("--class-agnostic", help="Suppress across classes, not only within each."),
+]
+MaxDetections = Annotated[int, typer.Option(help="Most objects in an image.", min=1, metavar="N")]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Input of the network: a side, or height x width such as 384x640; the model's own "
+        "by default.",
+        metavar="SIZE",
+    ),
+]
+Font = Annotated[
+    Path | None,
+    typer.Option(help="TrueType or OpenType file to write class names with.", metavar="FILE"),
+]
+Workers = Annotated[int, typer.Option(help="Threads that read images ahead.", min=1, metavar="N")]
+ShowStats = Annotated[
+    bool, typer.Option("--stats", help="Show latency percentiles and memory at the end.")
+]
+
+
+def find_files(arguments: Sequence[str]) -> list[Path]:
+    """The image and video files that files, folders and patterns name, in order, each once.
+
+    Raises:
+        ValueError: an argument names nothing.
+    """
+    suffixes = (*require("PIL.Image", "image").registered_extensions(), *video.SUFFIXES)
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+            if not inside:
+                raise ValueError(
+                    f"the folder {argument} holds no images or videos (.jpg, .png, .mp4, ...)"
+                )
+            found.update(dict.fromkeys(inside))
+        elif path.exists():
+            found[path] = None
+        else:
+            matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
+            matches = [p for p in matches if p.is_file()]
+            if not matches:
+                pattern = glob.has_magic(argument)
+                raise ValueError(
+                    f"no file matches {argument}" if pattern else f"{argument} does not exist"
+                )
+            found.update(dict.fromkeys(matches))
+    if any(map(is_video, found)):
+        require("av", "video")
+    return list(found)
+
+
+def parsed_size(text: str) -> tuple[int, int]:
+    """(H, W) of ``--image-size``.
+
+    Raises:
+        ValueError: it is neither a side nor height x width.
+    """
+    height, cross, width = text.lower().partition("x")
+    sides = (height, width if cross else height)
+    if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST for side in sides):
+        raise ValueError(
+            f"--image-size must be a side or height x width such as 384x640, 1 to {LARGEST} each, "
+            f"got {text!r}"
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def load_predictor(
+    model: str, checkpoint: Path | None, random_weights: bool, num_classes: int, **options: Any
+) -> Predictor:
+    """The predictor that the options of ``edet predict`` ask for.
+
+    Raises:
+        ValueError: neither or both of a checkpoint and random weights.
+    """
+    get_config(model)
+    if random_weights == (checkpoint is not None):
+        raise ValueError(
+            "--checkpoint and --random-weights exclude each other"
+            if random_weights
+            else "--checkpoint FILE is required (or --random-weights, to try things out: "
+            "the boxes then mean nothing)"
+        )
+    network = create_model(model, num_classes=num_classes, checkpoint=checkpoint)
+    return Predictor(network, **options)
+
+
+class Writer:
+    """Writes what 'edet predict' finds, each result as it comes.
+
+    The JSON file is one array; annotated images are drawn and written by a thread of their own,
+    which is never more than a few images behind.
+    """
+
+    def __init__(self, json_stream: IO[str] | None, font: Path | None) -> None:
+        self._json, self._font = json_stream, font
+        self._entries = 0
+        self._drawer = ThreadPoolExecutor(1, "edet-draw")
+        self._drawing: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Writer:
+        self._put("[")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._drawer.shutdown()
+        self.wait()
+        self._put("\n]\n")
+
+    def _put(self, text: str) -> None:
+        if self._json is not None:
+            self._json.write(text)
+
+    def entry(self, **values: Any) -> None:
+        """Appends an entry to the JSON file."""
+        text = json.dumps(values, allow_nan=False)
+        self._put((",\n" if self._entries else "\n") + text)
+        self._entries += 1
+
+    def draw(self, pixels: Tensor, objects: Detections, save: Callable[[Image], None]) -> None:
+        """Draws the objects and saves the drawing, in the background."""
+        self.wait(4)
+        self._drawing.append(
+            self._drawer.submit(lambda: save(draw_detections(pixels, objects, font=self._font)))
+        )
+
+    def wait(self, most: int = 0) -> None:
+        """Waits until no more than ``most`` drawings are to be done.
+
+        Raises:
+            OSError: a drawing could not be written.
+        """
+        while len(self._drawing) > most:
+            self._drawing.popleft().result()
+
+
+def save_copy(path: Path, picture: Image) -> None:
+    """Writes an annotated image; it appears whole or not at all."""
+    with replacing(path, sync=False) as temporary:  # it can be drawn again
+        picture.save(temporary, quality=95)
+
+
+@dataclass
+class Counted:
+    """What became of the files.
+
+    Attributes:
+        needed: whether the work goes on when the reader of the output has left.
+    """
+
+    needed: bool
+    images: int = 0
+    broken: int = 0
+    interrupted: bool = False
+
+    def skip(self, error: Exception) -> None:
+        """Reports a file that could not be read."""
+        self.broken += 1
+        typer.echo(f"Skipped: {error}", err=True)
+
+    def tell(self, text: str) -> None:
+        """Prints what was found in a file.
+
+        Raises:
+            BrokenPipeError: the reader of the output has left, and nothing else is wanted.
+        """
+        if self.needed:
+            say(text)
+        else:
+            typer.echo(text)
+
+
+def predict_images(
+    found: Iterable[Prediction], copies: dict[Path, Path], writer: Writer, counted: Counted
+) -> Iterator[None]:
+    """Reports and writes what was found in image files, yielding after each."""
+    for path, pixels, objects, error in found:
+        if error is not None:
+            counted.skip(error)
+        else:
+            assert pixels is not None and objects is not None
+            counted.images += 1
+            counted.tell(f"{path}: {listed(Counter(objects.names))}")
+            writer.entry(file=str(path), **objects.to_plain())
+            if path in copies:
+                writer.draw(pixels, objects, partial(save_copy, copies[path]))
+        yield
+
+
+def predict_video(
+    found: Iterable[Prediction],
+    reader: video.VideoReader,
+    copy: Path | None,
+    writer: Writer,
+    counted: Counted,
+) -> Iterator[None]:
+    """Reports and writes what was found in the frames of a video, yielding after each.
+
+    Copies keep the times of the frames, also where a damaged one is left out.
+    """
+    names: Counter[str] = Counter()
+    frames = 0
+    with ExitStack() as stack:
+        try:
+            for frame, pixels, objects, error in found:
+                assert pixels is not None and objects is not None, error
+                if copy is not None and frames == 0:
+                    temporary = stack.enter_context(replacing(copy))
+                    drawn = stack.enter_context(
+                        video.VideoWriter(temporary, reader.rate, reader.time_base)
+                    )
+                    stack.callback(writer.wait)
+                if copy is not None:
+                    writer.draw(pixels, objects, partial(drawn.write, time=frame.time))
+                writer.entry(
+                    file=str(reader.path),
+                    frame=frames,
+                    time=float(frame.time),
+                    **objects.to_plain(),
+                )
+                names.update(objects.names)
+                counted.images += 1
+                frames += 1
+                yield
+        except video.VideoError as error:
+            counted.skip(error)
+    if frames:
+        counted.tell(f"{reader.path}: {frames} frames, {listed(names)}")
+
+
+def listed(counts: Counter[str]) -> str:
+    """Names and how often each was found, the most frequent first."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+
+
+def predict_files(
+    files: Sequence[Path],
+    copies: dict[Path, Path],
+    predictor: Predictor,
+    workers: int,
+    writer: Writer,
+    counted: Counted,
+) -> None:
+    """Goes through the files in order, under a progress bar."""
+    with progress_bar() as progress:
+        task = progress.add_task("predicting", total=len(files))
+        for videos, group in groupby(files, is_video):
+            paths = list(group)
+            if not videos:
+                found = predictor.stream(paths, workers=workers)
+                for _ in predict_images(found, copies, writer, counted):
+                    progress.advance(task)
+                continue
+            for path in paths:
+                try:
+                    reader = video.VideoReader(path)
+                except (OSError, video.VideoError) as error:
+                    counted.skip(error)
+                else:
+                    part = progress.add_task(path.name, total=reader.frames)
+                    found = predictor.stream(reader, workers=workers)
+                    for _ in predict_video(found, reader, copies.get(path), writer, counted):
+                        progress.advance(part)
+                    progress.remove_task(part)
+                progress.advance(task)
+
+
+def write_found(
+    files: Sequence[Path],
+    copies: dict[Path, Path],
+    predictor: Predictor,
+    workers: int,
+    json_file: Path | None,
+    font: Path | None,
+) -> Counted:
+    """Predicts all files, writing what is found as it comes; an interruption ends it early."""
+    counted = Counted(needed=json_file is not None or bool(copies))
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", MissingGlyphWarning)  # told before, in a note
+        stream = None
+        if json_file is not None:
+            temporary = stack.enter_context(replacing(json_file))
+            stream = stack.enter_context(temporary.open("w", encoding="utf-8"))
+        writer = stack.enter_context(Writer(stream, font))
+        try:
+            predict_files(files, copies, predictor, workers, writer, counted)
+        except KeyboardInterrupt:
+            counted.interrupted = True
+    return counted
+
+
+def report(
+    counted: Counted,
+    seconds: float,
+    json_file: Path | None,
+    output: Path | None,
+    stats: Stats | None,
+) -> None:
+    """Says on standard error where results are and what it took."""
+    if json_file is not None:
+        typer.echo(f"Detections: {json_file}", err=True)
+    if output is not None:
+        typer.echo(f"Annotated copies: {output}", err=True)
+    typer.echo(f"{counted.images} images in {seconds:.1f} s", err=True)
+    if stats is not None:
+        typer.echo(stats, err=True)
+
+
+def predict(
+    images: Files,
+    model: Model = "tf_efficientdet_d0",
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    json_file: JsonFile = None,
+    output: Output = None,
+    score_threshold: ScoreThreshold = 0.3,
+    nms: Suppression = Nms.hard,
+    iou_threshold: IouThreshold = 0.5,
+    class_agnostic: ClassAgnostic = False,
+    max_detections: MaxDetections = 100,
+    image_size: ImageSize = None,
+    batch_size: BatchSize = 1,
+    num_classes: NumClasses = 90,
+    class_names: ClassNames = None,
+    font: Font = None,
+    workers: Workers = 2,
+    stats: ShowStats = False,
+    dtype: DtypeOption = Dtype.float32,
+    device: Device = "cpu",
+) -> None:
+    """Find objects in images and videos.
+
+    Prints what is found in each file, in the order given, while the next ones are read. A file that
+    cannot be read is reported and skipped; the exit status is then 1. When interrupted, what was
+    found so far is kept.
+    """
+    with one_line_errors():
+        files = find_files(images)
+        copies = annotated_names(files, output) if output is not None else {}
+        named = [path for path in (checkpoint, class_names, font) if path is not None]
+        check_targets([*files, *named], copies, json_file)
+        load_font(font, 12)
+        predictor = load_predictor(
+            model,
+            checkpoint,
+            random_weights,
+            num_classes,
+            score_threshold=score_threshold,
+            nms=nms.value,
+            iou_threshold=iou_threshold,
+            class_agnostic=class_agnostic,
+            max_detections=max_detections,
+            image_size=None if image_size is None else parsed_size(image_size),
+            batch_size=batch_size,
+            class_names=None if class_names is None else read_class_names(class_names, num_classes),
+            device=checked_device(device),
+            dtype=dtype.torch,
+        )
+        if output is not None:
+            check_writable(output, "--output", create=True)
+        if random_weights:
+            typer.echo("Note: the weights are random, the boxes mean nothing.", err=True)
+        lacking = missing_glyphs(predictor.label_names.values(), font) if copies else ""
+        if lacking:
+            typer.echo(f"Note: {glyph_hint(lacking, font, '--font FILE')}", err=True)
+        start = time.perf_counter()
+        counted = write_found(files, copies, predictor, workers, json_file, font)
+        seconds = time.perf_counter() - start
+        report(counted, seconds, json_file, output, predictor.stats() if stats else None)
+        unread = f"{counted.broken} of {len(files)} files could not be read"
+        if counted.interrupted:
+            fail(f"interrupted; {unread}", code=130)
+        if counted.broken:
+            fail(unread, code=1)

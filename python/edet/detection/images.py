@@ -1,0 +1,263 @@
+"""Images of any kind, files and arrays and tensors, read as upright RGB tensors."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..extras import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: One image: a path, a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray[Any, Any] | Tensor"
+
+#: PIL modes whose values have a range of their own, so that they convert to 8-bit RGB.
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+
+
+#: The most pixels of a picture that is decoded, 11585 × 11585: some 1.5 GB of memory. A file of
+#: a few kilobytes can ask for any number. Assign another to read larger ones; beyond
+#: 179 million Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, has to be raised too.
+MAX_PIXELS = 1 << 27
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or is not one of the documented kinds."""
+
+
+def as_list(images: ImageLike | Sequence[ImageLike]) -> tuple[list[Any], bool]:
+    """The images as a list, and whether a single one was given.
+
+    A list, a tuple and the first dimension of a 4-dimensional array or tensor are many images.
+
+    Raises:
+        ImageError: there is no image.
+    """
+    if isinstance(images, Tensor | np.ndarray):
+        single = images.ndim != 4
+    else:
+        single = not isinstance(images, list | tuple)
+    many: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+    if not many:
+        raise ImageError("images must hold at least one image, got none")
+    return many, single
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+#: What shows a picture upright, by its orientation (EXIF 2.32, tag 0x0112; 1 is upright).
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def _decode(image: Any) -> None:
+    """Decodes the pixels in place. A TIFF's tags that cannot be read do not stop it."""
+    turn = getattr(image, "load_end", None)  # Pillow turns a TIFF as it decodes it
+    if image.format != "TIFF" or turn is None:
+        image.load()
+        return
+
+    def turn_if_possible() -> None:
+        with suppress(Exception):  # the orientation is still there then, for _orientation
+            turn()
+
+    image.load_end = turn_if_possible
+    try:
+        image.load()
+    finally:
+        del image.load_end
+
+
+def _orientation(image: Any) -> Any:
+    """The orientation of a decoded picture, 1 to 8; None where it is missing or unreadable."""
+    for tags in (lambda: image.tag_v2, image.getexif):
+        with suppress(Exception):  # none, or any damage
+            value = tags().get(0x0112)
+            if value in _TURNS:  # also a float or a fraction
+                return value
+    return None
+
+
+def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
+    """The pixels of a PIL image, upright: (H, W, 3 or 4) uint8, or (H, W) uint16."""
+    mode, fmt = image.mode, image.format
+    if getattr(image, "tile", None) and image.width * image.height > MAX_PIXELS:  # not yet decoded
+        raise ImageError(
+            f"{name} must have at most {MAX_PIXELS:,} pixels (edet.detection.images.MAX_PIXELS), "
+            f"got {image.width} × {image.height}"
+        )
+    try:
+        _decode(image)
+        orientation = _orientation(image)
+        if orientation is not None:  # by that tag alone: others may be damaged
+            image = image.transpose(require("PIL.Image", "image").Transpose[_TURNS[orientation]])
+        if mode.startswith("I;16") or (mode == "I" and fmt == "PNG"):  # Pillow < 11 reads PNG as I
+            return np.asarray(image).astype(np.uint16)
+        if mode in _MODES:
+            alpha = "transparency" in image.info or mode in ("LA", "La", "PA", "RGBA", "RGBa")
+            wanted = "RGBA" if alpha else "RGB"
+            return np.array(image if mode == wanted else image.convert(wanted))
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, …
+        raise ImageError(f"{name} cannot be decoded: {error}") from error
+    raise ImageError(
+        f"{name} has mode {mode!r}, whose values have no defined range: "
+        "convert it to 8-bit or 16-bit grey, or to RGB"
+    )
+
+
+def _open(pil: Any, path: Path) -> Any:
+    """Opens a picture; also a JPEG that Pillow cannot identify for damage in its EXIF block."""
+    try:
+        return pil.open(path)
+    except pil.UnidentifiedImageError:
+        data = path.read_bytes()
+        start = data.find(b"Exif\0\0", 0, 1 << 16)
+        if not data.startswith(b"\xff\xd8") or start < 4:
+            raise
+        # hidden while it opens, which reads the resolution; only the orientation is wanted
+        image = pil.open(io.BytesIO(data[:start] + b"Hide" + data[start + 4 :]))
+        length = int.from_bytes(data[start - 2 : start], "big")  # counts its own two bytes
+        image.info["exif"] = data[start : start + length - 2]
+        return image
+
+
+def _read_file(path: Path, name: str) -> np.ndarray[Any, Any]:
+    pil = require("PIL.Image", "image")
+    if not path.exists():
+        raise FileNotFoundError(f"{name} does not exist")
+    if path.is_dir():
+        raise ImageError(f"{name} is a folder, an image file is required")
+    try:
+        image = _open(pil, path)
+    except pil.UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image in a known format") from error
+    except PermissionError as error:
+        raise PermissionError(f"{name} cannot be read: permission denied") from error
+    except Exception as error:  # as in _read_pil; also DecompressionBombError
+        raise ImageError(f"{name} cannot be opened as an image: {error}") from error
+    with image:
+        return _read_pil(image, name)
+
+
+#: Rows of a strip.
+_STRIP = 256
+
+
+def _unit_range(pixels: Tensor, name: str) -> Tensor:
+    """``pixels`` as float32, checked to lie in [0, 1]."""
+    low, high = (float(x) for x in pixels.aminmax())
+    if not (low >= 0 and high <= 1):  # also catches NaN
+        raise ImageError(
+            f"{name} of a float dtype must have values in [0, 1], got {low:g} to {high:g}: "
+            "divide by the maximum, or pass uint8"
+        )
+    return pixels.float()
+
+
+def _to_rgb(pixels: Tensor) -> Tensor:
+    """(1, 3 or 4, H, W) to (3, H, W): grey is repeated, alpha is composited over white."""
+    if pixels.shape[0] == 1:
+        return pixels.expand(3, -1, -1)
+    if pixels.shape[0] == 3:
+        return pixels
+    white = 255 if pixels.dtype == torch.uint8 else 1
+    blended = torch.empty((3, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
+    # in strips, because floats take four times the memory of bytes
+    for out, part in zip(blended.split(_STRIP, 1), pixels.split(_STRIP, 1), strict=True):
+        colour, alpha = part[:3].float(), part[3:].float() / white
+        strip = colour * alpha + white * (1 - alpha)
+        out.copy_(strip.round() if white == 255 else strip)
+    return blended
+
+
+def load_image(image: ImageLike, name: str = "image") -> Tensor:
+    """Reads one image as upright RGB.
+
+    Accepted are
+
+    * a path (EXIF orientation is honoured) or a PIL image (likewise): 8-bit grey, grey + alpha,
+      palette, RGB, RGBA, CMYK, YCbCr, HSV and bilevel, and 16-bit grey, 0 … 65535. The first frame
+      of an animation. 32-bit integer and float modes have no defined range and are refused;
+    * a NumPy array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA of uint8, uint16
+      (0 … 65535), or float in [0, 1];
+    * a tensor (C, H, W) with C = 1, 3 or 4, uint8 or float in [0, 1].
+
+    Transparent pixels are shown over white.
+
+    Args:
+        image: the image.
+        name: what to call it in errors; a path is called by its own name.
+
+    Returns:
+        (3, H, W), uint8 for 8-bit images, otherwise float32 in [0, 1].
+
+    Raises:
+        ImageError: unreadable or truncated file, refused mode, wrong layout, dtype or range.
+        FileNotFoundError, PermissionError: no such file, or not readable.
+        TypeError: not an image at all.
+        ImportError: a path without Pillow (extra ``image``).
+    """
+    if isinstance(image, str | os.PathLike):
+        pixels: Any = _read_file(Path(image), os.fspath(image))
+    elif hasattr(image, "getbands"):  # a PIL image, without importing PIL
+        pixels = _read_pil(image, getattr(image, "filename", "") or name)
+    elif isinstance(image, Tensor | np.ndarray):
+        pixels = image
+    else:
+        raise TypeError(
+            f"{name} must be a path, a PIL image, a NumPy array or a tensor, got {_describe(image)}"
+        )
+
+    if isinstance(pixels, Tensor):
+        if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
+            raise ImageError(
+                f"{name} must be (C, H, W) with 1, 3 or 4 channels when it is a tensor, "
+                f"got {_describe(pixels)}" + (": permute(2, 0, 1) it" if pixels.ndim == 3 else "")
+            )
+        pixels = pixels.detach()
+    else:
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
+            raise ImageError(
+                f"{name} must be (H, W) or (H, W, C) with 1, 3 or 4 channels when it is an array, "
+                f"got {_describe(image)}" + (": transpose(1, 2, 0) it" if pixels.ndim == 3 else "")
+            )
+        if pixels.dtype == np.uint16:
+            pixels = pixels.astype(np.float32) / 65535
+        elif pixels.dtype.kind == "f":
+            pixels = pixels.astype(np.float32)
+        elif pixels.dtype != np.uint8:
+            raise ImageError(f"{name} must be uint8, uint16 or float, got {_describe(image)}")
+        if pixels is image or pixels.base is not None:
+            # a copy: torch refuses negative strides and warns about read-only memory
+            pixels = np.array(pixels, order="C")
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+    if 0 in pixels.shape:
+        raise ImageError(f"{name} must have at least one pixel, got {_describe(image)}")
+    if pixels.dtype != torch.uint8:
+        if not pixels.is_floating_point():
+            raise ImageError(f"{name} must be uint8 or float, got {_describe(image)}")
+        pixels = _unit_range(pixels, name)
+    return _to_rgb(pixels)
