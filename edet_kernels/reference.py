@@ -383,8 +383,9 @@ def nms(
     sigma: float = 0.5,
     score_threshold: float = 0.0,
     max_detections: int = 100,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-class non-maximum suppression of a batch; see :func:`edet_kernels.nms`."""
+    """Non-maximum suppression of a batch; see :func:`edet_kernels.nms`."""
     batch = boxes.shape[0]
     keep = boxes.new_full((batch, max_detections), -1, dtype=torch.int64)
     kept_scores = scores.new_zeros((batch, max_detections))
@@ -401,12 +402,12 @@ def nms(
             count += 1
             alive[i] = False
             iou = box_iou(boxes[b, i], boxes[b])
-            same = labels[b] == labels[b, i]
+            rivals = (labels[b] == labels[b, i]) | class_agnostic
             if method == "hard":
-                alive &= ~(same & (iou > iou_threshold))
+                alive &= ~(rivals & (iou > iou_threshold))
             else:
                 decay = torch.exp(-(iou**2) / sigma)
-                left = torch.where(same & alive, left * decay, left)
+                left = torch.where(rivals & alive, left * decay, left)
                 alive &= left > score_threshold
         counts[b] = count
     return keep, kept_scores, counts
@@ -442,6 +443,7 @@ def detect(
     score_threshold: float = 0.0,
     max_detections: int = 100,
     max_candidates: int = 5000,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Head outputs to detections; see :func:`edet_kernels.detect`."""
     cell_anchors = box_outputs[0].shape[1] // 4
@@ -479,6 +481,7 @@ def detect(
         sigma=sigma,
         score_threshold=score_threshold,
         max_detections=max_detections,
+        class_agnostic=class_agnostic,
     )
     real, index = keep >= 0, keep.clamp(min=0)
     if order.shape[1] == 0:

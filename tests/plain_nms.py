@@ -22,6 +22,7 @@ def plain_nms(
     sigma=0.5,
     score_threshold=0.0,
     max_detections=100,
+    class_agnostic=False,
 ):
     """One image; lists of kept indices and of their scores."""
     left = {i: s for i, s in enumerate(scores) if s > score_threshold}
@@ -30,7 +31,7 @@ def plain_nms(
         best = max(left, key=lambda i: (left[i], -i))
         kept.append((best, left.pop(best)))
         for i in list(left):
-            if labels[i] != labels[best]:
+            if labels[i] != labels[best] and not class_agnostic:
                 continue
             iou = overlap(boxes[best], boxes[i])
             if method == "gaussian":

@@ -172,7 +172,8 @@ struct LateralParams {
 struct NmsSettings {
   NmsMethod method;
   float iou_threshold, sigma, score_threshold;
-  int64_t most;  // K, detections per image
+  int64_t most;         // K, detections per image
+  bool class_agnostic;  // boxes of different labels suppress each other
 };
 
 // Non-maximum suppression of a batch; see edet_kernels.nms.

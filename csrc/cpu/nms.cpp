@@ -1,4 +1,4 @@
-// Per-class hard and gaussian non-maximum suppression of one image.
+// Hard and gaussian non-maximum suppression of one image.
 #include "nms.h"
 
 #include <algorithm>
@@ -23,6 +23,11 @@ float iou(const Candidate& a, const Candidate& b) {
   return together > 0 ? intersection / together : 0;
 }
 
+// Whether one of two overlapping candidates may suppress the other.
+bool compete(const Candidate& a, const Candidate& b, const NmsSettings& s) {
+  return s.class_agnostic || a.label == b.label;
+}
+
 std::vector<Candidate> suppress_hard(std::vector<Candidate>& left, const NmsSettings& s) {
   if (!std::is_sorted(left.begin(), left.end(), better))
     std::sort(left.begin(), left.end(), better);
@@ -41,7 +46,7 @@ std::vector<Candidate> suppress_gaussian(std::vector<Candidate>& left, const Nms
     kept.push_back(taken);
     for (size_t i = 0; i < left.size();) {
       Candidate& c = left[i];
-      if (c.label == taken.label) {
+      if (compete(c, taken, s)) {
         const float overlap = iou(taken, c);
         if (overlap > 0) c.score *= std::exp(-(overlap * overlap) / s.sigma);
         if (!(c.score > s.score_threshold)) {
@@ -67,7 +72,7 @@ void suppress_hard_next(const std::vector<Candidate>& sorted, const NmsSettings&
   for (const Candidate& c : sorted) {
     if (static_cast<int64_t>(kept.size()) == s.most) break;
     const bool suppressed = std::any_of(kept.begin(), kept.end(), [&](const Candidate& k) {
-      return k.label == c.label && iou(k, c) > s.iou_threshold;
+      return compete(k, c, s) && iou(k, c) > s.iou_threshold;
     });
     if (!suppressed) kept.push_back(c);
   }

@@ -1,4 +1,4 @@
-// Per-class hard and gaussian non-maximum suppression of one image.
+// Hard and gaussian non-maximum suppression of one image.
 #pragma once
 
 #include <vector>

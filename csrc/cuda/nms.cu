@@ -67,6 +67,11 @@ EDET_DEVICE Box load_box(const Candidates& c, int64_t i) {
   return box;
 }
 
+// Whether one of two overlapping boxes may suppress the other.
+EDET_DEVICE bool compete(const Box& a, const Box& b, const NmsSettings& settings) {
+  return settings.class_agnostic || a.label == b.label;
+}
+
 EDET_DEVICE float iou(const Box& a, const Box& b) {
   const auto overlap = [&](int axis) {
     const float low = a.at.value[axis] > b.at.value[axis] ? a.at.value[axis] : b.at.value[axis];
@@ -134,7 +139,7 @@ suppress_hard(EDET_PARAMS(SuppressParams) p) {
     }
     for (int64_t k = 0; k < count && alive; k++) {
       const Box other = load_box(p.c, first + load_shared_by_blocks(kept + k));
-      alive = !(other.label == mine.label && iou(other, mine) > p.settings.iou_threshold);
+      alive = !(compete(other, mine, p.settings) && iou(other, mine) > p.settings.iou_threshold);
     }
     while (count < p.settings.most) {
       const uint32_t vote = ballot(alive);
@@ -155,7 +160,7 @@ suppress_hard(EDET_PARAMS(SuppressParams) p) {
       count++;
       if (alive) {
         const Box other = load_box(p.c, first + base + best);
-        alive = !(other.label == mine.label && iou(other, mine) > p.settings.iou_threshold);
+        alive = !(compete(other, mine, p.settings) && iou(other, mine) > p.settings.iou_threshold);
       }
     }
     global_fence();
@@ -188,7 +193,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
       }
       if (taken >= 0) {
         const Box mine = load_box(p.c, first + i);
-        if (mine.label == last.label) {
+        if (compete(mine, last, p.settings)) {
           const float overlap = iou(last, mine);
           score *= exp(-(overlap * overlap) / p.settings.sigma);
           const bool alive = score > p.settings.score_threshold;

@@ -228,10 +228,14 @@ StemParams stem_params(const Tensor& image, const Tensor& weight, const Tensor& 
 }
 
 NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
-                         int64_t max_detections) {
+                         int64_t max_detections, bool class_agnostic) {
   STD_TORCH_CHECK(max_detections >= 1, "max_detections must be at least 1, got ", max_detections);
-  return {enumerator<NmsMethod>(method, 2, "method"), static_cast<float>(iou_threshold),
-          static_cast<float>(sigma), static_cast<float>(score_threshold), max_detections};
+  return {enumerator<NmsMethod>(method, 2, "method"),
+          static_cast<float>(iou_threshold),
+          static_cast<float>(sigma),
+          static_cast<float>(score_threshold),
+          max_detections,
+          class_agnostic};
 }
 
 DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outputs,

@@ -86,7 +86,7 @@ StemParams stem_params(const Tensor& image, const Tensor& weight, const Tensor& 
                        const WeightReader& floats, Tensor* out);
 
 NmsSettings nms_settings(int64_t method, double iou_threshold, double sigma, double score_threshold,
-                         int64_t max_detections);
+                         int64_t max_detections, bool class_agnostic);
 
 // Gives the NHWC bytes of a map.
 using MapReader = std::function<const void*(const Tensor&)>;

@@ -23,7 +23,8 @@ Tensor result(CudaCall& call, const Tensor& like, const Ints& shape, ScalarType 
 std::tuple<Tensor, Tensor, Tensor> nms_cuda(const Tensor boxes, const Tensor scores,
                                             const Tensor labels, int64_t method,
                                             double iou_threshold, double sigma,
-                                            double score_threshold, int64_t max_detections) {
+                                            double score_threshold, int64_t max_detections,
+                                            bool class_agnostic) {
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4, "boxes must be (B, N, 4)");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels must be int64");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> nms_cuda(const Tensor boxes, const Tensor sco
   p.scores = call.floats(scores, batch * n, "scores");
   p.labels = static_cast<const int64_t*>(call.read(torch::stable::contiguous(labels)));
   p.n = n;
-  p.settings = nms_settings(method, iou_threshold, sigma, score_threshold, max_detections);
+  p.settings =
+      nms_settings(method, iou_threshold, sigma, score_threshold, max_detections, class_agnostic);
   Tensor indices = result(call, boxes, {batch, max_detections}, ScalarType::Long, &p.indices);
   Tensor kept_scores =
       result(call, boxes, {batch, max_detections}, ScalarType::Float, &p.kept_scores);
@@ -47,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> nms_cuda(const Tensor boxes, const Tensor sco
 std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
     const Tensors class_outputs, const Tensors box_outputs, const Tensor anchors,
     const std::optional<Tensor> limits, int64_t method, double iou_threshold, double sigma,
-    double score_threshold, int64_t max_detections, int64_t max_candidates) {
+    double score_threshold, int64_t max_detections, int64_t max_candidates, bool class_agnostic) {
   STD_TORCH_CHECK(!class_outputs.empty(), "class_outputs must be a non-empty list of maps");
   CudaCall call("detect", class_outputs[0]);
   DetectParams p = detect_params(
@@ -56,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
       [&](const Tensor& t, int64_t numel, const char* name) {
         return call.floats(t, numel, name);
       });
-  p.settings = nms_settings(method, iou_threshold, sigma, score_threshold, max_detections);
+  p.settings =
+      nms_settings(method, iou_threshold, sigma, score_threshold, max_detections, class_agnostic);
   const Ints kept{p.n, max_detections};
   Tensor boxes = result(call, anchors, {p.n, max_detections, 4}, ScalarType::Float, &p.out_boxes);
   Tensor scores = result(call, anchors, kept, ScalarType::Float, &p.out_scores);

@@ -38,11 +38,12 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
       "SymInt[] padding, SymInt[] size, int activation, ScalarType dtype) -> Tensor");
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor labels, int method, float iou_threshold, "
-      "float sigma, float score_threshold, int max_detections) -> (Tensor, Tensor, Tensor)");
+      "float sigma, float score_threshold, int max_detections, bool class_agnostic=False) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "detect(Tensor[] class_outputs, Tensor[] box_outputs, Tensor anchors, Tensor? limits, "
       "int method, float iou_threshold, float sigma, float score_threshold, int max_detections, "
-      "int max_candidates) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int max_candidates, bool class_agnostic=False) -> (Tensor, Tensor, Tensor, Tensor)");
   // The maps, then mean and sum of squared deviations, (nodes, c_out) each; (0, c_out) without
   // statistics.
   m.def(

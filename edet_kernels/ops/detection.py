@@ -13,8 +13,16 @@ from ..operators import fake, run
 from .checks import check_maps, check_weight, numbers_of, refuse_gradients, shape_of
 
 
-def _check_nms(iou_threshold: float, sigma: float, score_threshold: float, **counts: int) -> None:
-    """Checks the numbers of a non-maximum suppression; ``counts`` must be positive integers."""
+def _check_nms(
+    iou_threshold: float,
+    sigma: float,
+    score_threshold: float,
+    class_agnostic: bool,
+    **counts: int,
+) -> None:
+    """Checks the settings of a non-maximum suppression; ``counts`` must be positive integers."""
+    if not isinstance(class_agnostic, bool):
+        raise TypeError(f"class_agnostic must be True or False, got {class_agnostic!r}")
     numbers = {"iou_threshold": iou_threshold, "sigma": sigma, "score_threshold": score_threshold}
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or (value != value and name != "sigma"):
@@ -36,20 +44,24 @@ def nms(
     sigma: float = 0.5,
     score_threshold: float = 0.0,
     max_detections: int = 100,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-class non-maximum suppression of a whole batch.
+    """Non-maximum suppression of a whole batch, per class or across classes.
 
     Repeatedly takes the best remaining box (the first one of equals). ``hard`` drops the boxes of
     its label whose IoU with it is above ``iou_threshold``; ``gaussian`` multiplies their scores by
-    exp(−IoU²/sigma) instead (soft-NMS, Bodla et al. 2017, equation 3).
+    exp(−IoU²/sigma) instead (soft-NMS, Bodla et al. 2017, equation 3). With ``class_agnostic``
+    boxes of all labels are treated alike, so that an object is not found as two kinds.
 
     Args:
         boxes: (B, N, 4) float32 or float64, x1, y1, x2, y2 (or y1, x1, y2, x2), in any unit.
         scores: (B, N) of the boxes' dtype. Boxes with a score ≤ ``score_threshold`` (or NaN) are
             never returned.
-        labels: (B, N) int64. Boxes of different labels do not suppress each other.
+        labels: (B, N) int64. Boxes of different labels do not suppress each other,
+            unless ``class_agnostic``.
         method: ``hard`` or ``gaussian``.
         max_detections: K, the most boxes returned for an image.
+        class_agnostic: suppress across labels.
 
     Returns:
         indices (B, K) int64 padded with −1, scores (B, K) padded with 0 (decayed for
@@ -73,7 +85,7 @@ def nms(
             raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
         if t.device != boxes.device:
             raise ValueError(f"{name} must be on {boxes.device} like boxes, got {t.device}")
-    _check_nms(iou_threshold, sigma, score_threshold, max_detections=max_detections)
+    _check_nms(iou_threshold, sigma, score_threshold, class_agnostic, max_detections=max_detections)
     refuse_gradients("nms", boxes=[boxes], scores=[scores])
     if runs_reference("nms", [boxes, scores]):
         return reference.nms(
@@ -85,9 +97,19 @@ def nms(
             sigma=sigma,
             score_threshold=score_threshold,
             max_detections=max_detections,
+            class_agnostic=class_agnostic,
         )
     return run(
-        "nms", boxes, scores, labels, number, iou_threshold, sigma, score_threshold, max_detections
+        "nms",
+        boxes,
+        scores,
+        labels,
+        number,
+        iou_threshold,
+        sigma,
+        score_threshold,
+        max_detections,
+        class_agnostic,
     )
 
 
@@ -101,6 +123,7 @@ def _fake_nms(
     sigma: float,
     score_threshold: float,
     max_detections: int,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = boxes.shape[0]
     return (
@@ -154,6 +177,7 @@ def detect(
     score_threshold: float = 0.0,
     max_detections: int = 100,
     max_candidates: int = 5000,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The published post-processing of a batch: top candidates → decode → clip → suppress.
 
@@ -168,6 +192,7 @@ def detect(
         limits: (B, 2) float32, the largest x and y that boxes are clipped to; None: not clipped.
         method, iou_threshold, sigma, score_threshold, max_detections: as for :func:`nms`.
         max_candidates: that enter suppression.
+        class_agnostic: as for :func:`nms`.
 
     Returns:
         boxes (B, K, 4) float32 x1, y1, x2, y2 padded with 0, scores (B, K) padded with 0, labels
@@ -182,6 +207,7 @@ def detect(
         iou_threshold,
         sigma,
         score_threshold,
+        class_agnostic,
         max_detections=max_detections,
         max_candidates=max_candidates,
     )
@@ -200,6 +226,7 @@ def detect(
             score_threshold=score_threshold,
             max_detections=max_detections,
             max_candidates=max_candidates,
+            class_agnostic=class_agnostic,
         )
     return run(
         "detect",
@@ -213,6 +240,7 @@ def detect(
         score_threshold,
         max_detections,
         max_candidates,
+        class_agnostic,
     )
 
 
@@ -228,6 +256,7 @@ def _fake_detect(
     score_threshold: float,
     max_detections: int,
     max_candidates: int,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (class_outputs[0].shape[0], max_detections)
     return (

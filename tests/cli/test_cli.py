@@ -168,6 +168,26 @@ def test_checkpoint_and_class_names(photos, tmp_path):
     assert "random" not in result.stderr
 
 
+def test_class_names_of_any_script_and_a_font(photos, tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffкот\r\nпёс\r\n\r\n".encode())
+    options = ("--num-classes", 2, "--class-names", "names.txt", "--score-threshold", 0)
+    result = predict(photos, *options, "--image-size", 64, "-o", "out", "--json", "found.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {d["name"] for entry in found for d in entry["detections"]} == {"кот", "пёс"}
+    [note] = [line for line in result.stderr.splitlines() if "glyphs" in line]
+    assert note.startswith("Note: ") and "'ёкопст'" in note and note.endswith("--font FILE")
+    matplotlib = pytest.importorskip("matplotlib")
+    font = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
+    other = predict(photos, *options, "--image-size", 64, "-o", "other", "--font", font)
+    assert other.exit_code == 0, other.output
+    assert "glyphs" not in other.stderr
+    assert (tmp_path / "other" / "a.png").read_bytes() != (tmp_path / "out" / "a.png").read_bytes()
+    (tmp_path / "latin1.txt").write_bytes("café\nthé\n".encode("latin-1"))
+    result = predict(photos, "--num-classes", 2, "--class-names", "latin1.txt")
+    assert_one_line_error(result, "latin1.txt must be text in UTF-8", "line 1")
+
+
 def test_predict_mistakes(photos, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -193,7 +213,11 @@ def test_predict_mistakes(photos, tmp_path):
         ((photos, "--batch-size", "0", *weights), ["--batch-size"]),
         ((photos, "-m", MODEL, "--device", "gpu", *weights), ["--device must be", "'gpu'"]),
         ((photos, "-m", MODEL, "--class-names", "none.txt", *weights), ["none.txt"]),
-        ((photos, "-m", MODEL, "--class-names", "file", *weights), ["90 names, got 0"]),
+        ((photos, "-m", MODEL, "--class-names", "file", *weights), ["file must hold 90 names"]),
+        ((photos, "-m", MODEL, "--font", "file", *weights), ["font must be", "got file"]),
+        ((photos, "-m", MODEL, "--font", "none.ttf", *weights), ["none.ttf: No such file"]),
+        ((photos, "-m", MODEL, "--max-detections", "0", *weights), ["--max-detections"]),
+        ((photos, "-m", MODEL, "--iou-threshold", "2", *weights), ["--iou-threshold"]),
         ((photos, "--frobnicate"), ["--frobnicate"]),
     ]:
         assert_one_line_error(edet_("predict", *arguments), *words)
@@ -295,21 +319,34 @@ def test_bench_reports_no_times_after_a_failed_check(monkeypatch):
 
 
 def test_bench_compare_and_report(tmp_path):
-    arguments = (MODEL, "--rounds", 3, "--json", "a.json", "--batch-size", 1, "--batch-size", 2)
+    arguments = (MODEL, "--rounds", 1, "--json", "a.json", "--batch-size", 1, "--batch-size", 2)
     assert edet_("bench", "run", *arguments).exit_code == 0
+    table = json.loads((tmp_path / "a.json").read_text())
+
+    def write_times(name, slowdown):
+        """Times made up, so that the result depends on no machine: 10 ms, ours ``slowdown`` ms."""
+        for row in table["rows"]:
+            for variant, times in row["times"].items():
+                middle = slowdown if variant == "ours" else 10.0
+                times["samples_ms"] = [middle * (1 + 0.001 * i) for i in range(-10, 11)]
+        (tmp_path / name).write_text(json.dumps(table))
+
+    write_times("a.json", 5.0)
     result = edet_("bench", "compare", "a.json", "a.json")
     assert result.exit_code == 0 and "slower" not in result.stdout
-    assert sum("batch 2" in line for line in result.stdout.splitlines()) == 8
-    table = json.loads((tmp_path / "a.json").read_text())
-    for row in table["rows"]:
-        row["times"]["ours"]["samples_ms"] = [1e4 * t for t in row["times"]["ours"]["samples_ms"]]
-    (tmp_path / "b.json").write_text(json.dumps(table))
+    rows = [line for line in result.stdout.splitlines() if "batch " in line]
+    assert sum("batch 2" in line for line in rows) == 8
+    assert all(line.endswith("same") for line in rows)
+    write_times("b.json", 5.5)
     result = edet_("bench", "compare", "a.json", "b.json")
     assert_one_line_error(result, "16 of 16 rows became slower", code=1)
+    write_times("c.json", 4.5)
+    result = edet_("bench", "compare", "a.json", "c.json")
+    assert result.exit_code == 0 and result.stdout.count("faster") == 16
     assert edet_("bench", "report", "a.json", "-o", "report").exit_code == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-    (tmp_path / "c.json").write_text("{}")
-    assert_one_line_error(edet_("bench", "compare", "a.json", "c.json"), "schema")
+    (tmp_path / "d.json").write_text("{}")
+    assert_one_line_error(edet_("bench", "compare", "a.json", "d.json"), "schema")
     assert edet_("bench", "report", "none.json").exit_code == 2
 
 

@@ -1,10 +1,19 @@
 """Drawing: boxes where they belong, at any size, in colours that differ."""
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from edet.detection.draw import colour, draw_detections, text_colour
+from edet.detection.draw import (
+    MissingGlyphWarning,
+    colour,
+    draw_detections,
+    missing_glyphs,
+    text_colour,
+)
 from edet.detection.results import Detections
 
 
@@ -68,6 +77,59 @@ def test_near_colours_are_told_apart():
 def test_text_contrasts():
     assert text_colour((255, 255, 0)) == (0, 0, 0)
     assert text_colour((0, 0, 120)) == (255, 255, 255)
+
+
+@pytest.fixture
+def dejavu():
+    """A font that has Cyrillic, Greek and Arabic letters and no Chinese ones."""
+    matplotlib = pytest.importorskip("matplotlib")
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+def named(name):
+    box = torch.tensor([[100.0, 150, 300, 250]])
+    return Detections(box, torch.tensor([0.9]), torch.tensor([1]), (400, 600), {1: name})
+
+
+def tag(drawn):
+    """What is written above the box."""
+    return np.asarray(drawn)[120:150]
+
+
+GREY = np.full((400, 600, 3), 128, np.uint8)
+
+
+def test_characters_without_a_glyph(dejavu):
+    assert missing_glyphs(["cat", "dog 2"]) == ""
+    assert missing_glyphs(["猫", "кот", "cat"]) == "кот猫"
+    assert missing_glyphs(["猫", "кот", "قط", "ζώο", "café"], dejavu) == "猫"
+    assert missing_glyphs(["zero width\u200d", "non\u00a0breaking", "tab\t", ""], dejavu) == ""
+
+
+def test_names_are_drawn_in_the_font_that_is_given(dejavu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cat, whale = (draw_detections(GREY, named(n), font=dejavu) for n in ("кот", "кит"))
+        assert not np.array_equal(tag(cat), tag(whale))  # boxes instead of letters would be alike
+        again = named("кот").draw(GREY, font=str(dejavu))
+        assert np.array_equal(np.asarray(cat), np.asarray(again))
+        assert not np.array_equal(tag(draw_detections(GREY, named("cat"))), tag(cat))
+
+
+def test_names_that_cannot_be_shown_are_told(dejavu):
+    with pytest.warns(MissingGlyphWarning, match=r"built-in font has no glyphs for 'кот'.*font="):
+        draw_detections(GREY, named("кот"))
+    with pytest.warns(MissingGlyphWarning, match=r"DejaVuSans\.ttf has no glyphs for '猫'"):
+        draw_detections(GREY, named("猫 cat"), font=dejavu)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 50])
+def test_what_is_no_font(tmp_path, content):
+    (tmp_path / "font.ttf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"font must be a scalable .*, got .*font\.ttf"):
+        draw_detections(GREY, named("cat"), font=tmp_path / "font.ttf")
+    with pytest.raises(FileNotFoundError, match=r"none\.ttf"):
+        draw_detections(GREY, named("cat"), font=tmp_path / "none.ttf")
 
 
 def test_draw_method(tmp_path):

@@ -37,7 +37,7 @@ def iou(a, b):
     return common / union if union > 0 else 0
 
 
-def suppress(candidates, method, threshold, sigma, score_threshold, limit):
+def suppress(candidates, method, threshold, sigma, score_threshold, limit, class_agnostic=False):
     """Plain-Python NMS over (score, label, box) in order of preference."""
     left = [list(c) for c in candidates if c[0] > score_threshold]
     taken = []
@@ -46,7 +46,7 @@ def suppress(candidates, method, threshold, sigma, score_threshold, limit):
         score, label, box = left.pop(best)
         taken.append((score, label, box))
         for other in left:
-            if other[1] == label:
+            if other[1] == label or class_agnostic:
                 overlap = iou(box, other[2])
                 if method == "gaussian":
                     other[0] *= math.exp(-overlap * overlap / sigma)
@@ -87,7 +87,8 @@ def plain_postprocess(class_outputs, box_outputs, anchors, image, count, scale, 
 @pytest.mark.parametrize("method", ["hard", "gaussian"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("score_threshold", [None, 0.4])
-def test_agrees_with_plain_loops(outputs, anchors, method, clip, score_threshold):
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_agrees_with_plain_loops(outputs, anchors, method, clip, score_threshold, class_agnostic):
     scales = torch.tensor([0.5, 2.25])
     sizes = [(30, 44), (140, 216)] if clip else None
     boxes, scores, labels, counts = postprocess(
@@ -99,6 +100,7 @@ def test_agrees_with_plain_loops(outputs, anchors, method, clip, score_threshold
         score_threshold=score_threshold,
         max_detections=40,
         max_candidates=300,
+        class_agnostic=class_agnostic,
     )
     assert boxes.shape == (2, 40, 4)
     for image in range(2):
@@ -114,6 +116,7 @@ def test_agrees_with_plain_loops(outputs, anchors, method, clip, score_threshold
             sigma=0.5,
             score_threshold=score_threshold or (0.001 if method == "gaussian" else 0),
             limit=40,
+            class_agnostic=class_agnostic,
         )
         n = int(counts[image])
         assert n == len(expected) > 5

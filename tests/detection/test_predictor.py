@@ -22,6 +22,7 @@ from edet.detection.preprocess import preprocess
 from edet.detection.stats import STAGES
 from edet.fused import cuda_graph as graph
 from edet.fused.plan import CallList
+from edet_kernels.reference import box_iou
 
 SIZE = (128, 192)
 
@@ -120,6 +121,28 @@ def test_threshold_and_limit(model, nms):
     assert torch.equal(above.scores, every.scores[every.scores > threshold])
     few = Predictor(model, score_threshold=0.0, max_detections=7, nms=nms)(image)
     assert torch.equal(few.boxes, every.boxes[:7])
+
+
+@pytest.mark.parametrize("nms", ["hard", "gaussian"])
+def test_across_classes(model, nms):
+    """No two boxes of any classes overlap; the better ones of those per class are left."""
+    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
+    options = {"score_threshold": 0.0, "max_detections": 1000, "nms": nms}
+    per_class = Predictor(model, **options)(image)
+    across = Predictor(model, class_agnostic=True, **options)
+    found = across(image)
+    assert torch.equal(found.scores[:1], per_class.scores[:1])
+    if nms == "hard":
+        assert 1 < len(found) < len(per_class)
+        for i in range(len(found)):
+            assert (box_iou(found.boxes[i], found.boxes[i + 1 :]) <= 0.5 + 1e-5).all()
+    else:
+        assert float(found.scores.sum()) < float(per_class.scores.sum())
+    for _ in range(2):  # planned
+        again = across(image)
+        assert torch.equal(again.boxes, found.boxes) and torch.equal(again.labels, found.labels)
+    across.class_agnostic = False  # as any option
+    assert torch.equal(across(image).scores, per_class.scores)
 
 
 def test_half_precision(model):

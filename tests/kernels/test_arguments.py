@@ -142,6 +142,8 @@ TABLE = {
         ("iou_threshold", torch.nan, "ValueError: iou_threshold must .*, got nan"),
         ("iou_threshold", "0.5", ".*: iou_threshold must .*, got '0.5'"),
         ("score_threshold", torch.nan, "ValueError: score_threshold must .*, got nan"),
+        ("class_agnostic", 1, "TypeError: class_agnostic must be True or False, got 1"),
+        ("class_agnostic", None, "TypeError: class_agnostic must be True or False, got None"),
     ],
     "nms": [
         ("boxes", None, ".*: boxes must be .*, got NoneType"),

@@ -47,13 +47,22 @@ def plain_detect(call, image, max_candidates, limits):
 @methods
 @pytest.mark.parametrize("limits", [False, True])
 @pytest.mark.parametrize("max_candidates", [1, 50, 5000])
-def test_agrees_with_plain_loops(max_candidates, limits, method):
-    call = sample("detect", limits=limits, method=method, max_candidates=max_candidates)
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_agrees_with_plain_loops(max_candidates, limits, method, class_agnostic):
+    call = sample(
+        "detect",
+        limits=limits,
+        method=method,
+        max_candidates=max_candidates,
+        class_agnostic=class_agnostic,
+    )
     boxes, scores, labels, counts = call()
     for b in range(2):
         extents = call.options["limits"][b].tolist() if limits else None
         rows = plain_detect(call, b, max_candidates, extents)
-        index, kept_scores = plain_nms(*rows, method=method, max_detections=20)
+        index, kept_scores = plain_nms(
+            *rows, method=method, max_detections=20, class_agnostic=class_agnostic
+        )
         count = len(index)
         assert int(counts[b]) == count
         assert labels[b].tolist() == [rows[2][i] for i in index] + [-1] * (20 - count)
@@ -66,8 +75,27 @@ def test_agrees_with_plain_loops(max_candidates, limits, method):
 @dtypes
 @methods
 @pytest.mark.parametrize("classes", [1, 3, 16, 90])
-def test_kernel_against_the_reference(classes, method, dtype):
-    sample("detect", dtype, classes=classes, method=method).check(torch.float32)
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_kernel_against_the_reference(classes, method, dtype, class_agnostic):
+    call = sample("detect", dtype, classes=classes, method=method, class_agnostic=class_agnostic)
+    call.check(torch.float32)
+
+
+@pytest.mark.usefixtures("backend")
+@methods
+def test_an_object_of_two_classes_is_one_when_asked(method):
+    """Every anchor scores alike in two classes: per class both are found, across them the first."""
+    logits = torch.full((1, 2, 2, 2), 3.0)
+    regressions = torch.zeros(1, 4, 2, 2)
+    anchors = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(4)])
+    options = {"method": method, "score_threshold": 0.2}
+    _, _, labels, counts = edet_kernels.detect([logits], [regressions], anchors, **options)
+    assert counts.tolist() == [8] and labels[0, :8].tolist() == [0, 1] * 4
+    _, scores, labels, counts = edet_kernels.detect(
+        [logits], [regressions], anchors, class_agnostic=True, **options
+    )
+    assert counts.tolist() == [4] and labels[0, :5].tolist() == [0] * 4 + [-1]
+    assert scores[0, :4].tolist() == pytest.approx([1 / (1 + math.exp(-3))] * 4)
 
 
 @dtypes

@@ -39,6 +39,8 @@ def kept(result):
         {"score_threshold": 0.4},
         {"sigma": 0.1},
         {"max_detections": 3},
+        {"class_agnostic": True},
+        {"class_agnostic": True, "iou_threshold": 0.2, "sigma": 0.1, "max_detections": 9},
         {"iou_threshold": 1.0, "score_threshold": -1.0},
     ],
     ids=str,
@@ -59,9 +61,11 @@ def test_agrees_with_a_plain_loop(method, options):
 
 
 @methods
+@pytest.mark.parametrize("class_agnostic", [False, True])
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 500])
-def test_kernel_against_the_reference(method, count):
-    sample("nms", count=count, method=method).check(torch.float32)
+def test_kernel_against_the_reference(method, count, class_agnostic):
+    call = sample("nms", count=count, method=method, class_agnostic=class_agnostic)
+    call.check(torch.float32)
 
 
 @methods
@@ -110,6 +114,33 @@ def test_labels_do_not_suppress_each_other(method):
     scores = torch.tensor([[0.5, 0.6, 0.7]])
     result = edet_kernels.nms(boxes, scores, labels, method=method, score_threshold=0.1)
     assert kept(result) == [[2, 1]]  # exp(−1/0.5)·0.5 is below the threshold, too
+
+
+@backends
+@methods
+def test_labels_suppress_each_other_when_asked(method):
+    boxes = torch.tensor([[[0.0, 0, 4, 4]] * 3])
+    labels = torch.tensor([[2**40, -5, 2**40]])
+    scores = torch.tensor([[0.5, 0.6, 0.7]])
+    result = edet_kernels.nms(
+        boxes, scores, labels, method=method, score_threshold=0.1, class_agnostic=True
+    )
+    assert kept(result) == [[2]]
+
+
+@backends
+@methods
+def test_across_labels_is_as_with_one_label(method):
+    call = sample("nms", batch=3, count=80, method=method)
+    scores, labels = call.weights
+    across = edet_kernels.nms(call.maps, scores, labels, class_agnostic=True, method=method)
+    one = edet_kernels.nms(call.maps, scores, torch.zeros_like(labels), method=method)
+    assert_identical(across, one)
+    assert_identical(
+        edet_kernels.nms(call.maps, scores, labels, class_agnostic=False, method=method),
+        edet_kernels.nms(call.maps, scores, labels, method=method),
+    )
+    assert not torch.equal(across[1], edet_kernels.nms(call.maps, scores, labels, method=method)[1])
 
 
 @backends

@@ -18,7 +18,7 @@ from edet_kernels.testing.numeric import (
 from edet_kernels.testing.timing import Call
 
 from ..detection.anchors import model_anchors
-from ..detection.pipeline import Network, Selection, columns, stages
+from ..detection.pipeline import Selection, columns, stages
 from ..detection.postprocess import postprocess
 from ..detection.predictor import Predictor
 from ..detection.preprocess import preprocess
@@ -172,9 +172,7 @@ def predictor_calls(
     images = photographs(batch)
     predictor = Predictor(model, image_size=size, batch_size=batch, score_threshold=0.0)
     device, levels = predictor.device, model.config.levels
-    letterbox, network, finish = stages(
-        Network(predictor.model), [(480, 640)] * batch, size, Selection()
-    )
+    letterbox, network, finish = stages(predictor.network, [(480, 640)] * batch, size, Selection())
     inputs = letterbox([x.to(device) for x in images])
     outputs = network(inputs)
     mean, std = (

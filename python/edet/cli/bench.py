@@ -17,12 +17,14 @@ from .common import (
     Dtype,
     DtypeOption,
     app,
+    check_target,
     check_writable,
     checked_device,
     fail,
     one_line_errors,
     print_table,
     progress_bar,
+    say,
 )
 
 
@@ -81,7 +83,7 @@ def run(
             get_config(name)
         for path, option in ((json_file, "--json"), (plot_file, "--plot")):
             if path is not None:
-                check_writable(path.parent, option)
+                check_target(path, option)
         if plot_file is not None:
             if plot_file.suffix not in (".png", ".svg", ".pdf"):
                 raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot_file}")
@@ -101,7 +103,7 @@ def run(
                         rounds=rounds,
                         progress=lambda done, _, p=progress, t=task: p.update(t, completed=done),  # type: ignore[misc]
                     )
-                typer.echo(f"\n\n{table}" if tables else str(table))
+                say(f"\n\n{table}" if tables else str(table))
                 tables.append(table)
         if json_file is not None:
             reports.write(result(tables), json_file)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import edet_kernels
 from edet_kernels.testing.numeric import CheckFailed
+
+from .. import files
 
 app = typer.Typer(
     name="edet",
@@ -74,9 +78,28 @@ def one_line_errors() -> Iterator[None]:
     except CheckFailed as error:
         fail(error, code=1)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not error.filename:
+            drop_output()  # whoever read the output has left, as head does: nothing to say
+            raise typer.Exit(128 + signal.SIGPIPE) from error
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except (ValueError, ImportError, edet_kernels.BackendError) as error:
         fail(error)
+
+
+def drop_output() -> None:
+    """Sends what is still to be printed nowhere, after its reader has left."""
+    with suppress(OSError):  # not a file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def say(text: object) -> None:
+    """Prints a line; the work goes on in silence when the reader of the output has left."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        drop_output()
 
 
 def checked_device(name: str) -> torch.device:
@@ -110,6 +133,18 @@ def progress_bar() -> Progress:
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # prints above the bar; a pipe gets them as they are
     )
+
+
+def check_target(path: Path, option: str) -> None:
+    """Checks that ``path`` can be written, before the work for it is done.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        files.check_target(path)
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {path}: {error.strerror}") from error
 
 
 def check_writable(folder: Path, option: str, *, create: bool = False) -> None:

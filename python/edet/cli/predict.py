@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,14 @@ import typer
 from torch import Tensor
 
 from ..detection import video
-from ..detection.draw import draw_detections
+from ..detection.draw import (
+    MissingGlyphWarning,
+    draw_detections,
+    glyph_hint,
+    load_font,
+    missing_glyphs,
+)
+from ..detection.labels import read_class_names
 from ..detection.predictor import Prediction, Predictor
 from ..detection.results import Detections
 from ..detection.stats import Stats
@@ -39,7 +47,9 @@ from .common import (
     fail,
     one_line_errors,
     progress_bar,
+    say,
 )
+from .targets import annotated_names, check_targets, is_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +60,10 @@ class Nms(str, Enum):
 
     hard = "hard"
     gaussian = "gaussian"
+
+
+#: The longest side of the network's input that is taken for meant.
+LARGEST = 16384
 
 
 Files = Annotated[
@@ -97,6 +111,32 @@ ClassNames = Annotated[
     Path | None,
     typer.Option(help="Text file with the name of each class on a line.", metavar="FILE"),
 ]
+IouThreshold = Annotated[
+    float,
+    typer.Option(
+        help="With --nms hard: drop boxes that overlap a better one more than this.",
+        min=0,
+        max=1,
+        metavar="P",
+    ),
+]
+ClassAgnostic = Annotated[
+    bool,
+    typer.Option("--class-agnostic", help="Suppress across classes, not only within each."),
+]
+MaxDetections = Annotated[int, typer.Option(help="Most objects in an image.", min=1, metavar="N")]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Input of the network: a side, or height x width such as 384x640; the model's own "
+        "by default.",
+        metavar="SIZE",
+    ),
+]
+Font = Annotated[
+    Path | None,
+    typer.Option(help="TrueType or OpenType file to write class names with.", metavar="FILE"),
+]
 Workers = Annotated[int, typer.Option(help="Threads that read images ahead.", min=1, metavar="N")]
 ShowStats = Annotated[
     bool, typer.Option("--stats", help="Show latency percentiles and memory at the end.")
@@ -105,11 +145,6 @@ ShowStats = Annotated[
 
 #: Of a checkpoint that does not say which model it is of.
 DEFAULT_MODEL = "tf_efficientdet_d0"
-
-
-def is_video(path: Path) -> bool:
-    """Whether the file is taken for a video."""
-    return path.suffix.lower() in video.SUFFIXES
 
 
 def find_files(arguments: Sequence[str]) -> list[Path]:
@@ -145,29 +180,20 @@ def find_files(arguments: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def annotated_names(files: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Where the annotated copy of each file goes; files of one name get numbers.
+def parsed_size(text: str) -> tuple[int, int]:
+    """(H, W) of ``--image-size``.
 
     Raises:
-        ValueError: a copy would overwrite its original.
+        ValueError: it is neither a side nor height x width.
     """
-    names: dict[Path, Path] = {}
-    taken: set[str] = set()
-    for path in files:
-        suffix = (
-            path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else ".png"
+    height, cross, width = text.lower().partition("x")
+    sides = (height, width if cross else height)
+    if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST for side in sides):
+        raise ValueError(
+            f"--image-size must be a side or height x width such as 384x640, 1 to {LARGEST} each, "
+            f"got {text!r}"
         )
-        suffix = ".mp4" if is_video(path) else suffix
-        name, number = path.stem + suffix, 2
-        while name in taken:
-            name, number = f"{path.stem}-{number}{suffix}", number + 1
-        taken.add(name)
-        names[path] = folder / name
-        if names[path].exists() and names[path].samefile(path):
-            raise ValueError(
-                "--output must not be the folder of the images: they would be replaced"
-            )
-    return names
+    return int(sides[0]), int(sides[1])
 
 
 def load_predictor(
@@ -208,8 +234,8 @@ class Writer:
     which is never more than a few images behind.
     """
 
-    def __init__(self, json_stream: IO[str] | None) -> None:
-        self._json = json_stream
+    def __init__(self, json_stream: IO[str] | None, font: Path | None) -> None:
+        self._json, self._font = json_stream, font
         self._entries = 0
         self._drawer = ThreadPoolExecutor(1, "edet-draw")
         self._drawing: deque[Future[None]] = deque()
@@ -236,7 +262,9 @@ class Writer:
     def draw(self, pixels: Tensor, objects: Detections, save: Callable[[Image], None]) -> None:
         """Draws the objects and saves the drawing, in the background."""
         self.wait(4)
-        self._drawing.append(self._drawer.submit(lambda: save(draw_detections(pixels, objects))))
+        self._drawing.append(
+            self._drawer.submit(lambda: save(draw_detections(pixels, objects, font=self._font)))
+        )
 
     def wait(self, most: int = 0) -> None:
         """Waits until no more than ``most`` drawings are to be done.
@@ -250,14 +278,19 @@ class Writer:
 
 def save_copy(path: Path, picture: Image) -> None:
     """Writes an annotated image; it appears whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path, sync=False) as temporary:  # it can be drawn again
         picture.save(temporary, quality=95)
 
 
 @dataclass
 class Counted:
-    """What became of the files."""
+    """What became of the files.
 
+    Attributes:
+        needed: whether the work goes on when the reader of the output has left.
+    """
+
+    needed: bool
     images: int = 0
     broken: int = 0
     interrupted: bool = False
@@ -266,6 +299,17 @@ class Counted:
         """Reports a file that could not be read."""
         self.broken += 1
         typer.echo(f"Skipped: {error}", err=True)
+
+    def tell(self, text: str) -> None:
+        """Prints what was found in a file.
+
+        Raises:
+            BrokenPipeError: the reader of the output has left, and nothing else is wanted.
+        """
+        if self.needed:
+            say(text)
+        else:
+            typer.echo(text)
 
 
 def predict_images(
@@ -278,7 +322,7 @@ def predict_images(
         else:
             assert pixels is not None and objects is not None
             counted.images += 1
-            typer.echo(f"{path}: {listed(Counter(objects.names))}")
+            counted.tell(f"{path}: {listed(Counter(objects.names))}")
             writer.entry(file=str(path), **objects.to_plain())
             if path in copies:
                 writer.draw(pixels, objects, partial(save_copy, copies[path]))
@@ -323,7 +367,7 @@ def predict_video(
         except video.VideoError as error:
             counted.skip(error)
     if frames:
-        typer.echo(f"{reader.path}: {frames} frames, {listed(names)}")
+        counted.tell(f"{reader.path}: {frames} frames, {listed(names)}")
 
 
 def listed(counts: Counter[str]) -> str:
@@ -369,15 +413,18 @@ def write_found(
     predictor: Predictor,
     workers: int,
     json_file: Path | None,
+    font: Path | None,
 ) -> Counted:
     """Predicts all files, writing what is found as it comes; an interruption ends it early."""
-    counted = Counted()
+    counted = Counted(needed=json_file is not None or bool(copies))
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", MissingGlyphWarning)  # told before, in a note
         stream = None
         if json_file is not None:
             temporary = stack.enter_context(replacing(json_file))
             stream = stack.enter_context(temporary.open("w", encoding="utf-8"))
-        writer = stack.enter_context(Writer(stream))
+        writer = stack.enter_context(Writer(stream, font))
         try:
             predict_files(files, copies, predictor, workers, writer, counted)
         except KeyboardInterrupt:
@@ -411,9 +458,14 @@ def predict(
     output: Output = None,
     score_threshold: ScoreThreshold = 0.3,
     nms: Suppression = Nms.hard,
+    iou_threshold: IouThreshold = 0.5,
+    class_agnostic: ClassAgnostic = False,
+    max_detections: MaxDetections = 100,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 1,
     num_classes: NumClasses = 90,
     class_names: ClassNames = None,
+    font: Font = None,
     workers: Workers = 2,
     stats: ShowStats = False,
     dtype: DtypeOption = Dtype.float32,
@@ -427,9 +479,10 @@ def predict(
     """
     with one_line_errors():
         files = find_files(images)
-        if json_file is not None:
-            check_writable(json_file.parent, "--json")
         copies = annotated_names(files, output) if output is not None else {}
+        named = [path for path in (checkpoint, class_names, font) if path is not None]
+        check_targets([*files, *named], copies, json_file)
+        load_font(font, 12)
         predictor = load_predictor(
             model,
             checkpoint,
@@ -437,8 +490,12 @@ def predict(
             num_classes,
             score_threshold=score_threshold,
             nms=nms.value,
+            iou_threshold=iou_threshold,
+            class_agnostic=class_agnostic,
+            max_detections=max_detections,
+            image_size=None if image_size is None else parsed_size(image_size),
             batch_size=batch_size,
-            class_names=None if class_names is None else class_names.read_text().splitlines(),
+            class_names=None if class_names is None else read_class_names(class_names, num_classes),
             device=checked_device(device),
             dtype=dtype.torch,
         )
@@ -446,8 +503,11 @@ def predict(
             check_writable(output, "--output", create=True)
         if random_weights:
             typer.echo("Note: the weights are random, the boxes mean nothing.", err=True)
+        lacking = missing_glyphs(predictor.label_names.values(), font) if copies else ""
+        if lacking:
+            typer.echo(f"Note: {glyph_hint(lacking, font, '--font FILE')}", err=True)
         start = time.perf_counter()
-        counted = write_found(files, copies, predictor, workers, json_file)
+        counted = write_found(files, copies, predictor, workers, json_file, font)
         seconds = time.perf_counter() - start
         report(counted, seconds, json_file, output, predictor.stats() if stats else None)
         unread = f"{counted.broken} of {len(files)} files could not be read"

@@ -25,6 +25,12 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray[Any, Any] | 
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
+#: The most pixels of a picture that is decoded, 11585 × 11585: some 1.5 GB of memory. A file of
+#: a few kilobytes can ask for any number. Assign another to read larger ones; beyond
+#: 179 million Pillow's own limit, ``PIL.Image.MAX_IMAGE_PIXELS``, has to be raised too.
+MAX_PIXELS = 1 << 27
+
+
 class ImageError(ValueError):
     """An image that cannot be read or is not one of the documented kinds."""
 
@@ -96,6 +102,11 @@ def _orientation(image: Any) -> Any:
 def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
     """The pixels of a PIL image, upright: (H, W, 3 or 4) uint8, or (H, W) uint16."""
     mode, fmt = image.mode, image.format
+    if getattr(image, "tile", None) and image.width * image.height > MAX_PIXELS:  # not yet decoded
+        raise ImageError(
+            f"{name} must have at most {MAX_PIXELS:,} pixels (edet.detection.images.MAX_PIXELS), "
+            f"got {image.width} × {image.height}"
+        )
     try:
         _decode(image)
         orientation = _orientation(image)
@@ -105,7 +116,8 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
             return np.asarray(image).astype(np.uint16)
         if mode in _MODES:
             alpha = "transparency" in image.info or mode in ("LA", "La", "PA", "RGBA", "RGBa")
-            return np.array(image.convert("RGBA" if alpha else "RGB"))
+            wanted = "RGBA" if alpha else "RGB"
+            return np.array(image if mode == wanted else image.convert(wanted))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, …
         raise ImageError(f"{name} cannot be decoded: {error}") from error
     raise ImageError(
@@ -148,6 +160,10 @@ def _read_file(path: Path, name: str) -> np.ndarray[Any, Any]:
         return _read_pil(image, name)
 
 
+#: Rows of a strip.
+_STRIP = 256
+
+
 def _unit_range(pixels: Tensor, name: str) -> Tensor:
     """``pixels`` as float32, checked to lie in [0, 1]."""
     low, high = (float(x) for x in pixels.aminmax())
@@ -166,9 +182,13 @@ def _to_rgb(pixels: Tensor) -> Tensor:
     if pixels.shape[0] == 3:
         return pixels
     white = 255 if pixels.dtype == torch.uint8 else 1
-    colour, alpha = pixels[:3].float(), pixels[3:].float() / white
-    blended = colour * alpha + white * (1 - alpha)
-    return blended.round().to(torch.uint8) if white == 255 else blended
+    blended = torch.empty((3, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
+    # in strips, because floats take four times the memory of bytes
+    for out, part in zip(blended.split(_STRIP, 1), pixels.split(_STRIP, 1), strict=True):
+        colour, alpha = part[:3].float(), part[3:].float() / white
+        strip = colour * alpha + white * (1 - alpha)
+        out.copy_(strip.round() if white == 255 else strip)
+    return blended
 
 
 def load_image(image: ImageLike, name: str = "image") -> Tensor:
@@ -230,8 +250,10 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
             pixels = pixels.astype(np.float32)
         elif pixels.dtype != np.uint8:
             raise ImageError(f"{name} must be uint8, uint16 or float, got {_describe(image)}")
-        # a copy: torch refuses negative strides and warns about read-only memory
-        pixels = torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
+        if pixels is image or pixels.base is not None:
+            # a copy: torch refuses negative strides and warns about read-only memory
+            pixels = np.array(pixels, order="C")
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)
     if 0 in pixels.shape:
         raise ImageError(f"{name} must have at least one pixel, got {_describe(image)}")
     if pixels.dtype != torch.uint8:

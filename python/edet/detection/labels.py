@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 #: Category id (1 … 90, ten of them unused) to name, as in COCO's instance annotations.
 COCO_NAMES: dict[int, str] = {
@@ -115,6 +118,53 @@ def label_map(names: Mapping[int, str] | Sequence[str] | None, num_classes: int)
     if len(names) != num_classes:
         raise ValueError(f"class_names must hold {num_classes} names, got {len(names)}")
     return dict(enumerate(names, start=1))
+
+
+#: Encodings that a file can say it has, by its first bytes; those that begin alike: longest first.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+#: The most bytes of a file of class names; more is something else.
+_LARGEST = 1 << 24
+
+
+def read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str]:
+    """The names of classes from a text file, one on each line, in the order of the labels.
+
+    UTF-8, or UTF-16 or UTF-32 with a byte-order mark, as Windows editors write it; lines end as on
+    any system. Spaces around a name and empty lines at the end do not count.
+
+    Raises:
+        ValueError: not such a file, or not of ``num_classes`` names; the file is named.
+        OSError: it does not exist or cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise ValueError(f"{path} must be a text file of class names, got more than 16 MiB")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} must be text in UTF-8, got the byte 0x{data[error.start]:02x} in line {line}: "
+            "save it in that encoding"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} must be text in UTF-8, got a zero byte: save it in that encoding")
+    # not splitlines, which also splits at characters that may be part of a name
+    names = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while names and not names[-1]:
+        names.pop()
+    if len(names) != num_classes:
+        raise ValueError(f"{path} must hold {num_classes} names, one a line, got {len(names)}")
+    return names
 
 
 def label_name(label: int, names: Mapping[int, str]) -> str:

@@ -26,12 +26,13 @@ def postprocess(
     score_threshold: float | None = None,
     max_detections: int = 100,
     max_candidates: int = 5000,
+    class_agnostic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The published post-processing, on a whole batch.
 
     The ``max_candidates`` best logits over anchors × classes are decoded in float32, clipped to
-    the image, suppressed per class (all by :func:`edet_kernels.detect`) and scaled to the original
-    image.
+    the image, suppressed per class or across them (all by :func:`edet_kernels.detect`) and scaled
+    to the original image.
 
     Args:
         class_outputs: logits, (B, A·classes, H, W) for each level.
@@ -46,6 +47,9 @@ def postprocess(
         score_threshold: boxes with a score at or below it are dropped; None: the published 0 for
             ``hard`` and 0.001 for ``gaussian``.
         max_detections: K.
+        max_candidates: that enter suppression.
+        class_agnostic: boxes of all classes suppress each other, so that an object is found as one
+            kind only; published is per class.
 
     Returns:
         boxes (B, K, 4) x1, y1, x2, y2 in pixels of the original, scores (B, K), both float32
@@ -61,7 +65,7 @@ def postprocess(
         if given is not None and len(given) != batch:
             raise ValueError(f"{name} must hold one entry per image ({batch}), got {len(given)}")
     if scales is None:
-        scales = torch.ones(batch, device=anchors.device)
+        scales = torch.ones(batch, dtype=torch.float32, device=anchors.device)
     limits = None
     if sizes is not None:
         ends = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes, device=anchors.device)
@@ -79,5 +83,6 @@ def postprocess(
         score_threshold=score_threshold,
         max_detections=max_detections,
         max_candidates=max_candidates,
+        class_agnostic=class_agnostic,
     )
     return boxes * scales[:, None, None], scores, labels + 1, counts

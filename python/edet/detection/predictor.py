@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from operator import is_
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -17,7 +16,7 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import choose, current_backend
 
 from ..fused import cuda_graph as graph
-from ..fused.module import PackedModule
+from ..fused.module import FrozenModel
 from ..fused.plan import CallList, Plans, Stage
 from ..models.described import is_checkpoint, load_described
 from ..models.efficientdet import EfficientDet
@@ -78,8 +77,11 @@ class Predictor:
     batch is never filled up, so that each number of images is a shape of its own. The ``max_plans``
     shapes used last are kept.
 
-    The model is frozen (:meth:`EfficientDet.freeze`): its weights are constants until ``train()``,
-    ``.to()`` or ``load_state_dict()``, after which everything is planned anew.
+    The model is frozen (:meth:`EfficientDet.freeze`), also when it was frozen before. Everything is
+    planned anew once its weights are written to, its layers exchanged or it is moved. Two kinds of
+    writes cannot be seen, those through ``parameter.data`` and through NumPy: make a new predictor
+    after them, or call ``repack()`` of the part. With forward hooks in the model nothing is
+    planned: its layers run.
 
     Several threads may call one predictor. On a GPU their calls take turns; each runs on the
     thread's current stream.
@@ -95,6 +97,7 @@ class Predictor:
         iou_threshold: ``hard`` drops boxes of a class that overlap a better one more than this.
         sigma: width of the decay of ``gaussian``.
         max_detections: most objects per image.
+        class_agnostic: boxes of all classes suppress each other, not only those of one class.
         image_size: (H, W) of the network's input; the model's own when None.
         class_names: names of labels 1, 2, …, or label to name; COCO's for 90 classes when None.
         batch_size: images that go through the network at once.
@@ -117,6 +120,7 @@ class Predictor:
         iou_threshold: float = 0.5,
         sigma: float = 0.5,
         max_detections: int = 100,
+        class_agnostic: bool = False,
         image_size: tuple[int, int] | None = None,
         class_names: Mapping[int, str] | Sequence[str] | None = None,
         batch_size: int = 8,
@@ -165,17 +169,17 @@ class Predictor:
         self.iou_threshold = iou_threshold
         self.sigma = sigma
         self.max_detections = max_detections
+        self.class_agnostic = class_agnostic
         self.batch_size = batch_size
         if device is not None or dtype is not None:  # which thaws a frozen model
             model.to(device=device, dtype=dtype)
         self.model = model.eval()
-        self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
-        self._tokens: list[object] = []
+        self._frozen = FrozenModel(self.model)
         self._lock = threading.Lock()
         # a shape without a plan was seen once
         self._plans: Plans[CallList | graph.Graph] = Plans(max_plans)
         self._recorder = Recorder()
-        self._refresh()
+        self._prepare()
 
     @overload
     def __call__(
@@ -304,20 +308,20 @@ class Predictor:
         """Freezes the model and forgets all plans, if it is not the frozen one they are made of."""
         if self.model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
-        tokens = [part.frozen_since for part in self._parts]
-        if self._tokens and all(map(is_, tokens, self._tokens)):
-            return
-        with self._lock:
-            if any(part.frozen_since is None for part in self._parts):
-                self.model.freeze()
-            self._tokens = [part.frozen_since for part in self._parts]
-            self._network = Network(self.model)
-            self.device, self.dtype = self._network.device, self._network.dtype
-            self._captures = graph.captures(self.device)
-            if self._captures:
-                self._pool = graph.cuda.graph_pool_handle()
-                self._uploads = graph.cuda.Stream(self.device)
-            self._plans.clear()
+        if self._frozen.stale():
+            with self._lock:
+                self._frozen.renew()
+                self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what follows from the model's weights, device and dtype; without any plans."""
+        self.network = Network(self.model, self._frozen.runs_python)
+        self.device, self.dtype = self.network.device, self.network.dtype
+        self._captures = graph.captures(self.device)
+        if self._captures:
+            self._pool = graph.cuda.graph_pool_handle()
+            self._uploads = graph.cuda.Stream(self.device)
+        self._plans.clear()
 
     def _read(self, image: ImageLike, name: str, size: tuple[int, int]) -> _Image:
         """Reads an image; for a CPU resizes it, to a GPU begins to bring it."""
@@ -338,10 +342,15 @@ class Predictor:
             for x in images
         ]
         selection = Selection(
-            self.score_threshold, self.nms, self.iou_threshold, self.sigma, self.max_detections
+            self.score_threshold,
+            self.nms,
+            self.iou_threshold,
+            self.sigma,
+            self.max_detections,
+            self.class_agnostic,
         )
         with graph.cuda.device(self.device) if self._captures else nullcontext():
-            row: Sequence[Stage] = stages(self._network, [x.size for x in images], size, selection)
+            row: Sequence[Stage] = stages(self.network, [x.size for x in images], size, selection)
             if not self._captures:  # images of all sizes share a plan
                 inputs, row = row[0]([x.to(self.device) for x in inputs]), row[1:]
             before = time.perf_counter() - start
@@ -349,7 +358,8 @@ class Predictor:
                 size,
                 selection,
                 current_backend(),
-                autocast_dtype(self._network.mean),
+                autocast_dtype(self.network.mean),
+                self._frozen.runs_python(),
                 *((x.shape, x.dtype) for x in inputs),
             )
             found, seconds = self._run(key, row, inputs)
@@ -385,6 +395,8 @@ class Predictor:
         return rows.cpu(), seconds if counts else []
 
     def _planned(self, row: Sequence[Stage], inputs: list[Tensor]) -> CallList | graph.Graph | None:
+        if self._frozen.runs_python():
+            return None
         if not self._captures:
             return CallList(row, inputs)
         choices = [choose(op, self.device, self.dtype) for op in _OPS]

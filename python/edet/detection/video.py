@@ -21,8 +21,19 @@ if TYPE_CHECKING:
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 
 
+#: The most pixels of a frame, 8192 × 8192; decoders hold many frames at once.
+MAX_PIXELS = 1 << 26
+
+
 class VideoError(ValueError):
     """A video that cannot be read."""
+
+
+def _too_large(picture: Any) -> str:
+    return (
+        f"must have frames of at most {MAX_PIXELS:,} pixels (edet.detection.video.MAX_PIXELS), "
+        f"got {picture.width} × {picture.height}"
+    )
 
 
 class Frame(np.ndarray[Any, np.dtype[np.uint8]]):
@@ -62,6 +73,8 @@ class VideoReader:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video in it")
             stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise VideoError(f"{path} {_too_large(stream)}")
             self.frames: int | None = stream.frames or None
             self.rate = Fraction(stream.average_rate or 25)
             self.time_base = Fraction(stream.time_base or 1 / self.rate)
@@ -92,6 +105,8 @@ class VideoReader:
             for frame in _decoded(container, damage):
                 if frame.pts is not None:
                     time = frame.pts * Fraction(frame.time_base)
+                if frame.width * frame.height > MAX_PIXELS:  # it may change on the way
+                    raise VideoError(f"{self.path} {_too_large(frame)}")
                 quarters = round(getattr(frame, "rotation", 0) / 90)  # since PyAV 14
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarters).view(Frame)
                 pixels.time = time

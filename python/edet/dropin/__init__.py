@@ -60,7 +60,7 @@ def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 reason = str(error)
             if isinstance(module, torch.jit.ScriptModule):
                 reason = "it is TorchScript"
-            elif taken := [a for a in RESERVED if hasattr(module, a)]:
+            elif taken := [a for a in (*RESERVED, "_made_of") if hasattr(module, a)]:
                 reason = f"it has an attribute {taken[0]} of its own"
             elif not reason:
                 reason = _hooked(module)
@@ -113,7 +113,7 @@ def _evaluated(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _replace(
+def _fuse_parts(
     network: nn.Module, candidates: Sequence[tuple[str, nn.Module]], images: Tensor, rounds: int
 ) -> tuple[list[Part], dict[str, float]]:
     """Fuses the candidates that come out right; what became of each, and times of the network.
@@ -186,7 +186,7 @@ def accelerate(model: nn.Module, sample: Tensor | None = None, *, rounds: int = 
     network = network_of(model, [name for name, _, _ in found])
     images = sample_images(network, sample)
     with _evaluated(network):
-        tried, whole = _replace(network, candidates, images, rounds)
+        tried, whole = _fuse_parts(network, candidates, images, rounds)
     parts |= {part.name: part for part in tried}
     shape = "×".join(map(str, images.shape))
     dtype = str(images.dtype).removeprefix("torch.")

@@ -7,9 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..fused.describe import (
-    Mismatch,
-)
+from ..fused.describe import Mismatch, is_batch_norm
 from ..fused.module import PackedModule, adopt, release
 from ..fused.packed import pack
 from .recognise import describe
@@ -19,6 +17,15 @@ class Fused(PackedModule):
     """Mixed into the class of an accelerated module."""
 
     original_class: type[nn.Module]
+    _made_of: dict[str, type]  # the classes of its layers when it was fused, and so compared
+
+    def check_layers(self) -> None:
+        found = _made_of(self)
+        for name in self._made_of.keys() | found.keys():
+            if found.get(name) is not self._made_of.get(name):
+                raise Mismatch(f"its layer {name} was exchanged")
+        if describe(self) is None:
+            raise Mismatch(f"{self.original_class.__name__} is not recognised any more")
 
     def pack(self, dtype: torch.dtype) -> Any:
         description = describe(self)
@@ -32,10 +39,7 @@ class Fused(PackedModule):
         first = maps[0] if isinstance(maps, (list, tuple)) and maps else maps
         if not isinstance(first, Tensor):
             return own(self, maps)  # which says what it wants
-        try:
-            packed = self.packed(first)
-        except Mismatch:  # its layers were exchanged for others
-            packed = None
+        packed = self.packed(first)
         return own(self, maps) if packed is None else packed[0].run(maps, packed[1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -59,10 +63,23 @@ def _blank(original: type[nn.Module]) -> Fused:
     return fused.__new__(fused)
 
 
+def _made_of(module: nn.Module) -> dict[str, type]:
+    """The class of each layer; a synchronised batch norm counts as an ordinary one."""
+    return {
+        name: nn.BatchNorm2d if is_batch_norm(layer) else type(layer)
+        for name, layer in module.named_modules()
+        if layer is not module
+    }
+
+
 def fuse(module: nn.Module) -> None:
+    """Makes ``module`` a :class:`Fused` one, in place."""
     adopt(module, _fused_class(type(module)))
+    cast(Fused, module)._made_of = _made_of(module)
 
 
 def unfuse(module: nn.Module) -> None:
+    """Undoes :func:`fuse`."""
     fused = cast(Fused, module)
+    del fused._made_of
     release(fused, fused.original_class)

@@ -126,14 +126,32 @@ def _check_projection(name: str, edge: Edge, inputs: int) -> None:
     check_norm(name, edge.bn)
 
 
+def _check_convolution(name: str, conv: nn.Module) -> None:
+    """Checks that ``conv`` computes what ``nn.Conv2d`` does, but for the place of its padding.
+
+    A derived class may add something to it, as adapters do, which may be zero for the time being.
+
+    Raises:
+        Mismatch: it does not.
+    """
+    if not isinstance(conv, nn.Conv2d):
+        raise Mismatch(f"{name}: {type(conv).__name__} is not a convolution")
+    kind = type(conv)
+    pads = "Same" in kind.__name__ or kind.__module__.startswith("edet.")
+    if kind._conv_forward is not nn.Conv2d._conv_forward or not (
+        pads or kind.forward is nn.Conv2d.forward
+    ):
+        raise Mismatch(f"{name}: {kind.__name__} is a convolution with a forward of its own")
+
+
 def check_pointwise(name: str, conv: nn.Module) -> None:
     """Checks that ``conv`` is an ordinary 1×1 convolution.
 
     Raises:
         Mismatch: it is not.
     """
-    if not isinstance(conv, nn.Conv2d):
-        raise Mismatch(f"{name}: {type(conv).__name__} is not a convolution")
+    _check_convolution(name, conv)
+    assert isinstance(conv, nn.Conv2d)
     if (conv.kernel_size, conv.stride, conv.groups) != ((1, 1), (1, 1), 1):
         raise Mismatch(
             f"{name}: a {conv.kernel_size[0]}×{conv.kernel_size[1]} convolution, not 1×1"
@@ -150,6 +168,7 @@ def check_separable(name: str, conv_dw: nn.Module, conv_pw: nn.Module) -> None:
     """
     if not isinstance(conv_dw, nn.Conv2d) or conv_dw.groups != conv_dw.in_channels:
         raise Mismatch(f"{name}: the 3×3 convolution is not depthwise")
+    _check_convolution(name, conv_dw)
     if (conv_dw.kernel_size, conv_dw.stride, conv_dw.dilation) != ((3, 3), (1, 1), (1, 1)):
         raise Mismatch(f"{name}: the depthwise convolution is not 3×3 with stride 1")
     if conv_dw.out_channels != conv_dw.in_channels or conv_dw.bias is not None:
@@ -167,10 +186,18 @@ def check_norm(name: str, bn: nn.Module | None) -> None:
     """
     if bn is None:
         return
-    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_norm_with_activation(bn):
+    if not is_batch_norm(bn) and not _is_norm_with_activation(bn):
         raise Mismatch(f"{name}: {type(bn).__name__} is not a batch norm")
     if bn.running_mean is None or bn.weight is None:
         raise Mismatch(f"{name}: the batch norm has no running statistics or no weights")
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a batch norm that in eval mode does nothing else, also our own kinds."""
+    kind = type(layer)
+    return kind in (nn.BatchNorm2d, nn.SyncBatchNorm) or (
+        isinstance(layer, nn.BatchNorm2d) and kind.__module__.startswith("edet.")
+    )
 
 
 def _is_norm_with_activation(bn: nn.Module) -> bool:
@@ -250,6 +277,7 @@ class BackboneBlocks:
             Mismatch: they cannot.
         """
         stem, bn = self.stem
+        _check_convolution("stem", stem)
         if (stem.kernel_size, stem.stride, stem.groups) != ((3, 3), (2, 2), 1):
             raise Mismatch("the stem is not a 3×3 convolution of stride 2")
         if stem.bias is not None:
@@ -258,6 +286,7 @@ class BackboneBlocks:
         for i, block in enumerate(self.blocks):
             name = f"blocks[{i}]"
             conv = block.depthwise[0]
+            _check_convolution(name, conv)
             if not conv.groups == conv.in_channels == conv.out_channels:
                 raise Mismatch(f"{name}: its convolution is not depthwise")
             if conv.kernel_size not in ((3, 3), (5, 5)) or conv.dilation != (1, 1):

@@ -32,7 +32,7 @@ def _blocks(backbone: EfficientNet) -> list[tuple[str, MBConv]]:
     """The prefix of each block's keys and the block, in order."""
     return [
         (f"blocks.{i}.{j}.", block)
-        for i, stage in enumerate(backbone._stages())
+        for i, stage in enumerate(backbone.stages())
         for j, block in enumerate(stage)
     ]
 
@@ -59,7 +59,7 @@ def _from_lukemelas(key: str, blocks: list[tuple[str, MBConv]]) -> str | None:
 def _from_torchvision(key: str, backbone: EfficientNet) -> str | None:
     """The name here of a key of torchvision's; None for its classifier."""
     match = re.fullmatch(r"features\.(\d+)\.(\d+)\.(.+)", key)
-    stages = backbone._stages()
+    stages = backbone.stages()
     if match is None or int(match[1]) > len(stages):
         return None
     stage, index, rest = int(match[1]), int(match[2]), match[3]

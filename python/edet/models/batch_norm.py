@@ -17,6 +17,7 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import runs_reference
 
 from ..fused.module import PackedModule
+from ..fused.sources import is_traced, layers_reason
 
 
 class _Sum(torch.autograd.Function):
@@ -71,16 +72,6 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return (wide * scale.view(1, -1, 1, 1) + offset.view(1, -1, 1, 1)).to(x.dtype)
 
 
-_KNOWN_LEAVES = (
-    nn.BatchNorm2d,
-    SharedBatchNorm2d,
-    nn.SyncBatchNorm,
-    nn.Conv2d,
-    nn.ModuleDict,
-    nn.ModuleList,
-)
-
-
 def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] | None:
     """The maps in the dtype to compute in, or None where ``module``'s own layers must run.
 
@@ -89,15 +80,15 @@ def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] 
     """
     if not module.training or not module.fused:
         return None
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or is_traced():
         return None
     maps = [x.to(autocast_dtype(x) or x.dtype) for x in maps]
     if runs_reference("training_node", maps[:1]):
         return None
+    if layers_reason(module):
+        return None
     for m in module.modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return None
-        if type(m) not in _KNOWN_LEAVES and not m._modules:
+        if m._backward_hooks or m._backward_pre_hooks:
             return None
         if isinstance(m, _BatchNorm) and not (m.affine and m.track_running_stats):
             return None

@@ -13,10 +13,11 @@ from edet_kernels import reference
 from edet_kernels.autocast import autocast_dtype
 
 from ..fused.cells import Node, graph_of
-from ..fused.describe import Edge, FusionNodes, NodeLayers
+from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
 from ..fused.module import PackedModule, planned
 from ..fused.packed import PackedNodes, pack_nodes
-from .batch_norm import normalise, training_maps
+from ..fused.sources import own_weight
+from .batch_norm import SharedBatchNorm2d, normalise, training_maps
 from .configs import FUSIONS
 
 
@@ -52,8 +53,11 @@ def check_nodes(nodes: Sequence[Node], levels: int) -> None:
         raise ValueError(f"nodes must give every level an output, level {min(missing)} has none")
 
 
-def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
+def check_maps(maps: Any, channels: Sequence[int], weight: Tensor | None) -> None:
     """Checks that ``maps`` is a list of NCHW maps with these channels, fit for ``weight``.
+
+    Args:
+        weight: of the layers that get the maps; None when they have none.
 
     Raises:
         TypeError, ValueError: naming the map, what it must be and what it was.
@@ -66,6 +70,8 @@ def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
             raise TypeError(f"maps[{i}] must be a tensor, got {type(x).__name__}")
         if x.dim() != 4 or x.shape[1] != c:
             raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got {tuple(x.shape)}")
+        if weight is None:
+            continue
         if x.device != weight.device:
             raise ValueError(
                 f"maps[{i}] must be on {weight.device} like the weights, got {x.device}"
@@ -134,6 +140,17 @@ class SeparableConv(nn.Module):
             weight,
             weight.new_zeros(weight.shape[0]) if bias is None else bias,
         )
+
+
+def check_separable_layers(name: str, conv: SeparableConv) -> None:
+    """Checks that the convolutions of ``conv`` are padded as they were made.
+
+    Raises:
+        Mismatch: they are not.
+    """
+    for layer, zeros in ((conv.conv_dw, 1), (conv.conv_pw, 0)):
+        if layer.padding != (zeros, zeros) or layer.padding_mode != "zeros":
+            raise Mismatch(f"{name} is padded in another way")
 
 
 class Combine(nn.Module):
@@ -313,6 +330,14 @@ class BiFPN(PackedModule):
             level without a node or a node that reads what is not there.
     """
 
+    layer_types = frozenset(
+        (
+            *(BiFPNCell, FusionNode, Combine, AfterCombine, Projection, ConvNorm, SeparableConv),
+            *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+            *(nn.ModuleList, nn.ModuleDict),
+        )
+    )
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -386,7 +411,7 @@ class BiFPN(PackedModule):
         Raises:
             TypeError, ValueError: ``maps`` are not what ``in_channels`` says.
         """
-        check_maps(maps, self.in_channels, self.cells[0].nodes[0].after_combine.conv.conv_pw.weight)
+        check_maps(maps, self.in_channels, own_weight(self))
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in maps]
         while len(sizes) < self.levels:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
@@ -450,6 +475,23 @@ class BiFPN(PackedModule):
             layers = conv.conv_dw, conv.conv_pw, conv.bn
             nodes.append(NodeLayers(level, edges, *layers, weights, self.fusion))
         return FusionNodes(given, nodes, graph.outputs, above, self.pool, self.activation)
+
+    def check_layers(self) -> None:
+        layers = dict(self.resample.items())
+        for c, cell in enumerate(self.cells):
+            for n, node in enumerate(cell.nodes):
+                name = f"cell.{c}.fnode.{n}"
+                check_separable_layers(name, node.after_combine.conv)
+                if (node.pool, node.activation, node.fusion) != (
+                    *(self.pool, self.activation),
+                    self.fusion,
+                ):
+                    raise Mismatch(f"{name} fuses, pools or activates in another way")
+                layers |= {f"{name}.{e}": p for e, p in node.combine.projections.items()}
+        for name, layer in layers.items():
+            if cast(Projection, layer).conv.conv.padding != (0, 0):
+                raise Mismatch(f"{name} is padded in another way")
+        self.as_fusion_nodes().check()
 
     def pack(self, dtype: torch.dtype) -> PackedNodes:
         return pack_nodes(self.as_fusion_nodes(), dtype)

@@ -18,7 +18,7 @@ import torch
 from edet_kernels import __version__
 
 from ..files import replacing
-from .checkpoints import CheckpointError, _read, load_checkpoint
+from .checkpoints import CheckpointError, load_checkpoint, read_file
 from .configs import ModelConfig
 from .efficientdet import EfficientDet
 from .efficientnet import EfficientNet
@@ -135,7 +135,7 @@ def _content(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint file, got {path}")
-    return _read(path)
+    return read_file(path)
 
 
 def is_checkpoint(name: str | os.PathLike[str]) -> bool:

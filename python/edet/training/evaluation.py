@@ -17,6 +17,7 @@ from ..detection.pipeline import Network, Selection, columns, stages
 from ..detection.preprocess import geometry, letterbox_fill
 from ..extras import require
 from ..files import replacing
+from ..fused.module import FrozenModel
 from ..models.described import load_described
 from ..models.efficientdet import EfficientDet
 from .datasets import Dataset, Truth
@@ -234,7 +235,7 @@ def detect(
     images = EvaluationImages(dataset, size, letterbox_fill(model.config.mean))
     batches = evaluation_loader(images, batch_size, rank=rank, processes=processes, workers=workers)
     with _as_it_was(model), torch.no_grad():
-        network = Network(model.eval().freeze())
+        network = Network(model, FrozenModel(model.eval()).runs_python)
         for batch in batches:
             _, *row = stages(network, batch.sizes, size, selection)
             where = geometry(batch.sizes, size)

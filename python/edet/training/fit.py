@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +29,9 @@ from .loading import TrainingBatches, TrainingImages, training_loader
 from .logs import Callback, Event, TensorBoard, write_csv
 from .losses import Losses
 from .processes import process_group
-from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 LAST, BEST, LOG = "last.pt", "best.pt", "log.csv"
 _MEANS = ("loss", "class_loss", "box_loss", "gradient_norm")
@@ -106,37 +108,19 @@ def fit(
         NotFiniteError: several steps in a row were not finite.
         OSError: the folder cannot be written at the start or the end; in between that is a warning.
     """
-    for name, number in (("epochs", epochs), ("evaluate_every", evaluate_every)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+    _check_arguments(trainer, data, validation, epochs=epochs, evaluate_every=evaluate_every)
     rank, processes = process_group()
-    if processes > 1 and not isinstance(trainer.forward, DistributedDataParallel):
-        raise ValueError("on several processes Trainer's forward must be DistributedDataParallel")
-    _check_classes(trainer, data, validation)
     batches = TrainingBatches(
         len(data), trainer.batch_size, seed=seed, rank=rank, processes=processes
     )
-    images = TrainingImages(
-        data, trainer.model.config, augmentation, seed=seed, difficult=difficult
-    )
-    settings: dict[str, int | str] = {
-        "epochs": epochs,
-        "seed": seed,
-        "batch_size": trainer.batch_size,
-        "images": len(data),
-        "optimizer": type(trainer.optimizer).__name__,
-        "accumulate": trainer.accumulate,
-        "freeze": ", ".join(trainer.freeze),
-    }
+    config = trainer.model.config
+    images = TrainingImages(data, config, augmentation, seed=seed, difficult=difficult)
+    settings = _settings(trainer, data, epochs, seed)
     run = _Run(trainer, data, settings, None if folder is None else Path(folder))
     run.open(resume)
     if trainer.schedule is None:
         trainer.set_steps(epochs * batches.steps)
-    run.callbacks = list(callbacks)
-    if tensorboard and rank == 0:
-        if folder is None:
-            raise ValueError("folder must be given for TensorBoard's files")
-        run.callbacks.append(TensorBoard(Path(folder) / "tensorboard", trainer.step_count))
+    run.callbacks = [*callbacks, *([run.tensorboard()] if tensorboard and rank == 0 else [])]
     loader = training_loader(images, batches, workers=workers)
     trainer.stopping = False
     with _stopped_by_signals(trainer):
@@ -151,11 +135,31 @@ def fit(
             run.end_epoch(epochs, epochs * batches.steps)
             if patience is not None and run.evaluations_since_best >= patience:
                 break
-    run.history.interrupted = trainer.stopped and trainer.epoch < epochs
-    run.save(final=True)
-    values = run.history.rows[-1] if run.history.rows else {}
-    run.tell("end", epochs, epochs * batches.steps, values)
-    return run.history
+    return run.end(epochs, epochs * batches.steps)
+
+
+def _settings(trainer: Trainer, data: Dataset, epochs: int, seed: int) -> dict[str, int | str]:
+    """What a run must be resumed with."""
+    return {
+        "epochs": epochs,
+        "seed": seed,
+        "batch_size": trainer.batch_size,
+        "images": len(data),
+        "optimizer": type(trainer.optimizer).__name__,
+        "accumulate": trainer.accumulate,
+        "freeze": ", ".join(trainer.freeze),
+    }
+
+
+def _check_arguments(
+    trainer: Trainer, data: Dataset, validation: Dataset | None, **counts: int
+) -> None:
+    for name, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if process_group()[1] > 1 and not isinstance(trainer.forward, DistributedDataParallel):
+        raise ValueError("on several processes Trainer's forward must be DistributedDataParallel")
+    _check_classes(trainer, data, validation)
 
 
 def _check_classes(trainer: Trainer, data: Dataset, validation: Dataset | None) -> None:
@@ -211,6 +215,20 @@ class _Run:
         self.skipped = 0
         self.is_evaluated = False
         self.saved: tuple[int, int] | None = None
+
+    def tensorboard(self) -> TensorBoard:
+        """What writes for TensorBoard into the run's folder."""
+        if self.source is None:
+            raise ValueError("folder must be given for TensorBoard's files")
+        return TensorBoard(self.source / "tensorboard", self.trainer.step_count)
+
+    def end(self, epochs: int, steps: int) -> History:
+        """Saves the run for the last time and says what happened."""
+        self.history.interrupted = self.trainer.stopped and self.trainer.epoch < epochs
+        self.save(final=True)
+        values = self.history.rows[-1] if self.history.rows else {}
+        self.tell("end", epochs, steps, values)
+        return self.history
 
     # --- files --------------------------------------------------------------------------------
 

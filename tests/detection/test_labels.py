@@ -1,0 +1,79 @@
+"""Names of classes: from text files as any editor writes them, each error naming its file."""
+
+import pytest
+
+from edet.detection.labels import label_map, read_class_names
+
+NAMES = ["cat", "dog", "bird"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"cat\ndog\nbird",
+        b"cat\ndog\nbird\n",
+        b"cat\ndog\nbird\n\n",
+        b"cat\ndog\nbird\n \t\n\n\n",
+        b"cat\r\ndog\r\nbird\r\n",
+        b"cat\r\ndog\r\nbird\r\n\r\n",
+        b"cat\rdog\rbird\r",
+        b"cat \n\tdog\nbird",
+        b"\xef\xbb\xbfcat\r\ndog\r\nbird\r\n",
+        "cat\r\ndog\r\nbird\r\n".encode("utf-16"),
+        b"\xfe\xff" + "cat\ndog\nbird\n".encode("utf-16-be"),
+        "cat\ndog\nbird\n".encode("utf-32"),
+    ],
+)
+def test_however_an_editor_writes_it(tmp_path, data):
+    (tmp_path / "names.txt").write_bytes(data)
+    assert read_class_names(tmp_path / "names.txt", 3) == NAMES
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_any_script(tmp_path, monkeypatch, encoding):
+    names = ["café", "猫", "кот", "قط", "😀", "line\u2028in\x0bside\x0c\x85"]
+    (tmp_path / "names.txt").write_bytes("\n".join(names).encode(encoding))
+    monkeypatch.setenv("LC_ALL", "C")
+    assert read_class_names(tmp_path / "names.txt", 6) == [n.strip() for n in names]
+
+
+def test_an_empty_line_between_names_is_a_name(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\n\nbird\n")
+    assert read_class_names(tmp_path / "names.txt", 3) == ["cat", "", "bird"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "must hold 3 names, one a line, got 0"),
+        (b"cat\ndog\n", "must hold 3 names, one a line, got 2"),
+        (b"cat\ndog\nbird\nfish\n", "must hold 3 names, one a line, got 4"),
+        (b"dog\ncaf\xe9\nbird\n", "must be text in UTF-8, got the byte 0xe9 in line 2"),
+        (b"cat\ndog\nbird\xff", "must be text in UTF-8, got the byte 0xff in line 3"),
+        (b"c\0a\0t\0\n\0", "must be text in UTF-8, got a zero byte"),
+        (b"\xff\xfec", "must be text in UTF-8, got the byte 0x63"),
+        (b"n" * (1 << 24) + b"n", "must be a text file of class names, got more than 16 MiB"),
+    ],
+)
+def test_errors_name_the_file(tmp_path, data, message):
+    (tmp_path / "names.txt").write_bytes(data)
+    with pytest.raises(ValueError) as caught:
+        read_class_names(tmp_path / "names.txt", 3)
+    assert str(caught.value).startswith(f"{tmp_path / 'names.txt'} {message}")
+
+
+def test_a_device_without_end_is_refused():
+    with pytest.raises(ValueError, match=r"/dev/zero must be a text file .*more than 16 MiB"):
+        read_class_names("/dev/zero", 3)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        read_class_names(tmp_path / "none.txt", 3)
+    with pytest.raises(IsADirectoryError):
+        read_class_names(tmp_path, 3)
+
+
+def test_names_by_label():
+    assert label_map(NAMES, 3) == {1: "cat", 2: "dog", 3: "bird"}
+    assert label_map({2: "dog"}, 3) == {2: "dog"}
