@@ -206,7 +206,7 @@ def new_model(
         raise ValueError("--checkpoint and --backbone exclude each other")
     model = create_model(name, num_classes=classes, image_size=size)
     if checkpoint is not None:
-        prediction = model.class_net.predict.conv_pw.bias
+        prediction = model.class_net.predict.conv_pw.weight
         before = prediction.detach().clone()
         load_detector(model, checkpoint, reinit_head=True)
         same = torch.equal(prediction, before)
