@@ -37,6 +37,7 @@ from ..files import replacing
 from ..models.configs import get_config
 from ..models.described import load_described, read_description
 from ..models.factory import create_model
+from ..models.pretrained import PRETRAINED
 from .common import (
     Device,
     Dtype,
@@ -78,7 +79,7 @@ Model = Annotated[
         "--model",
         "-m",
         help="A name that 'edet models' lists; tf_efficientdet_d0 when the checkpoint does not "
-        "say it.",
+        "say it, and without a checkpoint edet_lite0_person.",
         metavar="MODEL",
     ),
 ]
@@ -209,6 +210,11 @@ def load_predictor(
         ValueError: neither or both of a checkpoint and random weights, or a checkpoint of another
             model.
     """
+    if checkpoint is None and not random_weights and (model is None or model in PRETRAINED):
+        pretrained = model or next(iter(PRETRAINED))
+        if model is None:
+            typer.echo(f"No --checkpoint: {pretrained} finds {PRETRAINED[pretrained]}.", err=True)
+        return Predictor(pretrained, **options)
     name = get_config(DEFAULT_MODEL if model is None else model).name
     if random_weights == (checkpoint is not None):
         raise ValueError(
