@@ -20,7 +20,7 @@ from .detection.anchors import generate_anchors
 from .detection.draw import draw_detections, to_pil
 from .detection.images import load_image
 from .detection.predictor import Predictor
-from .detection.preprocess import fit, preprocess, resize
+from .detection.preprocess import fit, letterbox_fill, preprocess, resize
 from .extras import require
 from .files import replacing
 from .models.configs import get_config
@@ -53,7 +53,7 @@ def draw_input(path: Path, model: EfficientDet) -> Image:
     pixels = load_image(path)
     _, (h, w) = fit((pixels.shape[1], pixels.shape[2]), config.image_size)
     height, width = config.image_size
-    fill = torch.tensor(config.mean).mul(255).round().to(torch.uint8).view(3, 1, 1)
+    fill = torch.tensor(letterbox_fill(config.mean), dtype=torch.uint8).view(3, 1, 1)
     canvas = fill.expand(3, height, width).clone()
     canvas[:, :h, :w] = resize(pixels, (h, w))
     picture = to_pil(canvas)

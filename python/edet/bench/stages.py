@@ -77,7 +77,8 @@ def run_bench(
     if images is None:
         config = get_config(model) if isinstance(model, str) else model.config
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, 3, *config.image_size, generator=generator)
+        shape = (batch_size, 3, *config.image_size)
+        images = torch.randn(shape, dtype=torch.float32, generator=generator)
     subject = prepare_subject(model, images, device, dtype)
     pairs, differences = check_subject(subject)
     turns = {

@@ -40,7 +40,7 @@ def sample_images(network: nn.Module, sample: Tensor | None) -> Tensor:
         return sample.to(tensor.device, tensor.dtype)
     size = getattr(getattr(network, "config", None), "image_size", (512, 512))
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, 3, *size, generator=generator)
+    images = torch.randn(1, 3, *size, dtype=torch.float32, generator=generator)
     return images.to(tensor.device, tensor.dtype)
 
 

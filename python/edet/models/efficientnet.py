@@ -100,7 +100,7 @@ def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dty
         pixels: (B, 3, H, W) of :func:`edet.preprocess.letterbox`; uint8 is divided by 255.
         mean, std: (3,).
     """
-    unit = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    unit = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     images = (unit - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     return images.to(dtype, memory_format=torch.channels_last)
 

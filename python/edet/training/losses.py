@@ -129,7 +129,7 @@ def detection_loss(
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1] // cell_anchors)
 
     if normaliser is None:
-        normaliser = targets.positives.sum() + 1.0
+        normaliser = targets.positives.sum().float() + 1  # 1.0 would have the default dtype
     labels = targets.labels.split(counts, 1)
     regressions = targets.regressions.split(counts, 1)
     focal = [
