@@ -35,7 +35,7 @@ def timm(net: EfficientNet) -> dict[str, Tensor]:
 def lukemelas(net: EfficientNet, inner: str = "") -> dict[str, Tensor]:
     """As EfficientNet-PyTorch names them, by its classes' attributes."""
     found = {**values(f"_conv_stem{inner}", net.conv_stem), **values("_bn0", net.bn1)}
-    blocks = [block for stage in net._stages() for block in stage]
+    blocks = [block for stage in net.stages() for block in stage]
     for i, block in enumerate(blocks):
         expand, (depthwise, norm), squeeze, (project, last), _ = block.layers
         if expand is not None:
@@ -63,7 +63,7 @@ def zylo(net: EfficientNet) -> dict[str, Tensor]:
 def torchvision(net: EfficientNet) -> dict[str, Tensor]:
     """As torchvision names them: a list of lists of Sequentials."""
     found = {**values("features.0.0", net.conv_stem), **values("features.0.1", net.bn1)}
-    for i, stage in enumerate(net._stages(), 1):
+    for i, stage in enumerate(net.stages(), 1):
         for j, block in enumerate(stage):
             expand, depthwise, squeeze, project, _ = block.layers
             parts: list[Any] = [expand, depthwise, squeeze, project]
