@@ -7,6 +7,7 @@ them runs. ``test_instruction_sets.py`` runs the CPU's once more for each instru
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -384,6 +385,10 @@ def maps(results):
 def test_expanded_maps(backend, op):
     call = backend.sample(op, batch=1)
     batch_of_3 = map_tree(lambda x: x.expand(3, -1, -1, -1), call.maps)
+    if backend.name == "triton":
+        # the interpreter multiplies by NumPy, whose sums depend on where in a tile a row stands
+        replace(call, maps=batch_of_3).check(torch.float32)
+        return
     for out, one in zip(maps(call(batch_of_3)), maps(call()), strict=True):
         assert_identical(out.contiguous(), one.expand(3, -1, -1, -1).contiguous())
 

@@ -18,6 +18,7 @@ from edet_kernels.backend import choose, current_backend
 from ..fused import cuda_graph as graph
 from ..fused.module import FrozenModel
 from ..fused.plan import CallList, Plans, Stage
+from ..models.described import is_checkpoint, load_described
 from ..models.efficientdet import EfficientDet
 from ..models.factory import create_model
 from .images import ImageLike, as_list, load_image
@@ -67,6 +68,7 @@ class Predictor:
     >>> predictor = Predictor("tf_efficientdet_d0", "tf_efficientdet_d0.pth")  # doctest: +SKIP
     >>> predictor("street.jpg").names  # doctest: +SKIP
     ['car', 'car', 'person']
+    >>> predictor = edet.Predictor("run/best.pt")  # doctest: +SKIP
 
     Shapes are planned: the first batch of a shape runs as it is, from the second on its operator
     calls are replayed without the model's Python. On a GPU pre-processing, network and
@@ -86,7 +88,8 @@ class Predictor:
 
     Args:
         model: a model from :func:`edet.create_model`, used as it is, put in eval mode and frozen;
-            or the name of one, which requires ``checkpoint``.
+            or the name of one, which requires ``checkpoint``; or a file that says which model it
+            is of, as training writes it: class names and image size are then the file's.
         checkpoint: file of the weights for a model given by name.
         num_classes: classes of a model given by name.
         score_threshold: objects with a score at or below it are left out.
@@ -108,7 +111,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: EfficientDet | str,
+        model: EfficientDet | str | os.PathLike[str],
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         num_classes: int = 90,
@@ -140,7 +143,12 @@ class Predictor:
         for name, number in counts.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if isinstance(model, str):
+        if isinstance(model, str | os.PathLike) and is_checkpoint(model):
+            if checkpoint is not None:
+                raise ValueError("checkpoint must be None when model is a checkpoint itself")
+            model, description = load_described(model)
+            class_names = class_names or description.class_names or None
+        elif isinstance(model, str):
             if checkpoint is None:
                 raise ValueError(
                     "checkpoint must be given with a model name; for random weights pass "

@@ -7,9 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..fused.describe import (
-    Mismatch,
-)
+from ..fused.describe import Mismatch, is_batch_norm
 from ..fused.module import PackedModule, adopt, release
 from ..fused.packed import pack
 from .recognise import describe
@@ -68,7 +66,7 @@ def _blank(original: type[nn.Module]) -> Fused:
 def _made_of(module: nn.Module) -> dict[str, type]:
     """The class of each layer; a synchronised batch norm counts as an ordinary one."""
     return {
-        name: nn.BatchNorm2d if type(layer) is nn.SyncBatchNorm else type(layer)
+        name: nn.BatchNorm2d if is_batch_norm(layer) else type(layer)
         for name, layer in module.named_modules()
         if layer is not module
     }

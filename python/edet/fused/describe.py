@@ -186,10 +186,18 @@ def check_norm(name: str, bn: nn.Module | None) -> None:
     """
     if bn is None:
         return
-    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_norm_with_activation(bn):
+    if not is_batch_norm(bn) and not _is_norm_with_activation(bn):
         raise Mismatch(f"{name}: {type(bn).__name__} is not a batch norm")
     if bn.running_mean is None or bn.weight is None:
         raise Mismatch(f"{name}: the batch norm has no running statistics or no weights")
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a batch norm that in eval mode does nothing else, also our own kinds."""
+    kind = type(layer)
+    return kind in (nn.BatchNorm2d, nn.SyncBatchNorm) or (
+        isinstance(layer, nn.BatchNorm2d) and kind.__module__.startswith("edet.")
+    )
 
 
 def _is_norm_with_activation(bn: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
 from ..fused.module import PackedModule, planned
 from ..fused.packed import PackedNodes, pack_nodes
 from ..fused.sources import own_weight
-from .batch_norm import normalise, training_maps
+from .batch_norm import SharedBatchNorm2d, normalise, training_maps
 from .configs import FUSIONS
 
 
@@ -333,7 +333,8 @@ class BiFPN(PackedModule):
     layer_types = frozenset(
         (
             *(BiFPNCell, FusionNode, Combine, AfterCombine, Projection, ConvNorm, SeparableConv),
-            *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList, nn.ModuleDict),
+            *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+            *(nn.ModuleList, nn.ModuleDict),
         )
     )
 

@@ -124,7 +124,7 @@ def _format_reason(path: Path, error: Exception) -> str:
     return "torch refuses its format" if "weights_only" in text else text
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "safetensors")
         try:
@@ -239,7 +239,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[s
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint file, got {path}")
-    content = _read(path)
+    content = read_file(path)
     if isinstance(content, Mapping) and isinstance(content.get("edet"), Mapping):
         content = content.get("state_dict")  # of this project: the weights to use
     found = _state_dicts(content)

@@ -18,6 +18,7 @@ from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
 from ..fused.module import PackedModule, planned
 from ..fused.packed import PackedBackbone, pack_backbone
 from ..fused.sources import own_weight
+from .batch_norm import SharedBatchNorm2d
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -252,7 +253,10 @@ class EfficientNet(PackedModule):
     """
 
     layer_types = frozenset(
-        (Conv2d, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, SqueezeExcite, MBConv, nn.ModuleList)
+        (
+            *(Conv2d, nn.Conv2d, SqueezeExcite, MBConv, nn.ModuleList),
+            *(nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+        )
     )
 
     def __init__(
@@ -309,7 +313,8 @@ class EfficientNet(PackedModule):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _stages(self) -> list[list[MBConv]]:
+    def stages(self) -> list[list[MBConv]]:
+        """The blocks of each stage, in the order they run."""
         # a stage may have been exchanged for one layer
         lists = (nn.ModuleList, nn.Sequential)
         stages = (list(s) if isinstance(s, lists) else [s] for s in self.blocks)
@@ -348,7 +353,7 @@ class EfficientNet(PackedModule):
             return weights.run(images, dtype)
         x = activate(self.bn1(self.conv_stem(images)), self.activation)
         maps = []
-        for i, stage in enumerate(self._stages()):
+        for i, stage in enumerate(self.stages()):
             for block in stage:
                 x = block(x)
             if i in self._returned:
@@ -373,7 +378,7 @@ class EfficientNet(PackedModule):
 
     def as_backbone_blocks(self) -> BackboneBlocks:
         """The backbone's convolutions and batch norms, for :mod:`edet.describe`."""
-        stages = self._stages()
+        stages = self.stages()
         last = list(itertools.accumulate(len(stage) for stage in stages))
         return BackboneBlocks(
             stem=(self.conv_stem, self.bn1),
@@ -386,7 +391,7 @@ class EfficientNet(PackedModule):
     def check_layers(self) -> None:
         pad = self.conv_stem.pad
         _check_convolution("conv_stem", self.conv_stem, pad)
-        for i, block in enumerate(block for stage in self._stages() for block in stage):
+        for i, block in enumerate(block for stage in self.stages() for block in stage):
             for part in (block.layers.expand, block.layers.depthwise, block.layers.project):
                 if part is not None:
                     _check_convolution(f"a convolution of block {i}", part[0], pad)

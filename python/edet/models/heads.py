@@ -16,7 +16,7 @@ from ..fused.describe import HeadLayers, Mismatch
 from ..fused.module import PackedModule, planned
 from ..fused.packed import PackedHead, pack_head
 from ..fused.sources import own_weight
-from .batch_norm import normalise, training_maps
+from .batch_norm import SharedBatchNorm2d, normalise, training_maps
 from .bifpn import SeparableConv, batch_norm, check_maps, check_separable_layers
 
 #: Bias of the class logits: every class starts at probability 0.01 (Lin et al. 2017, section 4.1).
@@ -53,7 +53,10 @@ class Head(PackedModule):
     """
 
     layer_types = frozenset(
-        (SeparableConv, LevelNorm, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList)
+        (
+            *(SeparableConv, LevelNorm, nn.Conv2d, nn.ModuleList),
+            *(nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+        )
     )
 
     def __init__(
