@@ -34,7 +34,7 @@ def picture(path, seed=0):
 
 def predict(*arguments, weights=("--random-weights",)):
     return CliRunner().invoke(
-        app, ["predict", *map(str, arguments), "-m", MODEL, "--image-size", "64", *weights]
+        app, ["predict", "--image-size", "64", *map(str, arguments), "-m", MODEL, *weights]
     )
 
 
