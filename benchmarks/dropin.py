@@ -26,10 +26,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # as a program, only its own f
 
 import edet  # noqa: E402
 import edet_kernels  # noqa: E402
-from benchmarks import cpu  # noqa: E402
+from benchmarks.case import factor_of, log  # noqa: E402
+from benchmarks.cpu import machine, revision  # noqa: E402
+from benchmarks.cpu_rows import measure  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import set_batch_norms  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.bench.variants import set_batch_norms  # noqa: E402
 from edet_kernels.testing.numeric import (  # noqa: E402
     CheckFailed,
     check_errors,
@@ -129,10 +131,10 @@ def run(
         calls = {variant: stages[stage] for variant, stages in variants.items()}
         reference = exact[stage]()
         errors = {v: relative_difference(call(), reference) for v, call in calls.items()}
-        factor = cpu.factor_of(stage)
+        factor = factor_of(stage)
         check_errors(f"{name}, {stage}", errors, errors[EFFDET], images.dtype, factor=factor)
-        cpu.log(f"{name}: {stage}")
-        times = cpu.measure(calls, **timing)
+        log(f"{name}: {stage}")
+        times = measure(calls, **timing)
         for variant, error in errors.items():
             times[variant]["error"] = error
         best, ratios = report.compare(times)
@@ -189,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "schema": report.SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "revision": cpu.revision(),
-        "machine": cpu.machine(),
+        "revision": revision(),
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             "edet_kernels": edet_kernels.__version__,

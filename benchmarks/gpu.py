@@ -27,9 +27,10 @@ sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is se
 
 import edet_kernels  # noqa: E402
 from edet.bench import report  # noqa: E402
-from edet.bench.report import OURS  # noqa: E402
-from edet.bench.stages import machine_name  # noqa: E402
-from edet.models.bifpn import graph_of  # noqa: E402
+from edet.bench.measure import machine_name  # noqa: E402
+from edet.bench.result import OURS  # noqa: E402
+from edet.fused.cells import graph_of  # noqa: E402
+from edet.models.bifpn import bifpn_nodes  # noqa: E402
 from edet.models.configs import ModelConfig, get_config  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
 from edet_kernels.testing import timing  # noqa: E402
@@ -70,10 +71,10 @@ COLD_BYTES = 512 * 2**20
 
 def shapes_of(config: ModelConfig) -> Shapes:
     """What decides the shapes of a model's ops."""
-    found = graph_of(config)
-    count, levels = len(found.nodes), config.levels
-    outputs = list(range(count, levels + count))
-    graph = Graph(found.input_sizes, found.nodes, found.sizes, outputs)
+    levels, sizes = config.levels, config.level_sizes
+    found = graph_of([bifpn_nodes(levels)] * config.cells, levels)
+    node_sizes = [sizes[node.level] for node in found.nodes]
+    graph = Graph(sizes, found.edges, node_sizes, found.outputs)
     return Shapes(
         config.name, config.image_size, config.width, config.head_repeats, config.fusion, graph
     )

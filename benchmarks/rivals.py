@@ -287,7 +287,7 @@ def _network_call(spec: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
     import torch
 
     import edet
-    from edet.bench.stages import eager_copy, prepare
+    from edet.bench.variants import eager_copy, prepare
 
     torch.set_num_threads(spec["threads"])
 

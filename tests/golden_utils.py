@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import edet
+from edet_kernels.testing.numeric import NETWORK_FACTOR, NETWORK_FLOOR, allowed
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -111,7 +112,10 @@ class Golden:
         for name, tap in self.meta["taps"].items():
             group = name.split(".")[0]
             worst[group] = max(worst.get(group, 0.0), tap["float32_error"])
-        return {name: max(3 * worst[name.split(".")[0]], 2e-5) for name in self.meta["taps"]}
+        return {
+            name: allowed(worst[name.split(".")[0]], factor=NETWORK_FACTOR, floor=NETWORK_FLOOR)
+            for name in self.meta["taps"]
+        }
 
 
 def golden(name: str) -> Golden:

@@ -29,8 +29,46 @@ struct Product<float> {
   static EDET_INLINE vf add(vf sum, vf a, vf w) { return sum + a * w; }
 };
 
-// Pairs of bf16, multiplied and summed in fp32 by one instruction. EDET_BF16_PAIRS takes this way
-// without the instruction too, for tests on other CPUs.
+// The operands of products for maps of T: floats, but pairs of bf16 where the CPU multiplies them.
+template <class T>
+struct OperandOf {
+  using type = float;
+};
+template <class T>
+using Operand = typename OperandOf<T>::type;
+
+// EDET_BF16_PAIRS takes that way without the instruction too, for tests on other CPUs.
+#if defined(__AVX512BF16__) || defined(EDET_BF16_PAIRS)
+template <>
+struct OperandOf<bf16> {
+  using type = bf16;
+};
+
+#if defined(__AVX512BF16__)
+EDET_INLINE vf add_pairs(vf sum, vu a, vu w) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+}
+#else
+// What the instruction reads and writes: subnormal numbers are zeros of their sign.
+EDET_INLINE vf flushed(vf v) {
+  const vu bits = (vu)v;
+  return (vf)((bits & 0x7f800000u) ? bits : bits & 0x80000000u);
+}
+EDET_INLINE vf add_pairs(vf sum, vu a, vu w) {
+  const auto add = [&sum](vu x, vu y) {
+    const vf from = flushed(sum), left = flushed((vf)x), right = flushed((vf)y);
+    for (int i = 0; i < kWidth; i++) sum[i] = __builtin_fmaf(left[i], right[i], from[i]);
+    sum = flushed(sum);
+  };
+  add(a & 0xffff0000u, w & 0xffff0000u);
+  add(a << 16, w << 16);
+  return sum;
+}
+#endif
+
+// Pairs of bf16 by one instruction, vdpbf16ps: it adds the product of the second numbers, then that
+// of the first, each rounded once to fp32, and takes subnormal operands and sums as zero, whatever
+// torch.set_flush_denormal says.
 template <>
 struct Product<bf16> {
   static constexpr int kStep = 2;
@@ -44,29 +82,9 @@ struct Product<bf16> {
     std::memcpy(&pairs, w, sizeof pairs);
     return pairs;
   }
-  static EDET_INLINE vf add(vf sum, vu a, vu w) {
-#if defined(__AVX512BF16__)
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
-#else
-    sum += (vf)(a << 16) * (vf)(w << 16);
-    return sum + (vf)(a & 0xffff0000u) * (vf)(w & 0xffff0000u);
-#endif
-  }
-};
-
-// The operands of products for maps of T: floats, but pairs of bf16 where the CPU multiplies them.
-template <class T>
-struct OperandOf {
-  using type = float;
-};
-#if defined(__AVX512BF16__) || defined(EDET_BF16_PAIRS)
-template <>
-struct OperandOf<bf16> {
-  using type = bf16;
+  static EDET_INLINE vf add(vf sum, vu a, vu w) { return add_pairs(sum, a, w); }
 };
 #endif
-template <class T>
-using Operand = typename OperandOf<T>::type;
 
 // Inputs of a product, with those that fill up its last step: zeros.
 template <class In>

@@ -54,14 +54,21 @@ EDET_INLINE vf load(const float* p) {
 
 EDET_INLINE vf bf16_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 
+EDET_INLINE vu rounded_to_bf16(vu bits) {  // to nearest, ties to even; of a number
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
 #if defined(__AVX512BF16__)
-EDET_INLINE vh float_to_bf16(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }  // subnormals: 0
+EDET_INLINE vh float_to_bf16(vf v) {
+  const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);  // takes subnormal numbers as zero
+  const __mmask16 subnormal = _mm512_fpclass_ps_mask((__m512)v, 0x20);  // that class
+  if (__builtin_expect(subnormal == 0, 1)) return (vh)h;
+  return (vh)_mm512_mask_cvtepi32_epi16(h, subnormal, (__m512i)rounded_to_bf16((vu)v));
+}
 #else
 EDET_INLINE vh float_to_bf16(vf v) {
   const vu bits = (vu)v;
-  const vu even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // round to nearest, ties to even
-  const vu nan = (bits >> 16) | 0x40u;                           // quiet, keeps the sign
-  return __builtin_convertvector((v != v) ? nan : even, vh);
+  const vu nan = (bits >> 16) | 0x40u;  // quiet, keeps the sign
+  return __builtin_convertvector((v != v) ? nan : rounded_to_bf16(bits), vh);
 }
 #endif
 

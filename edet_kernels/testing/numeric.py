@@ -25,6 +25,9 @@ OP_FACTOR = 2
 #: first roundings of both, which are not the same ones.
 NETWORK_FACTOR = 3
 
+#: What a network in float32 may differ by in any case: eager's own roundings may cancel by chance.
+NETWORK_FLOOR = 2e-5
+
 
 class CheckFailed(RuntimeError):
     """A result is further from the reference than the error rule allows."""
@@ -193,13 +196,12 @@ def check_errors(
 def check_network(part: str, ours: float, eager: float, dtype: torch.dtype) -> None:
     """:func:`check_errors` of whole networks and their parts: :data:`NETWORK_FACTOR` and a floor.
 
-    The floor is 2e-5 in float32, four units in the last place in 16 bits: in a deep network eager's
-    own roundings may cancel by chance.
+    The floor is :data:`NETWORK_FLOOR` in float32, four units in the last place in 16 bits.
 
     Raises:
         CheckFailed: ``ours`` is larger, or not a number.
     """
-    floor = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    floor = NETWORK_FLOOR if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     check_errors(part, {"ours": ours}, eager, dtype, factor=NETWORK_FACTOR, floor=floor)
 
 

@@ -9,6 +9,7 @@ looks up the outputs that read it, so that results do not depend on the order of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -383,11 +384,11 @@ def normalised_fusion_backward(
 
     keep = activation != 0 and any(g[0] != NONE for g in shapes)
     d_fused = torch.empty_like(grad) if keep else grad
-    taps = {}
-    for e, g in enumerate(shapes):
-        if g[0] == POOL:
-            dtype = torch.uint8 if g[1] * g[4] <= 256 else torch.int32
-            taps[e] = torch.empty_like(grad, dtype=dtype)
+    taps = {
+        e: torch.empty_like(grad, dtype=torch.uint8 if g[1] * g[4] <= 256 else torch.int32)
+        for e, g in enumerate(shapes)
+        if g[0] == POOL
+    }
     rows = edges + 1 if scales is not None else edges if weights is not None else 0
     sums = grad.new_empty((rows, tiles, c), dtype=torch.float32)
     launch(
@@ -412,51 +413,75 @@ def normalised_fusion_backward(
         **config,
     )
     for e, g in enumerate(shapes):
-        if g[0] == NONE:
-            continue
-        in_h, in_w = maps[e].shape[-2:]
-        in_pixels = pixel_count(n, in_h, in_w)
-        launch(
-            backward_resize,
-            (cdiv(in_pixels, config["BLOCK_P"]), cdiv(c, block_k)),
-            grads[e],
-            d_fused,
-            taps.get(e),
-            scales,
-            weights,
-            in_pixels,
-            in_h,
-            in_w,
-            h,
-            w,
-            EDGE=e,
-            EDGES=edges,
-            GEOMETRY=g,
-            **common,
-            **config,
-        )
-    none = grad.new_empty(0, dtype=torch.float32)
+        if g[0] != NONE:
+            options = {"EDGE": e, "EDGES": edges, "GEOMETRY": g, **common, **config}
+            _resize_gradient(grads[e], d_fused, taps.get(e), scales, weights, options)
+    return grads, *_sums_gradients(sums, weights, scales, offsets, common)
+
+
+def _resize_gradient(
+    out: Tensor,
+    d_fused: Tensor,
+    taps: Tensor | None,
+    scales: Tensor | None,
+    weights: Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """Writes the gradient of an input that was resized, gathered from the pixels that read it."""
+    n, c, in_h, in_w = out.shape
+    in_pixels = pixel_count(n, in_h, in_w)
+    launch(
+        backward_resize,
+        (cdiv(in_pixels, options["BLOCK_P"]), cdiv(c, options["BLOCK_K"])),
+        out,
+        d_fused,
+        taps,
+        scales,
+        weights,
+        in_pixels,
+        in_h,
+        in_w,
+        *d_fused.shape[-2:],
+        **options,
+    )
+
+
+def _sums_gradients(
+    sums: Tensor,
+    weights: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    common: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of edge weights, scales and offsets from the sums (rows, tiles, C) of the tiles.
+
+    Args:
+        weights, scales, offsets: of :func:`normalised_fusion`.
+        common: constants of the kernels.
+    """
+    none = sums.new_empty(0)
     d_coefficients, d_weights, d_scales, d_offsets = sums.sum(1), none, none, none
+    fusion = FUSIONS[common["FUSION"]]
     if scales is not None and offsets is not None:
         # of a coefficient a in a·(scale·x + offset), from Σ d·x of each input and Σ d
         products, total = d_coefficients[:-1], d_coefficients[-1:]
-        a = fusion_coefficients(weights, edges, FUSIONS[fusion])
-        a = torch.ones_like(scales) if a is None else a.view(edges, -1)
+        a = fusion_coefficients(weights, len(products), fusion)
+        a = torch.ones_like(scales) if a is None else a.view(len(products), -1)
         d_scales, d_offsets = a * products, a * total
         d_coefficients = scales * products + offsets * total
     if weights is not None:
         per_channel = weights.dim() == 2
         d_weights = d_coefficients if per_channel else d_coefficients.sum(1)
-        if FUSIONS[fusion] != "unbounded":
+        if fusion != "unbounded":
             d_coefficients, d_weights = d_weights, torch.empty_like(weights)
             launch(
                 backward_edge_weights,
-                (cdiv(c, block_k) if per_channel else 1,),
+                (cdiv(common["C"], common["BLOCK_K"]) if per_channel else 1,),
                 d_weights,
                 d_coefficients.double(),
                 weights.double(),
-                EDGES=edges,
+                EDGES=len(weights),
                 num_warps=1,
                 **common,
             )
-    return grads, d_weights, d_scales, d_offsets
+    return d_weights, d_scales, d_offsets

@@ -16,21 +16,29 @@ from .detection.images import ImageError
 from .detection.predictor import Prediction, Predictor
 from .detection.results import Detections
 from .dropin import accelerate, restore
+from .models.backbones import load_backbone
 from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .models.configs import ModelConfig, list_models
 from .models.counts import count_macs, count_parameters
 from .models.efficientdet import EfficientDet
 from .models.factory import create_model
 from .training import losses, targets
+from .training.datasets import Dataset, open_dataset
+from .training.evaluation import evaluate
+from .training.formats import DatasetError
+from .training.trainer import Trainer
 
 __all__ = [
     "CheckpointError",
+    "Dataset",
+    "DatasetError",
     "Detections",
     "EfficientDet",
     "ImageError",
     "ModelConfig",
     "Prediction",
     "Predictor",
+    "Trainer",
     "__version__",
     "accelerate",
     "anchors",
@@ -39,10 +47,13 @@ __all__ = [
     "create_model",
     "describe",
     "draw",
+    "evaluate",
     "layers",
     "list_models",
+    "load_backbone",
     "load_checkpoint",
     "losses",
+    "open_dataset",
     "postprocess",
     "preprocess",
     "read_checkpoint",

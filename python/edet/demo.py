@@ -15,12 +15,12 @@ import torch
 import edet_kernels
 from edet_kernels.testing.numeric import CheckFailed
 
-from .bench.stages import plot, random_model, run_bench, write_json
+from .bench import plot_table, random_model, run_bench, write_json
 from .detection.anchors import generate_anchors
 from .detection.draw import draw_detections, to_pil
 from .detection.images import load_image
 from .detection.predictor import Predictor
-from .detection.preprocess import fit, preprocess, resize
+from .detection.preprocess import fit, letterbox_fill, preprocess, resize
 from .extras import require
 from .files import replacing
 from .models.configs import get_config
@@ -53,7 +53,7 @@ def draw_input(path: Path, model: EfficientDet) -> Image:
     pixels = load_image(path)
     _, (h, w) = fit((pixels.shape[1], pixels.shape[2]), config.image_size)
     height, width = config.image_size
-    fill = torch.tensor(config.mean).mul(255).round().to(torch.uint8).view(3, 1, 1)
+    fill = torch.tensor(letterbox_fill(config.mean), dtype=torch.uint8).view(3, 1, 1)
     canvas = fill.expand(3, height, width).clone()
     canvas[:, :h, :w] = resize(pixels, (h, w))
     picture = to_pil(canvas)
@@ -158,7 +158,7 @@ def run(output: Path, checkpoint: Path | None, rounds: int) -> None:
 
     written = {"table": output / "bench.json", "plot": output / "bench.png"}
     write_json(table, written["table"])
-    plot(table, written["plot"])
+    plot_table(table, written["plot"])
     if checkpoint is None:
         written["input"] = output / "input.png"
         picture = draw_input(path, model)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from edet_kernels.reference import activate
 
-from .models.bifpn import BiFPN, FusionNode, Node, SeparableConv, bifpn_nodes
+from .fused.cells import Node
+from .models.bifpn import BiFPN, FusionNode, SeparableConv, bifpn_nodes
 from .models.heads import CLASS_PRIOR_BIAS, Head
 
 

@@ -142,7 +142,7 @@ def test_readme_gets_the_first_table_and_the_page_all(result, tmp_path):
 
 def test_plot_is_written_whole(result, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    report.plot(result, tmp_path / "cpu.png")
+    report.plot_ratios(result, tmp_path / "cpu.png")
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
@@ -62,15 +63,29 @@ def test_kernels_do_not_import_models(path):
     assert [i for i in imports if i.split(".")[0] == "edet"] == []
 
 
-def imports(path: Path, modules: set[str]) -> set[str]:
-    """The ``modules`` that a file imports, also inside functions."""
-    folders = path.relative_to(ROOT).parent.parts
+def module_name(path: Path, package: bool = False) -> str:
+    """The dotted name of a file, or of the package that it is in."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[parts[0] == "python" :]
+    return ".".join(parts[:-1] if package or parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, modules: set[str], *, types: bool = True) -> set[str]:
+    """The ``modules`` that a file imports, also inside functions; perhaps those for types alone."""
+    folders = module_name(path, package=True).split(".")
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    unread: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            unread |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        if node in unread:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = folders[: len(folders) - node.level + 1] if node.level else ()
+            above = folders[: len(folders) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names = {f"{base}.{alias.name}" for alias in node.names}
             found |= names & modules if names & modules else {base}
@@ -93,11 +108,7 @@ def test_no_test_edits_the_search_path(path):
 
 
 def test_kernels_import_each_other_in_no_circle():
-    folder = ROOT / "edet_kernels"
-    files = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted(folder.rglob("*.py"))
-    }
+    files = {module_name(path): path for path in sorted((ROOT / "edet_kernels").rglob("*.py"))}
     # the package itself is the face of all its modules; its version alone is read, late
     del files["edet_kernels"]
     graph = {name: imports(path, set(files)) for name, path in files.items()}
@@ -109,6 +120,109 @@ def test_kernels_import_each_other_in_no_circle():
 def test_a_circle_is_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+#: The rooms of edet from the ground up; rooms on one floor do not know each other. Below them are
+#: EXTRAS, above them what has no room: the package's own face, faces of modules, layers, the demo.
+FLOORS = (("fused",), ("models", "dropin"), ("detection",), ("training", "bench"), ("cli",))
+EXTRAS = ("edet.extras", "edet.files")
+EDET = {module_name(path): path for path in sorted((ROOT / "python/edet").rglob("*.py"))}
+OWN = [path for path in PYTHON if "tests" not in path.parts and path.name != "setup.py"]
+
+
+def room(module: str) -> str:
+    """The room that a module of edet is in; empty for one without."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (ROOT / "python/edet" / parts[1]).is_dir() else ""
+
+
+def floor(module: str) -> int:
+    if module in EXTRAS:
+        return -1
+    found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
+    return found[0] if found else len(FLOORS)
+
+
+def test_every_room_has_a_floor():
+    folders = {
+        path.name for path in (ROOT / "python/edet").iterdir() if (path / "__init__.py").exists()
+    }
+    assert folders == {name for rooms in FLOORS for name in rooms}
+
+
+@pytest.mark.parametrize("module", EDET)
+def test_a_file_imports_its_own_room_or_lower_ones(module):
+    above = [
+        other
+        for other in imports(EDET[module], set(EDET))
+        if floor(other) >= floor(module) and (room(other) != room(module) or not room(module))
+    ]
+    if floor(module) == len(FLOORS):  # above the rooms: their order is that there is no circle
+        above = [other for other in above if other == "edet"]
+    assert above == []
+
+
+def test_edet_imports_itself_in_no_circle():
+    graph = {name: imports(path, set(EDET), types=False) for name, path in EDET.items()}
+    assert "edet.fused.packed" in graph["edet.models.bifpn"]
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_no_file_is_too_long_to_be_read(path):
+    assert len(path.read_text().splitlines()) <= 560
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_no_function_is_too_long_to_be_read(path):
+    """At most 80 lines, unless the comment above begins with 'Long:' and says why."""
+    text = path.read_text()
+    lines = text.splitlines()
+    long = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            excused = lines[first - 2].lstrip().startswith("# Long: ") if first > 1 else False
+            if (node.end_lineno or first) - node.lineno >= 80 and not excused:
+                long.append(node.name)
+    assert long == []
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined_privately(tree: ast.AST) -> set[str]:
+    """Names with an underscore that a file gives to functions, classes, variables or attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return set(filter(private, found))
+
+
+TREES = {path: ast.parse(path.read_text()) for path in OWN}
+PRIVATE = {path: defined_privately(tree) for path, tree in TREES.items()}
+
+
+@pytest.mark.parametrize("path", OWN, ids=name)
+def test_no_file_uses_private_names_of_another(path):
+    others = set().union(*(names for other, names in PRIVATE.items() if other != path))
+    others -= PRIVATE[path]
+    others = {name for name in others if not hasattr(nn.Module, name)}  # torch's, overridden
+    used = {n.attr for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)}
+    for node in ast.walk(TREES[path]):
+        own = isinstance(node, ast.ImportFrom) and (
+            node.level
+            or (node.module or "").split(".")[0] in ("edet", "edet_kernels", "benchmarks")
+        )
+        if own:
+            assert [alias.name for alias in node.names if private(alias.name)] == []
+    assert sorted(used & others) == []
 
 
 @pytest.mark.parametrize(

@@ -304,15 +304,15 @@ def test_mistakes_of_the_other_commands(tmp_path):
 
 
 def test_bench_reports_no_times_after_a_failed_check(monkeypatch):
-    from edet.bench import stages as bench
+    from edet.bench import stages
 
-    def perturbed(model, copied=bench.eager_copy):
+    def perturbed(model, copied=stages.eager_copy):
         eager = copied(model)
         with torch.no_grad():
             eager.class_net.predict.conv_pw.weight.mul_(1.01)
         return eager
 
-    monkeypatch.setattr(bench, "eager_copy", perturbed)
+    monkeypatch.setattr(stages, "eager_copy", perturbed)
     result = edet_("bench", MODEL, "--rounds", 1)
     assert_one_line_error(result, "heads", "no times are reported", code=1)
     assert result.stdout == ""

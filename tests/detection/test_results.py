@@ -121,3 +121,20 @@ def test_label_map():
         label_map({0: "background"}, 2)
     with pytest.raises(TypeError, match="cat"):
         label_map("cat", 3)
+
+
+def test_anything_with_a_size_and_rows_can_be_drawn():
+    image = pytest.importorskip("PIL.Image", reason="needs the extra image")
+    from edet.draw import draw_detections
+
+    class Rows(list):
+        image_size = (48, 64)
+
+    rows = Rows([((4.0, 6.0, 40.0, 30.0), 0.5, 3, "car")])
+    found = Detections(
+        torch.tensor([[4.0, 6, 40, 30]]), torch.tensor([0.5]), torch.tensor([3]), (48, 64)
+    )
+    pixels = torch.zeros(3, 48, 64, dtype=torch.uint8)
+    drawn = draw_detections(pixels, rows)
+    assert isinstance(drawn, image.Image)
+    assert drawn.tobytes() == found.draw(pixels).tobytes()

@@ -13,20 +13,23 @@ from torch.nn.utils import prune
 
 import edet
 from edet import dropin
+from edet.dropin import effdet
+from edet.dropin.trial import tensors
+from edet.fused import packed
 from edet.fused.describe import (
     Edge,
     FusionNodes,
     HeadLayers,
     Mismatch,
     NodeLayers,
-    zero_padded_max_pool,
 )
+from edet.fused.packed import zero_padded_max_pool
 from edet_kernels.testing.numeric import check_network, relative_difference
 from stand_ins import DetBench, Effdet, TimmBackbone, Zylo, randomise
 
 
 def flat(outputs):
-    return dropin._tensors(outputs)
+    return tensors(outputs)
 
 
 @torch.no_grad()
@@ -126,8 +129,8 @@ def test_the_module_stays_and_the_fused_ops_run(monkeypatch):
     fpn, keys = model.fpn, list(model.state_dict())
     tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
     calls = []
-    run = edet.describe.PackedNodes.run
-    monkeypatch.setattr(edet.describe.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
+    run = packed.PackedNodes.run
+    monkeypatch.setattr(packed.PackedNodes, "run", lambda *a: calls.append(0) or run(*a))
     edet.accelerate(model, rounds=0)
     assert model.fpn is fpn and list(model.state_dict()) == keys
     assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors
@@ -231,6 +234,83 @@ def test_exchanged_layers_are_used():
     check_network("other layers", mine, own, torch.float32)
 
 
+class AddedTo(nn.Conv2d):
+    """A convolution with an addition that begins at zero, as adapters do."""
+
+    extra = 0.0
+
+    def forward(self, x):
+        return super().forward(x) + self.extra
+
+
+def test_a_derived_convolution_is_left_alone():
+    model = Effdet()
+    model.box_net.predict.conv_pw.__class__ = AddedTo
+    report = edet.accelerate(model, rounds=0)
+    assert report.replaced == ["fpn", "class_net"]
+    assert "AddedTo is a convolution with a forward of its own" in report.parts[-1].reason
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+SPOILED = {
+    "pruned": lambda head: prune.l1_unstructured(head.predict.conv_pw, "weight", 0.5),
+    "parametrised": lambda head: nn.utils.parametrize.register_parametrization(
+        head.predict.conv_pw, "weight", Doubled()
+    ),
+    "hooked": lambda head: head.predict.conv_pw.register_forward_hook(lambda m, args, out: out + 1),
+    "derived": lambda head: (
+        setattr(head.predict.conv_pw, "__class__", AddedTo),
+        setattr(head.predict.conv_pw, "extra", 1.0),
+    ),
+    "container": lambda head: setattr(
+        head.predict, "__class__", type("Other", (type(head.predict),), {"forward": other_forward})
+    ),
+    "norm": lambda head: setattr(head.bn_rep[0][0], "bn", nn.GroupNorm(8, 24)),
+    "epsilon": lambda head: setattr(head.bn_rep[0][0].bn, "eps", 0.5),
+}
+
+
+def other_forward(self, x):
+    return 2 * self.conv_pw(self.conv_dw(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", SPOILED)
+def test_layers_changed_afterwards_run(name, frozen):
+    model = Effdet().eval()
+    edet.accelerate(model, rounds=0)
+    images = torch.randn(1, 3, 96, 96)
+    if frozen:
+        model.class_net.freeze()
+    with torch.no_grad():
+        before = flat(model(images))
+        SPOILED[name](model.class_net)
+        after = flat(model(images))
+    edet.restore(model)
+    with torch.no_grad():
+        expected = flat(model(images))
+    assert any((x - y).abs().max() > 1e-3 for x, y in zip(after, before, strict=True))
+    for x, y in zip(after, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4 * float(y.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_an_accelerated_model_can_be_traced():
+    model = Effdet().eval()
+    edet.accelerate(model, rounds=0)
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = flat(model(images))
+        found = flat(torch.jit.trace(model, images, strict=False)(images))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4 * float(y.abs().max()))
+
+
 def test_wrapped_network():
     bench = DetBench(Effdet())
     report = edet.accelerate(bench, rounds=1)
@@ -306,7 +386,7 @@ def test_what_cannot_be_matched_is_left_alone(spoil, reason):
 def test_a_wrong_description_is_found_out_by_the_sample():
     class Wrong(type(Effdet().class_net)):
         def as_head_layers(self):
-            right = dropin._effdet_head(self)
+            right = effdet.head(self)
             return HeadLayers(right.layers, right.norms, right.predict, "relu")
 
     model = Effdet()

@@ -106,7 +106,9 @@ RESIZES = [
 @gradient_cases(["weighted_fusion", "training_node"], resize=RESIZES, pool=POOLS)
 def test_resizes(backend, op, resize, pool):
     source, size = resize
-    options = {"channels": 3, "sizes": [size, source], "pool": pool}
+    # few channels have few gradients, whose errors in eager PyTorch are a matter of luck
+    channels = 16 if op == "training_node" else 3
+    options = {"channels": channels, "sizes": [size, source], "pool": pool}
     backend.sample(op, **options).check_gradients(torch.float32)
 
 

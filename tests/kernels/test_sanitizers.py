@@ -35,7 +35,7 @@ def test_ops_under_sanitizers(sanitized: Path) -> None:
     files = [Path(__file__).parent / name for name in FILES]
     # this backend; float32 and bfloat16 between them take all paths but a conversion
     choice = ("-k", "not triton and not emulated and not reference and not torch.float16")
-    sanitizers.assert_tests_pass(*files, *choice, EDET_LIBRARY=str(sanitized))
+    sanitizers.assert_tests_pass(*files, *choice, EDET_LIBRARY=str(sanitized), EDET_BF16_PAIRS="1")
 
 
 @pytest.mark.slow

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import os
 import pickle
+import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +79,178 @@ def test_averaged_weights_first(model: edet.EfficientDet, tmp_path: Path) -> Non
     torch.save({"state_dict": plain.state_dict(), "state_dict_ema": model.state_dict()}, path)
     assert same(edet.read_checkpoint(path), model.state_dict())
     assert same(edet.read_checkpoint(path, ema=False), plain.state_dict())
+
+
+PREFIXES = [
+    *("", "module.", "model.", "net.", "network.", "detector.model.", "_orig_mod.model.module."),
+    *("model._orig_mod.", "module.model._orig_mod.module."),
+]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_networks_inside_of_others(
+    model: edet.EfficientDet, tmp_path: Path, prefix: str, beside: bool
+) -> None:
+    """effdet's bench, Lightning, AveragedModel, DataParallel, torch.compile, in any order."""
+    state: dict[str, object] = {prefix + key: value for key, value in model.state_dict().items()}
+    if beside:
+        outer = prefix.rpartition("model.")[0]
+        state = {
+            "n_averaged": torch.tensor(3),
+            f"{outer}anchors.boxes": torch.zeros(19, 4),
+            "criterion.weight": torch.ones(3),
+            **state,
+            "loss_fn.alpha": torch.ones(()),
+        }
+    for content in (state, {"epoch": 1, "state_dict": state}, {"checkpoint": {"weights": state}}):
+        torch.save(content, tmp_path / "model.pth")
+        other = new()
+        edet.load_checkpoint(other, tmp_path / "model.pth")
+        assert same(other.state_dict(), model.state_dict())
+
+
+def test_wrapped_layers(model: edet.EfficientDet, tmp_path: Path) -> None:
+    expected = copied(model)
+    wrapped = {
+        k.replace("fpn.", "fpn._orig_mod.").replace("class_net.", "class_net._orig_mod."): v
+        for k, v in expected.items()
+    }
+    wrapped = {
+        k.replace(".bn1.", ".bn1._checkpoint_wrapped_module."): v for k, v in wrapped.items()
+    }
+    torch.save(wrapped, tmp_path / "model.pth")
+    assert same(edet.read_checkpoint(tmp_path / "model.pth"), expected)
+
+
+NAMES = [
+    *("model_state_dict", "model_state", "ema", "model_ema", "ema_state_dict", "state_dict_ema"),
+    *("net", "network", "weights", "module", "params", "params_ema", "student", "best"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_a_state_dict(model: edet.EfficientDet, tmp_path: Path, name: str) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    content = {"epoch": 3, name: model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(content, tmp_path / "model.pth")
+    for ema in (False, True):
+        assert same(edet.read_checkpoint(tmp_path / "model.pth", ema=ema), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("plain", "averaged"),
+    [
+        ("model", "ema"),
+        ("model_state_dict", "ema_state_dict"),
+        ("state_dict", "model_ema"),
+        ("net", "net_ema"),
+        ("params", "params_ema"),
+        ("model", "modelEMA"),
+        ("model", "swa_model"),
+        ("weights", "averaged"),
+    ],
+)
+def test_averaged_weights_beside_others(
+    model: edet.EfficientDet, tmp_path: Path, plain: str, averaged: str
+) -> None:
+    other, path = new(), tmp_path / "model.pth"
+    for content in (
+        {plain: other.state_dict(), averaged: model.state_dict()},
+        {averaged: {"module": model.state_dict(), "updates": 7}, plain: other.state_dict()},
+        {
+            "state_dict": {
+                **{f"{plain}.{k}": v for k, v in other.state_dict().items()},
+                **{f"{averaged}.module.{k}": v for k, v in model.state_dict().items()},
+            }
+        },
+    ):
+        torch.save(content, path)
+        assert same(edet.read_checkpoint(path), model.state_dict())
+        assert same(edet.read_checkpoint(path, ema=False), other.state_dict())
+
+
+def test_an_averaged_model_of_torch(model: edet.EfficientDet, tmp_path: Path) -> None:
+    average = torch.optim.swa_utils.AveragedModel(model)
+    content = {"first": new().state_dict(), "second": average.state_dict()}
+    torch.save(content, tmp_path / "model.pth")
+    assert same(edet.read_checkpoint(tmp_path / "model.pth"), model.state_dict())
+
+
+def test_several_state_dicts_are_listed(model: edet.EfficientDet, tmp_path: Path) -> None:
+    path, state = tmp_path / "model.pth", model.state_dict()
+    torch.save({"teacher": new().state_dict(), "student": state}, path)
+    with pytest.raises(CheckpointError, match=r"several state dicts.* 'teacher', 'student'"):
+        edet.load_checkpoint(model, path)
+    torch.save({"last": state, "best": {k: v.clone() for k, v in state.items()}}, path)
+    assert same(edet.read_checkpoint(path), state)  # they are equal
+
+
+def test_which_was_taken_is_logged(
+    model: edet.EfficientDet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {"model": new().state_dict(), "ema": model.state_dict()}
+    torch.save(content, tmp_path / "model.pth")
+    with caplog.at_level("INFO", logger="edet"):
+        edet.read_checkpoint(tmp_path / "model.pth")
+    assert "'ema' is taken of model., ema." in caplog.text
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_training_scripts_store_beside(
+    model: edet.EfficientDet, tmp_path: Path, legacy: bool
+) -> None:
+    """effdet's train.py: the metric is a NumPy scalar, the arguments hold paths."""
+    content = {
+        "epoch": 5,
+        "arch": "tf_efficientdet_d0",
+        "state_dict": model.state_dict(),
+        "args": argparse.Namespace(lr=0.08, output=Path("out"), sizes=[np.int64(1)]),
+        "metric": np.float64(0.31),
+        "more": [np.float32(1), np.bool_(True), np.zeros(3), np.dtype("int16"), np.str_("x")],
+        "began": datetime.datetime(2024, 1, 1),
+        "took": datetime.timedelta(seconds=3),
+    }
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    other = new()
+    edet.load_checkpoint(other, path)
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_numpy_objects_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data type of a wrong description, given to NumPy, reads memory that is not there."""
+
+    class Crafted:
+        def __reduce__(self) -> object:
+            state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+            return np.dtype, ("V8", False, True), state
+
+    torch.save({"metric": Crafted(), **new().state_dict()}, tmp_path / "model.pth")
+    edet.load_checkpoint(new(), tmp_path / "model.pth")
+
+
+def test_other_formats_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+    with pytest.raises(CheckpointError, match=r"TorchScript program: save the state_dict") as e:
+        edet.read_checkpoint(path)
+    assert "weights_only" not in str(e.value)
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:
+        archive.add(path, "model.pt")
+    with pytest.raises(CheckpointError, match="it is a tar archive") as e:
+        edet.read_checkpoint(tmp_path / "old.tar")
+    assert "weights_only" not in str(e.value)
+
+
+def test_a_file_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, object] = {"a": 1}
+    content["again"] = [content, content]
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="other values for a, again"):
+        edet.read_checkpoint(tmp_path / "model.pth")
 
 
 def test_legacy_files_and_missing_counters(model: edet.EfficientDet, tmp_path: Path) -> None:

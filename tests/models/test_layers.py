@@ -10,8 +10,8 @@ from torch import nn
 
 import edet
 from edet import layers
-from edet.bench.stages import check, relative_difference
 from edet.models.configs import get_config
+from edet_kernels.testing.numeric import check_network, relative_difference
 
 D3 = ((48, 136, 384), 160)
 
@@ -26,7 +26,7 @@ def compare(module, maps):
     reference = exact([x.double() for x in maps])
     found = module(maps)
     mine, theirs = (relative_difference(y, reference) for y in (found, own(maps)))
-    check(type(module).__name__, mine, theirs, torch.float32)
+    check_network(type(module).__name__, mine, theirs, torch.float32)
     return found
 
 

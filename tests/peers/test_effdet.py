@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import edet
-from edet.bench.stages import check, relative_difference, set_batch_norms
+from edet.bench import set_batch_norms
+from edet_kernels.testing.numeric import check_network, relative_difference
 
 effdet = pytest.importorskip("effdet", reason="needs effdet: make test-peers")
 
@@ -51,7 +52,7 @@ def compare(model, images):
     report = edet.accelerate(model, images, rounds=0)
     after = flat(model(images))
     own, mine = relative_difference(before, exact), relative_difference(after, exact)
-    check("network", mine, own, torch.float32)
+    check_network("network", mine, own, torch.float32)
     assert list(model.state_dict()) == keys and {id(p) for p in model.parameters()} == tensors
     edet.restore(model)
     assert all(torch.equal(a, b) for a, b in zip(flat(model(images)), before, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from typing import cast
 
@@ -17,6 +16,7 @@ import edet_kernels
 from edet.training.losses import Losses, detection_loss, focal_loss, huber_loss
 from edet.training.targets import Targets
 from edet.training.trainer import MovingAverage, Trainer, sgd, warmup_cosine
+from small_models import small_model
 
 
 def published_focal(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -130,36 +130,6 @@ def test_moving_average() -> None:
     assert not average.model.weight.requires_grad
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         MovingAverage(model, 1.0)
-
-
-class Backbone(nn.Module):
-    """Strided convolutions to strides 8, 16 and 32."""
-
-    channels = (8, 16, 24)
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 8, 8, 8, 16, 24)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(widths))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for conv in self.convs:
-            x = F.silu(conv(x))
-            maps.append(x)
-        return maps[-3:]
-
-
-def small_model() -> edet.EfficientDet:
-    return edet.create_model(
-        "tf_efficientdet_d0",
-        width=16,
-        cells=1,
-        head_repeats=1,
-        num_classes=2,
-        image_size=64,
-        backbone=Backbone(),
-    )
 
 
 def rectangles(count: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:

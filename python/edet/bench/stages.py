@@ -1,363 +1,42 @@
-"""Each stage of a model in PyTorch's eager layers and here, checked, then timed."""
+"""Each stage of a model in PyTorch's eager layers and here: prepared, checked, timed, set down."""
 
 from __future__ import annotations
 
 import copy
-import datetime
-import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 import edet_kernels
 from edet_kernels.testing.numeric import (
-    CheckFailed,
     check_detections,
     check_network,
     relative_difference,
 )
 from edet_kernels.testing.timing import Call, copy_bandwidth, host_clock, matrix_peak, measure
 
-from ..detection.anchors import model_anchors
-from ..detection.pipeline import Network, Selection, columns, stages
-from ..detection.postprocess import postprocess
-from ..detection.predictor import Predictor
-from ..detection.preprocess import preprocess
-from ..extras import require
-from ..files import replacing
-from ..fused.module import PackedModule
-from ..fused.plan import record
-from ..models.bifpn import BiFPN
 from ..models.configs import get_config
 from ..models.counts import count_macs, count_parameters
 from ..models.efficientdet import EfficientDet
-from ..models.efficientnet import normalise_pixels
-from ..models.factory import create_model
-from . import report
-
-#: The rows of the table. Pre- and post-processing run around the network, which is ``whole``.
-PARTS = ("BiFPN", "heads", "backbone", "whole", "pre-processing", "post-processing")
-
-#: Further rows, each compared with another way of ours: all nodes of the BiFPN in one call with a
-#: call for each; image to detections with what of it is spent inside operators.
-PAIRS = {"BiFPN nodes": "node by node", "predictor": "its kernels"}
+from .measure import machine_name
+from .result import OURS
+from .table import PAIRS, PARTS, Bench, Row
+from .variants import (
+    eager_copy,
+    node_calls,
+    outer_calls,
+    part_calls,
+    predictor_calls,
+    prepare,
+    random_model,
+)
 
 #: Rounds that are run and not counted: weights are packed and caches filled in them.
 WARM_UP = 3
-
-
-@dataclass(frozen=True)
-class Row:
-    """One part of the model.
-
-    Attributes:
-        part: one of :data:`PARTS` or :data:`PAIRS`.
-        milliseconds: for each variant the time of every round.
-        difference: largest difference of ours from the float64 reference, as a fraction of the
-            reference's largest value.
-        eager_difference: the same of eager.
-        macs, parameters: of the whole batch's convolutions, and of the part.
-        bytes: what a call must at least read and write: its inputs, weights and outputs.
-    """
-
-    part: str
-    milliseconds: dict[str, list[float]]
-    difference: float
-    eager_difference: float
-    macs: int = 0
-    parameters: int = 0
-    bytes: int = 0
-
-    def median(self, variant: str) -> float | None:
-        """Median time in milliseconds; None for a variant that does not apply to this part."""
-        times = self.milliseconds.get(variant)
-        return statistics.median(times) if times else None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A table and what is needed to read it: the conditions under which it was measured."""
-
-    model: str
-    image_size: tuple[int, int]
-    batch_size: int
-    dtype: str
-    device: str
-    threads: int
-    rounds: int
-    machine: str
-    python: str
-    torch: str
-    edet_kernels: str
-    backends: dict[str, str]
-    variants: list[str]
-    rows: list[Row]
-    peak_gflops: float = 0.0
-    bandwidth_gbs: float = 0.0
-
-    def result(self) -> dict[str, Any]:
-        """This table as a result of :mod:`edet.report`."""
-        return result([self])
-
-    def __str__(self) -> str:
-        return format_table(self)
-
-
-def result(tables: Sequence[Bench]) -> dict[str, Any]:
-    """Tables of one machine as one result of :mod:`edet.report`."""
-    first = tables[0]
-    rows = []
-    for table in tables:
-        for row in table.rows:
-            times = {name: report.summary(samples) for name, samples in row.milliseconds.items()}
-            errors = {v: row.eager_difference for v in times} | {report.OURS: row.difference}
-            for name in times:
-                times[name]["error"] = errors[name]
-            best, ratios = report.compare(times)
-            peak = table.peak_gflops
-            rows.append(
-                {
-                    "model": table.model,
-                    "image_size": list(table.image_size),
-                    "batch_size": table.batch_size,
-                    "dtype": table.dtype,
-                    "device": table.device,
-                    "stage": "network" if row.part == "whole" else row.part,
-                    "macs": row.macs,
-                    "parameters": row.parameters,
-                    "bytes": row.bytes,
-                    "rounds": table.rounds,
-                    "times": times,
-                    "unavailable": {},
-                    "best_rival": best,
-                    "ratios": ratios,
-                    "peak_fraction": {
-                        name: 2e-6 * row.macs / t["median_ms"] / peak
-                        for name, t in times.items()
-                        if row.macs and peak
-                    },
-                }
-            )
-    return {
-        "schema": report.SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "revision": None,
-        "machine": {"cpu": first.machine, "system": platform.platform()},
-        "versions": {
-            "python": first.python,
-            "torch": first.torch,
-            "edet_kernels": first.edet_kernels,
-        },
-        "threads": first.threads,
-        "settings": {
-            "backends": first.backends,
-            "peak": "largest torch.mm",
-            "bandwidth_gbs": max(table.bandwidth_gbs for table in tables),
-        },
-        "peak_gflops": {t.dtype: max(u.peak_gflops for u in tables if u.dtype == t.dtype)
-                        for t in tables if t.peak_gflops},
-        "rows": rows,
-        "scaling": [],
-        "memory": [],
-        "fusion": [],
-    }  # fmt: skip
-
-
-def random_model(name: str, images: Tensor) -> EfficientDet:
-    """The model ``name`` in eval mode with random weights, the same ones every time.
-
-    How much a random network amplifies rounding is a matter of luck; what is checked and timed
-    must not be.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = create_model(name).eval()
-    set_batch_norms(model, images)
-    return model
-
-
-def set_batch_norms(model: nn.Module, images: Tensor) -> None:
-    """Makes every batch norm scale its input for ``images`` to a mean square of one.
-
-    Without this the maps of a network with random weights fade away from layer to layer, and
-    neither their differences nor the time spent on them mean much. Neither means are taken out nor
-    channels scaled one by one: in maps of a few pixels that would enlarge rounding.
-    """
-
-    def hook(bn: nn.Module, args: tuple[Tensor, ...]) -> None:
-        bn.running_mean.zero_()  # type: ignore[operator]
-        bn.running_var.fill_(args[0].square().mean())  # type: ignore[operator]
-
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(hook) for norm in norms]
-    eager = [m for m in model.modules() if isinstance(m, PackedModule)]
-    try:
-        for module in eager:
-            module.training = True
-        with torch.no_grad():
-            model(images)
-    finally:
-        for module in eager:
-            module.training = False
-        for handle in hooks:
-            handle.remove()
-
-
-def eager_copy(model: EfficientDet) -> EfficientDet:
-    """A copy of ``model`` that runs its plain PyTorch layers in eval mode and without gradients."""
-    copied = copy.deepcopy(model).eval()
-    for module in copied.modules():
-        if isinstance(module, PackedModule):
-            module.fused = False
-    return copied
-
-
-def prepare(model: EfficientDet, device: torch.device, dtype: torch.dtype) -> EfficientDet:
-    """Moves ``model`` to ``device``, ``dtype`` and channels_last."""
-    return model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def part_calls(
-    model: EfficientDet, images: Tensor, features: Sequence[Tensor], pyramid: Sequence[Tensor]
-) -> dict[str, Call]:
-    """A call for each of :data:`PARTS` on inputs that are the same for all models."""
-
-    def whole() -> list[Tensor]:
-        classes, boxes = model(images)
-        return [*classes, *boxes]
-
-    return {
-        "BiFPN": lambda: model.fpn(features),
-        "heads": lambda: [*model.class_net(pyramid), *model.box_net(pyramid)],
-        "backbone": lambda: model.backbone(images),
-        "whole": whole,
-    }
-
-
-def outer_calls(model: EfficientDet, images: Tensor) -> tuple[Call, Call, Call]:
-    """Pre-processing of photographs, post-processing of head outputs, and that by the references.
-
-    The outputs are those of ``model`` for ``images``.
-    """
-    config, batch = model.config, images.shape[0]
-    size = (int(images.shape[2]), int(images.shape[3]))
-    originals = photographs(batch)
-
-    def before() -> list[Tensor]:
-        arguments: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
-        return [preprocess(originals, size, mean=config.mean, std=config.std, **arguments).images]
-
-    anchors = model_anchors(config, size, device=images.device)
-    classes, boxes = model(images)
-
-    def after() -> list[Tensor]:
-        return list(postprocess(classes, boxes, anchors, sizes=[size] * batch))
-
-    def by_references() -> list[Tensor]:
-        with edet_kernels.backend("reference"):
-            return after()
-
-    return before, after, by_references
-
-
-def photographs(batch: int) -> list[Tensor]:
-    """As many images of noise, (3, 480, 640) uint8."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (3, 480, 640)
-    return [
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(batch)
-    ]
-
-
-class KernelTime:
-    """A call of which only the time inside operators that do work is measured."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-    def __call__(self) -> Any:
-        return self.call()
-
-    def seconds(self) -> float:
-        """The time inside operators of one call."""
-        with _Operations() as operations:
-            self.call()
-        return operations.seconds
-
-
-def node_calls(fpn: BiFPN, maps: Sequence[Tensor]) -> dict[str, Call]:
-    """The nodes of a BiFPN in one ``bifpn`` call and in a ``fusion_node`` call each, both planned.
-
-    The projections of the backbone's ``maps``, the same for both, are not part of the calls.
-    """
-    dtype = maps[0].dtype
-    weights = fpn.pack(dtype)
-    inputs, sizes = weights.node_inputs(maps, dtype)
-    calls: dict[str, Call] = {}
-    for name, run in (
-        (PAIRS["BiFPN nodes"], weights.run_node_by_node),
-        (report.OURS, weights.run_nodes),
-    ):
-        _, plan = record(partial(run, inputs, sizes), inputs)
-        calls[name] = partial(run, inputs, sizes) if plan.refusal else partial(plan, inputs)
-    return calls
-
-
-def predictor_calls(
-    model: EfficientDet, eager: EfficientDet, size: tuple[int, int], batch: int
-) -> tuple[dict[str, Call], float, float]:
-    """Photographs to detections by a :class:`Predictor`; on a CPU also its time inside operators.
-
-    Returns:
-        the calls, and the differences of the network's and of ``eager``'s outputs from those of
-        ``eager`` in float64.
-
-    Raises:
-        CheckFailed: the detections are not those of the references on the same outputs.
-    """
-    images = photographs(batch)
-    predictor = Predictor(model, image_size=size, batch_size=batch, score_threshold=0.0)
-    device, levels = predictor.device, model.config.levels
-    letterbox, network, finish = stages(
-        Network(predictor.model), [(480, 640)] * batch, size, Selection()
-    )
-    inputs = letterbox([x.to(device) for x in images])
-    outputs = network(inputs)
-    mean, std = (
-        torch.tensor(values, dtype=torch.float64, device=device)
-        for values in (model.config.mean, model.config.std)
-    )
-    normalised = normalise_pixels(inputs[0].double() / 255, mean, std, torch.float64)
-    theirs, exact = eager(normalised.to(predictor.dtype)), copy.deepcopy(eager).double()(normalised)
-    differences = [
-        relative_difference([*found[0], *found[1]], [*exact[0], *exact[1]])
-        for found in ((outputs[:levels], outputs[levels:-1]), theirs)
-    ]
-    with edet_kernels.backend("reference"):
-        [expected] = finish(outputs)
-    call = partial(predictor, images)
-    for _ in range(3):
-        found = call()
-    for x, rows in zip(found, expected.cpu(), strict=True):
-        boxes, scores, labels = columns(rows)
-        same = torch.equal(x.labels, labels)
-        if not same or relative_difference([x.boxes, x.scores], [boxes, scores]) > 1e-6:
-            raise CheckFailed(
-                "predictor finds other boxes than the references: no times are reported"
-            )
-    calls: dict[str, Call] = {report.OURS: call}
-    if device.type == "cpu":
-        calls = {PAIRS["predictor"]: KernelTime(call), **calls}
-    return calls, differences[0], differences[1]
 
 
 @torch.no_grad()
@@ -398,14 +77,61 @@ def run_bench(
     if images is None:
         config = get_config(model) if isinstance(model, str) else model.config
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, 3, *config.image_size, generator=generator)
+        shape = (batch_size, 3, *config.image_size)
+        images = torch.randn(shape, dtype=torch.float32, generator=generator)
+    subject = prepare_subject(model, images, device, dtype)
+    pairs, differences = check_subject(subject)
+    turns = {
+        (part, name): calls[part]
+        for part in PARTS
+        for name, calls in subject.variants.items()
+        if part in calls
+    }
+    turns |= {(part, name): call for part, calls in pairs.items() for name, call in calls.items()}
+    samples = measure(
+        turns,
+        host_clock(device),
+        rounds=rounds,
+        limit=seconds,
+        warm_up=WARM_UP,
+        progress=progress,
+    )
+    return assemble(subject, samples, differences)
+
+
+class Subject(NamedTuple):
+    """A model made ready to be compared.
+
+    Attributes:
+        ours: the model with its fused ops, frozen.
+        eager: the same weights in PyTorch's layers.
+        images, features, pyramid: the inputs of the backbone, the BiFPN and the heads.
+        variants: the calls of each variant by part, ours last.
+    """
+
+    ours: EfficientDet
+    eager: EfficientDet
+    images: Tensor
+    features: list[Tensor]
+    pyramid: list[Tensor]
+    variants: dict[str, dict[str, Call]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return int(self.images.shape[2]), int(self.images.shape[3])
+
+
+def prepare_subject(
+    model: EfficientDet | str, images: Tensor, device: torch.device, dtype: torch.dtype
+) -> Subject:
+    """A copy of the model, or a random one of that name, as all variants that are compared."""
     source = random_model(model, images) if isinstance(model, str) else copy.deepcopy(model)
     ours = prepare(source.eval(), device, dtype)
     images = images.to(device, dtype, memory_format=torch.channels_last)
     eager = eager_copy(ours)
     features = eager.backbone(images)
     pyramid = eager.fpn(features)
-
     fusion = ours.config.fusion
     variants = {f"eager {fusion}": part_calls(eager, images, features, pyramid)}
     if fusion != "softmax":
@@ -419,8 +145,23 @@ def run_bench(
         calls = part_calls(eager_copy(softmax), images, features, pyramid)
         # the other parts are the same
         variants = {"eager softmax": {p: calls[p] for p in ("BiFPN", "whole")}, **variants}
-    variants["ours"] = part_calls(ours.freeze(), images, features, pyramid)
+    variants[OURS] = part_calls(ours.freeze(), images, features, pyramid)
+    return Subject(ours, eager, images, features, pyramid, variants)
 
+
+def check_subject(
+    subject: Subject,
+) -> tuple[dict[str, dict[str, Call]], dict[str, tuple[float, float]]]:
+    """Checks every part of ours; what runs around the network joins the variant.
+
+    Returns:
+        the calls of each of :data:`PAIRS`, and the differences of ours and of eager for each part.
+
+    Raises:
+        CheckFailed: a part is wrong.
+    """
+    ours, eager, images, features, pyramid, variants = subject
+    dtype = images.dtype
     exact = part_calls(
         eager_copy(ours).double(),
         images.double(),
@@ -431,7 +172,8 @@ def run_bench(
     for part in exact:
         reference = exact[part]()
         mine, theirs = (
-            relative_difference(variants[v][part](), reference) for v in ("ours", f"eager {fusion}")
+            relative_difference(variants[v][part](), reference)
+            for v in (OURS, f"eager {ours.config.fusion}")
         )
         check_network(part, mine, theirs, dtype)
         differences[part] = mine, theirs
@@ -441,55 +183,58 @@ def run_bench(
         check_detections("post-processing", after(), by_references()),
         0.0,
     )
-    variants["ours"] |= {"pre-processing": before, "post-processing": after}
+    variants[OURS] |= {"pre-processing": before, "post-processing": after}
     pairs = {"BiFPN nodes": node_calls(ours.fpn, features)}
     found = pairs["BiFPN nodes"]
-    difference = relative_difference(found["ours"](), found[PAIRS["BiFPN nodes"]]())
+    difference = relative_difference(found[OURS](), found[PAIRS["BiFPN nodes"]]())
     check_network("BiFPN nodes", difference, 0.0, dtype)
     differences["BiFPN nodes"] = difference, 0.0
-    size = (int(images.shape[2]), int(images.shape[3]))
-    pairs["predictor"], mine, theirs = predictor_calls(ours, eager, size, images.shape[0])
+    pairs["predictor"], mine, theirs = predictor_calls(ours, eager, subject.size, images.shape[0])
     check_network("predictor", mine, theirs, dtype)
     differences["predictor"] = mine, theirs
+    return pairs, differences
 
-    turns = {
-        (part, v): calls[part] for part in PARTS for v, calls in variants.items() if part in calls
-    }
-    turns |= {(part, v): call for part, calls in pairs.items() for v, call in calls.items()}
-    samples = measure(
-        turns,
-        host_clock(device),
-        rounds=rounds,
-        limit=seconds,
-        warm_up=WARM_UP,
-        progress=progress,
-    )
-    times: dict[str, dict[str, list[float]]] = {part: {} for part, _ in turns}
-    for (part, v), milliseconds in samples.items():
-        times[part][v] = milliseconds
-    macs, parameters = count_macs(ours, (images.shape[2], images.shape[3])), count_parameters(ours)
+
+def costs(subject: Subject) -> dict[str, dict[str, int]]:
+    """Multiply-adds, parameters and bytes of each part that is computed by convolutions."""
+    ours, images = subject.ours, subject.images
+    features, pyramid = subject.features, subject.pyramid
+    macs, parameters = count_macs(ours, subject.size), count_parameters(ours)
     heads = parameters.class_net + parameters.box_net
-    outputs = variants["ours"]["whole"]()
+    outputs = subject.variants[OURS]["whole"]()
     counts = {
         "BiFPN": (macs.fpn, parameters.fpn, [*features, *pyramid]),
         "heads": (macs.class_net + macs.box_net, heads, [*pyramid, *pyramid, *outputs]),
         "backbone": (macs.backbone, parameters.backbone, [images, *features]),
         "whole": (macs.total, parameters.total, [images, *outputs]),
     }
+    return {
+        part: {
+            "macs": operations * images.shape[0],
+            "parameters": weights,
+            "bytes": (weights + sum(x.numel() for x in maps)) * images.element_size(),
+        }
+        for part, (operations, weights, maps) in counts.items()
+    }
 
-    def counted(part: str) -> dict[str, int]:
-        if part not in counts:
-            return {}
-        operations, weights, maps = counts[part]
-        moved = (weights + sum(x.numel() for x in maps)) * images.element_size()
-        return {"macs": operations * images.shape[0], "parameters": weights, "bytes": moved}
 
+def assemble(
+    subject: Subject,
+    samples: dict[tuple[str, str], list[float]],
+    differences: dict[str, tuple[float, float]],
+) -> Bench:
+    """The table of what was measured, with the conditions and the roofs of the machine."""
+    device, dtype = subject.images.device, subject.images.dtype
+    times: dict[str, dict[str, list[float]]] = {part: {} for part, _ in samples}
+    for (part, name), milliseconds in samples.items():
+        times[part][name] = milliseconds
+    counted = costs(subject)
     # a CPU's kernels compute in float32 whatever the maps are
     peak = matrix_peak(device, torch.float32 if device.type == "cpu" else dtype)
     return Bench(
-        model=ours.config.name,
-        image_size=(images.shape[2], images.shape[3]),
-        batch_size=images.shape[0],
+        model=subject.ours.config.name,
+        image_size=subject.size,
+        batch_size=subject.images.shape[0],
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         threads=torch.get_num_threads(),
@@ -499,161 +244,11 @@ def run_bench(
         torch=torch.__version__,
         edet_kernels=edet_kernels.__version__,
         backends={c.op: c.backend for c in edet_kernels.explain(device, dtype)},
-        variants=list(variants),
+        variants=list(subject.variants),
         rows=[
-            Row(part, milliseconds, *differences[part], **counted(part))
+            Row(part, milliseconds, *differences[part], **counted.get(part, {}))
             for part, milliseconds in times.items()
         ],
         peak_gflops=1e-9 * peak,
         bandwidth_gbs=1e-9 * copy_bandwidth(device),
     )
-
-
-def machine_name(device: torch.device) -> str:
-    """The processor that ``device`` is, with its instruction set or memory."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def format_table(bench: Bench) -> str:
-    """``bench`` as plain text for a terminal of 80 columns."""
-    baselines = bench.variants[:-1]
-    header = ["part", *bench.variants, *(f"vs {v.split()[1]}" for v in baselines), "difference"]
-    lines = [header]
-    for row in (row for row in bench.rows if row.part in PARTS):
-        ours = row.median("ours")
-        medians = [row.median(v) for v in bench.variants]
-        assert ours is not None
-        lines.append(
-            [
-                row.part.removesuffix("ing"),  # 80 columns
-                *("same" if m is None else f"{m:.2f}" for m in medians),
-                *("" if m is None else f"{m / ours:.1f}x" for m in medians[:-1]),
-                f"{row.difference:.0e}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    table = "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-    height, width = bench.image_size
-    pairs = []
-    for row in (row for row in bench.rows if row.part in PAIRS):
-        mine, other = row.median("ours"), row.median(PAIRS[row.part])
-        assert mine is not None
-        against = "" if other is None else f"; {PAIRS[row.part]} {other:.2f} ({other / mine:.2f}x)"
-        pairs.append(f"{row.part}: {mine:.2f}{against}")
-    return (
-        f"{bench.model}, {height}x{width}, batch {bench.batch_size}, {bench.dtype}, "
-        f"{bench.device}, {bench.threads} threads\n{bench.machine}; torch {bench.torch}\n\n"
-        f"{table}\n\n" + "\n".join(pairs) + "\n\n"
-        f"Times are medians of {bench.rounds} rounds in ms. eager: the model's PyTorch layers,\n"
-        "eval mode, no gradients, channels_last. difference: of ours from a float64\n"
-        "reference, as a fraction of its largest value."
-    )
-
-
-def write_json(bench: Bench, path: str | os.PathLike[str]) -> None:
-    """Writes the table as a result file of :mod:`edet.report`.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written; nothing is left behind.
-    """
-    report.write(bench.result(), path)
-
-
-def plot(bench: Bench, path: str | os.PathLike[str]) -> None:
-    """Draws the table as bars, one group per part, to ``path`` (PNG, SVG or PDF).
-
-    Raises:
-        ImportError: matplotlib (extra ``plot``) is not installed.
-        OSError: the folder does not exist or cannot be written; nothing is left behind.
-    """
-    figure = require("matplotlib.figure", "plot").Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    colours = ("#b8b8b8", "#7d7d7d", "#d1495b")[-len(bench.variants) :]
-    thickness = 0.8 / len(bench.variants)
-    rows = [row for row in bench.rows if row.macs]
-    for k, (variant, fill) in enumerate(zip(bench.variants, colours, strict=True)):
-        for i, row in enumerate(rows):
-            value = row.median(variant)
-            if value is None:
-                continue
-            # a part without this variant has its other bars centred
-            shift = k - (len(bench.variants) - 1) / 2 - (len(row.milliseconds) < 3) / 2
-            y = i + thickness * shift
-            axes.barh(y, value, thickness * 0.92, color=fill, label=variant if i == 0 else None)
-            baseline = row.median(bench.variants[-2])
-            note = f" {value:.1f}"
-            if variant == "ours" and baseline is not None:
-                note += f"  ({baseline / value:.1f}x)"
-            axes.text(value, y, note, va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), [row.part for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set_xlabel("milliseconds (median)")
-    height, width = bench.image_size
-    axes.set_title(
-        f"{bench.model}, {height}x{width}, batch {bench.batch_size}, {bench.dtype}\n"
-        f"{bench.machine}, {bench.threads} threads",
-        fontsize=10,
-        loc="left",
-    )
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-
-
-class _Operations(TorchDispatchMode):
-    """Counts and times operations that do work: neither views nor bare allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-        self.seconds = 0.0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        start = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        if not (func.is_view or func.overloadpacket.__name__.startswith("empty")):
-            self.seconds += time.perf_counter() - start
-            self.count += 1
-        return result
-
-
-@torch.no_grad()
-def count_operations(model: EfficientDet) -> dict[str, int]:
-    """Operations that each part of ``model`` dispatches: on a GPU, about as many kernel launches.
-
-    Views and allocations are not counted; a fused op is one operation. The image is as small as the
-    pyramid allows, which does not change the counts.
-
-    Returns:
-        a count for each of ``backbone``, ``fpn``, ``class_net`` and ``box_net``.
-    """
-    parameter = next(model.parameters())
-    side = 2 ** (model.config.max_level + 1)
-    maps: Any = torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)
-    counts = {}
-    for part in ("backbone", "fpn", "class_net", "box_net"):
-        module = getattr(model, part)
-        module(maps)  # packs the weights
-        with _Operations() as operations:
-            out = module(maps)
-        counts[part] = operations.count
-        maps = out if part in ("backbone", "fpn") else maps
-    return counts

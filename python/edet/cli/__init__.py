@@ -1,6 +1,6 @@
-"""The sub-commands of ``edet``: predict, info, bench, schedule, models."""
+"""The sub-commands of ``edet``: predict, train, evaluate, info, bench, schedule, models."""
 
-from . import bench, info, models, predict, schedule
+from . import bench, evaluate, info, models, predict, schedule, train
 from .common import app
 
 __all__ = ["app", "main"]
@@ -8,6 +8,10 @@ __all__ = ["app", "main"]
 app.command(epilog="Example: edet predict photos/ -c tf_efficientdet_d0.pth -o found/")(
     predict.predict
 )
+app.command(epilog="Example: edet train data/ -m tf_efficientdet_lite0 --backbone imagenet -o run")(
+    train.train
+)
+app.command(epilog="Example: edet evaluate data/ -c run/best.pt -o evaluation/")(evaluate.evaluate)
 app.command()(info.info)
 app.add_typer(
     bench.bench_app, name="bench", help="Time a model against PyTorch; compare and report results."

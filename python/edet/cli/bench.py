@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..bench import Bench, plot_table, result, run_bench
 from ..bench import report as reports
-from ..bench.stages import Bench, plot, result, run_bench
 from ..extras import require
 from ..models.configs import get_config
 from .common import (
@@ -109,7 +109,7 @@ def run(
             reports.write(result(tables), json_file)
             typer.echo(f"Results: {json_file}", err=True)
         if plot_file is not None:
-            plot(tables[-1], plot_file)
+            plot_table(tables[-1], plot_file)
             typer.echo(f"Plot: {plot_file}", err=True)
 
 

@@ -8,7 +8,7 @@ import typer
 
 import edet_kernels
 
-from ..bench.stages import count_operations, eager_copy
+from ..bench import count_operations, eager_copy
 from ..models.counts import Counts, count_macs, count_parameters
 from ..models.factory import create_model
 from .common import (

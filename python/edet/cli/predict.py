@@ -35,6 +35,7 @@ from ..detection.stats import Stats
 from ..extras import require
 from ..files import replacing
 from ..models.configs import get_config
+from ..models.described import load_described, read_description
 from ..models.factory import create_model
 from .common import (
     Device,
@@ -72,14 +73,21 @@ Files = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A name that 'edet models' lists.", metavar="MODEL")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A name that 'edet models' lists; tf_efficientdet_d0 when the checkpoint does not "
+        "say it.",
+        metavar="MODEL",
+    ),
 ]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint",
         "-c",
-        help="The model's weights: effdet's .pth, or .safetensors.",
+        help="The model's weights: those of edet train, effdet's .pth, or .safetensors.",
         metavar="FILE",
     ),
 ]
@@ -135,6 +143,10 @@ ShowStats = Annotated[
 ]
 
 
+#: Of a checkpoint that does not say which model it is of.
+DEFAULT_MODEL = "tf_efficientdet_d0"
+
+
 def find_files(arguments: Sequence[str]) -> list[Path]:
     """The image and video files that files, folders and patterns name, in order, each once.
 
@@ -185,14 +197,19 @@ def parsed_size(text: str) -> tuple[int, int]:
 
 
 def load_predictor(
-    model: str, checkpoint: Path | None, random_weights: bool, num_classes: int, **options: Any
+    model: str | None,
+    checkpoint: Path | None,
+    random_weights: bool,
+    num_classes: int,
+    **options: Any,
 ) -> Predictor:
     """The predictor that the options of ``edet predict`` ask for.
 
     Raises:
-        ValueError: neither or both of a checkpoint and random weights.
+        ValueError: neither or both of a checkpoint and random weights, or a checkpoint of another
+            model.
     """
-    get_config(model)
+    name = get_config(DEFAULT_MODEL if model is None else model).name
     if random_weights == (checkpoint is not None):
         raise ValueError(
             "--checkpoint and --random-weights exclude each other"
@@ -200,8 +217,14 @@ def load_predictor(
             else "--checkpoint FILE is required (or --random-weights, to try things out: "
             "the boxes then mean nothing)"
         )
-    network = create_model(model, num_classes=num_classes, checkpoint=checkpoint)
-    return Predictor(network, **options)
+    description = None if checkpoint is None else read_description(checkpoint)
+    if checkpoint is None or description is None:
+        network = create_model(name, num_classes=num_classes, checkpoint=checkpoint)
+        return Predictor(network, **options)
+    if model not in (None, description.config.name):
+        raise ValueError(f"--model is {model}, {checkpoint} is of {description.config.name}")
+    options["class_names"] = options["class_names"] or description.class_names or None
+    return Predictor(load_described(checkpoint)[0], **options)
 
 
 class Writer:
@@ -428,7 +451,7 @@ def report(
 
 def predict(
     images: Files,
-    model: Model = "tf_efficientdet_d0",
+    model: Model = None,
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
     json_file: JsonFile = None,

@@ -12,7 +12,8 @@ from edet_kernels.schedule import Schedule, tile_schedule
 
 from ..extras import require
 from ..files import replacing
-from ..models.bifpn import bifpn_nodes, graph_of
+from ..fused.cells import graph_of
+from ..models.bifpn import bifpn_nodes
 from ..models.configs import ModelConfig, get_config
 from .common import ModelName, check_target, one_line_errors, print_table
 
@@ -24,7 +25,10 @@ def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Sche
         ValueError: it has more nodes than one launch can hold.
         RuntimeError: the op library is not built.
     """
-    return tile_schedule(*graph_of(config), batch=batch, tile_rows=tile_rows)
+    sizes = config.level_sizes
+    graph = graph_of([bifpn_nodes(config.levels)] * config.cells, config.levels)
+    node_sizes = [sizes[node.level] for node in graph.nodes]
+    return tile_schedule(sizes, graph.edges, node_sizes, batch=batch, tile_rows=tile_rows)
 
 
 def _name(schedule: Schedule, map_id: int, min_level: int, levels: int) -> str:

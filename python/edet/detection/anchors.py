@@ -51,7 +51,7 @@ def _anchors(
         # a stride is not whole when a side is not a multiple of 2**level
         stride = torch.tensor(image_size, dtype=torch.float64) / torch.tensor(size)
         cells = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).view(-1, 1, 2)
-        centres = (cells + 0.5) * stride
+        centres = (cells.double() + 0.5) * stride
         levels.append(torch.cat([centres - half * stride, centres + half * stride], -1).view(-1, 4))
     return torch.cat(levels).to(device=device, dtype=dtype)
 

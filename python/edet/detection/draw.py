@@ -6,15 +6,14 @@ import colorsys
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..extras import require
 from .images import ImageLike, load_image
-from .results import Detections
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +28,22 @@ class MissingGlyphWarning(UserWarning):
 
 #: Images whose longer side is below this are enlarged by a whole factor, so that names fit.
 SMALLEST = 320
+
+
+class Drawable(Protocol):
+    """What can be drawn: :class:`edet.Detections`, or anything like it.
+
+    Iterating gives box (x1, y1, x2, y2), score, label and name of each object, best first.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the image that the boxes are in."""
+        ...
+
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[tuple[float, float, float, float], float, int, str]]: ...
 
 
 def colour(label: int) -> tuple[int, int, int]:
@@ -101,7 +116,7 @@ def missing_glyphs(names: Iterable[str], font: FontPath | None = None) -> str:
 
 
 def draw_detections(
-    image: ImageLike, detections: Detections, *, font: FontPath | None = None
+    image: ImageLike, detections: Drawable, *, font: FontPath | None = None
 ) -> Image:
     """``image`` with the boxes, names and scores of ``detections``.
 
@@ -122,7 +137,7 @@ def draw_detections(
         ValueError, OSError: ``font`` cannot be used.
     """
     image_draw = require("PIL.ImageDraw", "image")
-    lacking = missing_glyphs(detections.names, font)
+    lacking = missing_glyphs((name for *_, name in detections), font)
     if lacking:
         warnings.warn(glyph_hint(lacking, font, "font="), MissingGlyphWarning, stacklevel=2)
     canvas = to_pil(image)

@@ -6,7 +6,7 @@ be run, recorded or captured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,13 +36,18 @@ class Network:
 
     What a call needs beside the model lies on its device already: nothing is brought there, which a
     capture forbids.
+
+    Args:
+        model: the detector.
+        runs_python: whether its hooks are to see the calls that it makes by itself.
     """
 
-    def __init__(self, model: EfficientDet) -> None:
+    def __init__(self, model: EfficientDet, runs_python: Callable[[], bool]) -> None:
         parameter = next(model.parameters())
+        self.runs_python = runs_python
         self.model, self.device, self.dtype = model, parameter.device, parameter.dtype
-        self.mean = torch.tensor(model.config.mean, device=self.device)
-        self.std = torch.tensor(model.config.std, device=self.device)
+        self.mean = torch.tensor(model.config.mean, dtype=torch.float32, device=self.device)
+        self.std = torch.tensor(model.config.std, dtype=torch.float32, device=self.device)
         self.mean_of_bytes, self.std_of_bytes = 255 * self.mean, 255 * self.std
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -52,6 +57,10 @@ class Network:
             the class outputs of all levels, the box outputs of all levels, and the geometry.
         """
         pixels, where = inputs
+        if self.runs_python():
+            images = normalise_pixels(pixels, self.mean, self.std, self.dtype)
+            classes, boxes = self.model(images)
+            return [*classes, *boxes, where]
         backbone = self.model.backbone
         if pixels.dtype == torch.uint8 and isinstance(backbone, EfficientNet):
             maps = backbone.forward_pixels(pixels, self.mean_of_bytes, self.std_of_bytes)

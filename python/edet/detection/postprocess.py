@@ -65,7 +65,7 @@ def postprocess(
         if given is not None and len(given) != batch:
             raise ValueError(f"{name} must hold one entry per image ({batch}), got {len(given)}")
     if scales is None:
-        scales = torch.ones(batch, device=anchors.device)
+        scales = torch.ones(batch, dtype=torch.float32, device=anchors.device)
     limits = None
     if sizes is not None:
         ends = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes, device=anchors.device)

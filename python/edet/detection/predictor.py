@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from operator import is_
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -17,8 +16,9 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import choose, current_backend
 
 from ..fused import cuda_graph as graph
-from ..fused.module import PackedModule
+from ..fused.module import FrozenModel
 from ..fused.plan import CallList, Plans, Stage
+from ..models.described import is_checkpoint, load_described
 from ..models.efficientdet import EfficientDet
 from ..models.factory import create_model
 from .images import ImageLike, as_list, load_image
@@ -68,6 +68,7 @@ class Predictor:
     >>> predictor = Predictor("tf_efficientdet_d0", "tf_efficientdet_d0.pth")  # doctest: +SKIP
     >>> predictor("street.jpg").names  # doctest: +SKIP
     ['car', 'car', 'person']
+    >>> predictor = edet.Predictor("run/best.pt")  # doctest: +SKIP
 
     Shapes are planned: the first batch of a shape runs as it is, from the second on its operator
     calls are replayed without the model's Python. On a GPU pre-processing, network and
@@ -76,15 +77,19 @@ class Predictor:
     batch is never filled up, so that each number of images is a shape of its own. The ``max_plans``
     shapes used last are kept.
 
-    The model is frozen (:meth:`EfficientDet.freeze`): its weights are constants until ``train()``,
-    ``.to()`` or ``load_state_dict()``, after which everything is planned anew.
+    The model is frozen (:meth:`EfficientDet.freeze`), also when it was frozen before. Everything is
+    planned anew once its weights are written to, its layers exchanged or it is moved. Two kinds of
+    writes cannot be seen, those through ``parameter.data`` and through NumPy: make a new predictor
+    after them, or call ``repack()`` of the part. With forward hooks in the model nothing is
+    planned: its layers run.
 
     Several threads may call one predictor. On a GPU their calls take turns; each runs on the
     thread's current stream.
 
     Args:
         model: a model from :func:`edet.create_model`, used as it is, put in eval mode and frozen;
-            or the name of one, which requires ``checkpoint``.
+            or the name of one, which requires ``checkpoint``; or a file that says which model it
+            is of, as training writes it: class names and image size are then the file's.
         checkpoint: file of the weights for a model given by name.
         num_classes: classes of a model given by name.
         score_threshold: objects with a score at or below it are left out.
@@ -106,7 +111,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: EfficientDet | str,
+        model: EfficientDet | str | os.PathLike[str],
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         num_classes: int = 90,
@@ -138,7 +143,12 @@ class Predictor:
         for name, number in counts.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if isinstance(model, str):
+        if isinstance(model, str | os.PathLike) and is_checkpoint(model):
+            if checkpoint is not None:
+                raise ValueError("checkpoint must be None when model is a checkpoint itself")
+            model, description = load_described(model)
+            class_names = class_names or description.class_names or None
+        elif isinstance(model, str):
             if checkpoint is None:
                 raise ValueError(
                     "checkpoint must be given with a model name; for random weights pass "
@@ -164,13 +174,12 @@ class Predictor:
         if device is not None or dtype is not None:  # which thaws a frozen model
             model.to(device=device, dtype=dtype)
         self.model = model.eval()
-        self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
-        self._tokens: list[object] = []
+        self._frozen = FrozenModel(self.model)
         self._lock = threading.Lock()
         # a shape without a plan was seen once
         self._plans: Plans[CallList | graph.Graph] = Plans(max_plans)
         self._recorder = Recorder()
-        self._refresh()
+        self._prepare()
 
     @overload
     def __call__(
@@ -299,20 +308,20 @@ class Predictor:
         """Freezes the model and forgets all plans, if it is not the frozen one they are made of."""
         if self.model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
-        tokens = [part.frozen_since for part in self._parts]
-        if self._tokens and all(map(is_, tokens, self._tokens)):
-            return
-        with self._lock:
-            if any(part.frozen_since is None for part in self._parts):
-                self.model.freeze()
-            self._tokens = [part.frozen_since for part in self._parts]
-            self._network = Network(self.model)
-            self.device, self.dtype = self._network.device, self._network.dtype
-            self._captures = graph.captures(self.device)
-            if self._captures:
-                self._pool = graph.cuda.graph_pool_handle()
-                self._uploads = graph.cuda.Stream(self.device)
-            self._plans.clear()
+        if self._frozen.stale():
+            with self._lock:
+                self._frozen.renew()
+                self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what follows from the model's weights, device and dtype; without any plans."""
+        self.network = Network(self.model, self._frozen.runs_python)
+        self.device, self.dtype = self.network.device, self.network.dtype
+        self._captures = graph.captures(self.device)
+        if self._captures:
+            self._pool = graph.cuda.graph_pool_handle()
+            self._uploads = graph.cuda.Stream(self.device)
+        self._plans.clear()
 
     def _read(self, image: ImageLike, name: str, size: tuple[int, int]) -> _Image:
         """Reads an image; for a CPU resizes it, to a GPU begins to bring it."""
@@ -341,7 +350,7 @@ class Predictor:
             self.class_agnostic,
         )
         with graph.cuda.device(self.device) if self._captures else nullcontext():
-            row: Sequence[Stage] = stages(self._network, [x.size for x in images], size, selection)
+            row: Sequence[Stage] = stages(self.network, [x.size for x in images], size, selection)
             if not self._captures:  # images of all sizes share a plan
                 inputs, row = row[0]([x.to(self.device) for x in inputs]), row[1:]
             before = time.perf_counter() - start
@@ -349,7 +358,8 @@ class Predictor:
                 size,
                 selection,
                 current_backend(),
-                autocast_dtype(self._network.mean),
+                autocast_dtype(self.network.mean),
+                self._frozen.runs_python(),
                 *((x.shape, x.dtype) for x in inputs),
             )
             found, seconds = self._run(key, row, inputs)
@@ -385,6 +395,8 @@ class Predictor:
         return rows.cpu(), seconds if counts else []
 
     def _planned(self, row: Sequence[Stage], inputs: list[Tensor]) -> CallList | graph.Graph | None:
+        if self._frozen.runs_python():
+            return None
         if not self._captures:
             return CallList(row, inputs)
         choices = [choose(op, self.device, self.dtype) for op in _OPS]

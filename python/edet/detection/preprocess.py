@@ -79,13 +79,14 @@ def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Seque
         _, size = fit((pixels.shape[1], pixels.shape[2]), image_size)
         unit = 255 if pixels.dtype == torch.uint8 and not as_bytes else 1
         resized, area = resize(pixels, size), slot[:, : size[0], : size[1]]
-        area.copy_(resized if unit == 1 else resized / unit)
+        area.copy_(resized if unit == 1 else resized.float() / unit)
     return batch
 
 
 def geometry(sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
     """(B, 3) float32: height and width of each image, and its pixels per pixel of the network's."""
-    return torch.tensor([(*size, 1 / fit(size, image_size)[0]) for size in sizes])
+    rows = [(*size, 1 / fit(size, image_size)[0]) for size in sizes]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def letterbox_fill(mean: Sequence[float]) -> list[int]:
@@ -128,7 +129,9 @@ def preprocess(
         resize(p, fit((p.shape[1], p.shape[2]), image_size)[1]).to(device or "cpu") for p in loaded
     ]
     fill = letterbox_fill(mean)
-    centre, spread = (torch.tensor(values, device=device) for values in (mean, std))
+    centre, spread = (
+        torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std)
+    )
     sizes = [(p.shape[1], p.shape[2]) for p in loaded]
     return ImageBatch(
         normalise_pixels(letterbox(resized, image_size, fill), centre, spread, dtype),

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from .draw import draw_detections
+from .images import ImageLike
 from .labels import COCO_NAMES, label_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from .images import ImageLike
 
 
 class Detection(NamedTuple):
@@ -178,6 +178,4 @@ class Detections:
 
     def draw(self, image: ImageLike, *, font: str | os.PathLike[str] | None = None) -> Image:
         """``image`` with the boxes and names drawn on it; see :func:`edet.draw.draw_detections`."""
-        from .draw import draw_detections
-
         return draw_detections(image, self, font=font)

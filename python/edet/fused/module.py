@@ -6,42 +6,28 @@ A module that is frozen does not look any more and replays its op calls.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import Any, TypeVar, cast
+from operator import is_
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edet_kernels import current_backend
 from edet_kernels.autocast import autocast_dtype
 
 from .plan import Plan, Plans, record
+from .sources import Sources, is_traced, layers_reason
 
 #: Attributes that a packed module needs for itself.
-RESERVED = ("pack", "packed", "repack", "freeze", "unfreeze", "fused", "frozen_since", "_cache",
-            "_frozen")  # fmt: skip
+RESERVED = (
+    *("pack", "packed", "repack", "freeze", "unfreeze", "fused", "check_layers", "layer_types"),
+    *("_cache", "_frozen", "_freeze", "_entry"),
+)
 
 #: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
 MAX_PLANS = 16
-
-_version = attrgetter("_version")
-_training = attrgetter("training")
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: object) -> None:
-    # Fused optimizers write to parameters without raising their version. Compiled ones raise it,
-    # and would be compiled again at every step if they saw this counter.
-    global _optimizer_steps
-    if not torch.compiler.is_compiling():
-        _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def fold_batch_norm(bn: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,52 +48,16 @@ def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Sources:
-    """Every parameter, buffer and child below a module, and whether any has changed since.
+class _Entry(NamedTuple):
+    """What a module's sources were packed to, for maps of one dtype."""
 
-    Written for speed, because it is asked before every call: the loops are C's.
-    """
+    sources: Sources
+    reason: str  # why its layers run; else ""
+    dtype: torch.dtype | None = None
+    weights: Any = None
 
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self.owner = weakref.ref(module)
-        self.tables: list[dict[str, Any]] = [
-            table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
-        ]
-        self.contents = [dict(table) for table in self.tables]
-        entries = [(table, key, table[key]) for table in self.tables for key in table]
-        self.tensors = [value for _, _, value in entries if isinstance(value, Tensor)]
-        # while these are kept, no new tensor can be given the address of one
-        self.storages = [t.detach() for t in self.tensors]
-        # two tensors of one element can be equal without being the same
-        self.scalars = [e for e in entries if isinstance(e[2], Tensor) and e[2].numel() == 1]
-        self.norms = [m for m in modules if isinstance(m, _BatchNorm)]
-        self.optimizer_steps = _optimizer_steps
-        try:
-            self.state: tuple[list[int], list[int]] | None = self._state()
-        except RuntimeError:  # inference tensors have no version, wrapped ones no address
-            self.state = None
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        # An in-place write raises the version; `p.data = q`, and so `.to()`, moves the address.
-        # The batch norms' running statistics change unversioned, but with num_batches_tracked.
-        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
-
-    def _same_objects(self) -> bool:
-        try:
-            same = self.tables == self.contents  # compares identities first
-        except RuntimeError:  # and then finds that two tensors have no one truth value
-            return False
-        return same and all(table[key] is value for table, key, value in self.scalars)
-
-    def unchanged(self, module: nn.Module) -> bool:
-        return (
-            self.state is not None
-            and self.owner() is module
-            and self.optimizer_steps == _optimizer_steps
-            and self._same_objects()
-            and self._state() == self.state
-        )
+    def runs_layers(self) -> bool:
+        return bool(self.reason) or self.sources.runs_python()
 
 
 class _Cache:
@@ -115,7 +65,7 @@ class _Cache:
 
     def __init__(self) -> None:
         # one attribute, so that threads sharing a module see sources, dtype and weights that match
-        self.entry: tuple[_Sources, torch.dtype, Any] | None = None
+        self.entry: _Entry | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Cache:
         return _Cache()
@@ -128,14 +78,17 @@ _Module = TypeVar("_Module", bound="PackedModule")
 
 
 class _Frozen:
-    """The plans of a frozen module, and the parameters that had a gradient before."""
+    """The plans of a frozen module, and the parameters that had a gradient before.
 
-    def __init__(self, trained: list[nn.Parameter]) -> None:
-        self.trained = trained
+    ``looks``: changed weights are looked for, as where a predictor froze the module by itself.
+    """
+
+    def __init__(self, trained: list[nn.Parameter], looks: bool) -> None:
+        self.trained, self.looks = trained, looks
         self.plans: Plans[Plan] = Plans(MAX_PLANS)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"trained": self.trained}  # a copy records its own plans
+        return {"trained": self.trained, "looks": self.looks}  # a copy records its own plans
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -160,10 +113,6 @@ class _Frozen:
         self.plans.keep(key, None if recorded.refusal else recorded)
         return outputs
 
-    def forget(self) -> None:
-        """Drops the plans, whose weights are out of date."""
-        self.plans.clear()
-
 
 def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
     """Decorates the ``forward`` of a :class:`PackedModule`: once frozen, its op calls are replayed.
@@ -173,17 +122,21 @@ def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
 
     @functools.wraps(forward)
     def wrapper(self: _Module, maps: Any) -> list[Tensor]:
-        frozen = self._frozen
         inputs = [maps] if isinstance(maps, Tensor) else maps
         if (
-            frozen is None
+            self._frozen is None
             or not self.fused
             or torch.compiler.is_compiling()
             or torch.compiler.is_exporting()
+            or is_traced()
             or not isinstance(inputs, (list, tuple))
             or not inputs
             or not all(isinstance(x, Tensor) for x in inputs)
         ):
+            return forward(self, maps)
+        layers = self._entry().runs_layers()
+        frozen = self._frozen  # another one, if a change was seen
+        if layers or frozen is None:
             return forward(self, maps)
         return frozen.run(lambda: forward(self, maps), list(inputs))
 
@@ -203,13 +156,16 @@ class PackedModule(nn.Module):
     """A module with two ways to compute the same: differentiable layers, and fused ops.
 
     :meth:`packed` gives a subclass' ``forward`` the weights for the fused ops, or None when the
-    differentiable layers must run. The weights are packed when first used and again when any
-    parameter, buffer or submodule below was written to, replaced or moved. Two things cannot be
-    seen from Python: writes through ``parameter.data`` or a NumPy view (call :meth:`repack` after
-    them), and that a submodule has forward hooks (they run with the differentiable layers only).
+    differentiable layers must run: also when one of them has a forward hook, is parametrised or
+    pruned, or was exchanged for another kind. The weights are packed when first used and again when
+    any parameter, buffer or submodule below was written to, replaced or moved, and when ``train()``
+    or ``eval()`` change the mode. What cannot be seen from Python are other writes through
+    ``parameter.data`` or a NumPy view: call :meth:`repack` after them.
     """
 
     _frozen: _Frozen | None = None
+    #: Classes of the layers that the fused ops stand for; None: any.
+    layer_types: frozenset[type] | None = None
     #: False: PyTorch's own layers always run, as for a benchmark's baseline.
     fused: bool = True
 
@@ -217,10 +173,12 @@ class PackedModule(nn.Module):
         super().__init__()
         self._cache = _Cache()
 
-    @property
-    def frozen_since(self) -> object | None:
-        """Another object for every :meth:`freeze`; None while the module is not frozen."""
-        return self._frozen
+    def check_layers(self) -> None:
+        """Checks that the fused ops compute what the layers do.
+
+        Raises:
+            ValueError: they do not; the message names the layer.
+        """
 
     def pack(self, dtype: torch.dtype) -> Any:
         """The weights for maps of ``dtype``, by tensor operations that can be compiled."""
@@ -229,21 +187,24 @@ class PackedModule(nn.Module):
     def repack(self) -> None:
         """Packs the weights anew at the next use."""
         self._cache.entry = None
-        if self._frozen is not None:
-            self._frozen.forget()
+        if self._frozen is not None:  # without the plans, whose weights are out of date
+            self._frozen = _Frozen(self._frozen.trained, self._frozen.looks)
 
     def freeze(self) -> None:
-        """Makes the weights constants: they are packed once and not looked at any more.
+        """Makes the weights constants: they are packed once, their values not looked at any more.
 
         Switches to eval mode and to parameters without gradients; the op calls for each shape of
         the inputs are recorded and replayed. Undone by :meth:`unfreeze` and by ``train()``,
         ``.to()`` and ``load_state_dict()`` of this module or one that holds it. Any other write to
-        a weight is not seen until :meth:`repack`, nor are the weights of
-        ``torch.func.functional_call``. A copy is frozen too.
+        a weight is not seen until :meth:`repack` or until it is frozen again; exchanged layers and
+        tensors are. A copy is frozen too.
         """
+        self._freeze(looks=False)
+
+    def _freeze(self, looks: bool) -> None:
         self.unfreeze()
         self.eval()
-        self._frozen = _Frozen([p for p in self.parameters() if p.requires_grad])
+        self._frozen = _Frozen([p for p in self.parameters() if p.requires_grad], looks)
         self.requires_grad_(False)
         self.repack()
 
@@ -257,6 +218,8 @@ class PackedModule(nn.Module):
     def train(self: _Module, mode: bool = True) -> _Module:
         if mode:
             self.unfreeze()
+        if mode != self.training:  # an average may be copied in through `.data` between the two
+            self._cache.entry = None
         return super().train(mode)
 
     def _apply(self: _Module, *args: Any, **kwargs: Any) -> _Module:
@@ -270,10 +233,11 @@ class PackedModule(nn.Module):
     def packed(self, x: Tensor) -> tuple[Any, torch.dtype] | None:
         """The packed weights and the dtype to compute in for the input ``x``.
 
-        None, for the differentiable layers, in training mode, when a gradient is needed, and in
-        torch.export, whose graphs are to hold PyTorch's own operations unless a backend with
-        kernels is asked for by name. torch.compile and torch.export pack inside their graph, so
-        that the weights stay inputs of it.
+        None, for the differentiable layers, in training mode, when a gradient is needed, where the
+        layers are no longer those that the ops stand for, in torch.jit.trace, and in torch.export,
+        whose graphs are to hold PyTorch's own operations unless a backend with kernels is asked for
+        by name. torch.compile and torch.export pack inside their graph, so that the weights stay
+        inputs of it.
         """
         if not self.fused or self.training or (torch.compiler.is_exporting() and _exports_layers()):
             return None
@@ -284,18 +248,33 @@ class PackedModule(nn.Module):
         dtype = autocast_dtype(x) or x.dtype
         if torch.compiler.is_compiling():
             training = any(m.training for m in self.modules() if isinstance(m, _BatchNorm))
-            return None if training else (self.pack(dtype), dtype)
-        entry = self._cache.entry
-        frozen = entry is not None and self._frozen is not None
-        if entry is None or not (frozen or entry[0].unchanged(self)):
-            entry = _Sources(self), dtype, None
-        sources, packed_dtype, weights = entry
-        if any(map(_training, sources.norms)):
+            return None if training or layers_reason(self) else (self.pack(dtype), dtype)
+        if is_traced():
             return None
-        if weights is None or packed_dtype != dtype:
-            weights = self.pack(dtype)
-            self._cache.entry = sources, dtype, weights
-        return weights, dtype
+        entry = self._entry()
+        if entry.runs_layers():
+            return None
+        if entry.weights is None or entry.dtype != dtype:
+            entry = entry._replace(dtype=dtype, weights=self.pack(dtype))
+            self._cache.entry = entry
+        return entry.weights, dtype
+
+    def _entry(self) -> _Entry:
+        """What is known of the sources as they are, or were when they became constants."""
+        entry, frozen = self._cache.entry, self._frozen
+        if entry is not None:
+            if frozen is None:
+                same = entry.sources.unchanged(self)
+            elif frozen.looks:
+                same = not entry.sources.changed(self)
+            else:
+                same = not entry.sources.exchanged(self)
+            if same:
+                return entry
+            self.repack()
+        entry = _Entry(Sources(self), layers_reason(self, hooks=False))
+        self._cache.entry = entry
+        return entry
 
 
 def adopt(module: nn.Module, packed_class: type[PackedModule]) -> None:
@@ -310,3 +289,48 @@ def release(module: PackedModule, original_class: type[nn.Module]) -> None:
     del module._cache
     vars(module).pop("_frozen", None)
     module.__class__ = original_class  # type: ignore[assignment]
+
+
+class FrozenModel:
+    """A model whose weights a predictor takes for constants, as long as they are the same.
+
+    Args:
+        model: is frozen, anew if it is already: whatever was written to its weights is seen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
+        for part in self._parts:
+            part._freeze(looks=part._frozen is None or part._frozen.looks)
+        self._record()
+
+    def _record(self) -> None:
+        self._frozen = [part._frozen for part in self._parts]
+        self._fused = [part.fused for part in self._parts]
+        self._sources = Sources(self.model, hooked=list(self.model.modules()))
+
+    def stale(self) -> bool:
+        """Whether the model is another one than when it was frozen.
+
+        Writes through ``parameter.data`` or a NumPy view cannot be seen.
+        """
+        return (
+            not all(map(is_, (part._frozen for part in self._parts), self._frozen))
+            or self._fused != [part.fused for part in self._parts]
+            or self._sources.changed(self.model)
+        )
+
+    def renew(self) -> None:
+        """Freezes the model again, unless another predictor has just done so."""
+        if self._sources.changed(self.model) or any(part._frozen is None for part in self._parts):
+            self._freeze()
+        else:
+            self._record()
+
+    def runs_python(self) -> bool:
+        """Whether no call can be replayed, see :meth:`Sources.runs_python`."""
+        return self._sources.runs_python()

@@ -7,6 +7,7 @@ and move the running statistics exactly as PyTorch's layers do. Gradients flow t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,59 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import runs_reference
 
 from ..fused.module import PackedModule
+from ..fused.sources import is_traced, layers_reason
 
-_KNOWN_LEAVES = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Conv2d, nn.ModuleDict, nn.ModuleList)
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes of a group, whose gradient is that sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm whose statistics in training are those of all processes' maps, on any device.
+
+    ``nn.SyncBatchNorm`` is the same on GPUs alone, and faster there.
+    """
+
+    #: As ``nn.SyncBatchNorm`` has it; None for all processes.
+    process_group: Any = None
+
+    @classmethod
+    def like(cls, norm: nn.BatchNorm2d) -> SharedBatchNorm2d:
+        """A norm with the tensors and settings of ``norm``."""
+        shared = cls(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device="meta",
+        )
+        for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
+            setattr(shared, name, tensor)
+        return shared.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not torch.distributed.is_initialized():
+            return super().forward(x)
+        count = x.numel() // x.shape[1]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = wide.mean((0, 2, 3))
+        deviations = (wide - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
+        scale, offset = normalise([self], mean[None], deviations[None], [count])
+        return (wide * scale.view(1, -1, 1, 1) + offset.view(1, -1, 1, 1)).to(x.dtype)
 
 
 def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] | None:
@@ -28,15 +80,15 @@ def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] 
     """
     if not module.training or not module.fused:
         return None
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or is_traced():
         return None
     maps = [x.to(autocast_dtype(x) or x.dtype) for x in maps]
     if runs_reference("training_node", maps[:1]):
         return None
+    if layers_reason(module):
+        return None
     for m in module.modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return None
-        if type(m) not in _KNOWN_LEAVES and not m._modules:
+        if m._backward_hooks or m._backward_pre_hooks:
             return None
         if isinstance(m, _BatchNorm) and not (m.affine and m.track_running_stats):
             return None
@@ -44,19 +96,17 @@ def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] 
 
 
 def _synchronised(
-    norm: nn.SyncBatchNorm, mean: Tensor, deviations: Tensor, counts: Tensor
+    norm: nn.SyncBatchNorm | SharedBatchNorm2d, mean: Tensor, deviations: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics over the processes of ``norm``'s group (Chan, Golub & LeVeque 1983)."""
-    from torch.distributed.nn import functional  # not at the top: few need it
-
     group = norm.process_group or torch.distributed.group.WORLD
     if torch.distributed.get_world_size(group) == 1:
         return mean, deviations, counts
     total = counts.clone()
     torch.distributed.all_reduce(total, group=group)
-    average = functional.all_reduce(mean * (counts / total), group=group)
+    average = _Sum.apply(mean * (counts / total), group)
     own = deviations + counts * (mean - average).square()
-    return average, functional.all_reduce(own, group=group), total
+    return average, _Sum.apply(own, group), total
 
 
 def normalise(
@@ -77,12 +127,19 @@ def normalise(
         ValueError: a norm in training mode has one value per channel.
     """
     n = torch.tensor(counts, dtype=mean.dtype, device=mean.device).unsqueeze(1)
-    if any(norm.training and count == 1 for norm, count in zip(norms, counts, strict=True)):
-        raise ValueError("maps must have more than 1 value per channel in training, got 1")
     first = norms[0]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and isinstance(first, nn.SyncBatchNorm):
+    shared = False
+    if distributed and isinstance(first, nn.SyncBatchNorm | SharedBatchNorm2d):
         mean, deviations, n = _synchronised(first, mean, deviations, n)
+        # counts that other processes add to are not looked at: a GPU would have to be waited for
+        shared = torch.distributed.get_world_size(first.process_group) > 1
+    alone = zip(norms, () if shared else counts, strict=False)
+    if any(norm.training and count == 1 for norm, count in alone):
+        raise ValueError(
+            "maps must have more than 1 value per channel in training, got 1: "
+            "give larger images or a larger batch"
+        )
     variance = deviations / n
     with torch.no_grad():
         unbiased = deviations / (n - 1)

@@ -11,22 +11,14 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels import reference
 from edet_kernels.autocast import autocast_dtype
-from edet_kernels.names import Size
 
-from ..fused.describe import Edge, FusionNodes, NodeLayers, PackedNodes
+from ..fused.cells import Node, graph_of
+from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
 from ..fused.module import PackedModule, planned
-from .batch_norm import normalise, training_maps
-from .configs import FUSIONS, ModelConfig
-
-
-class Node(NamedTuple):
-    """One node of a cell: the level it writes and the ids it fuses.
-
-    Ids 0 … levels−1 are the cell's inputs, then come the nodes in order.
-    """
-
-    level: int
-    edges: tuple[int, ...]
+from ..fused.packed import PackedNodes, pack_nodes
+from ..fused.sources import own_weight
+from .batch_norm import SharedBatchNorm2d, normalise, training_maps
+from .configs import FUSIONS
 
 
 def bifpn_nodes(levels: int) -> list[Node]:
@@ -45,35 +37,6 @@ def bifpn_nodes(levels: int) -> list[Node]:
     return nodes
 
 
-class Graph(NamedTuple):
-    """What ``edet_kernels.bifpn`` is told of a network: its inputs' sizes, nodes, their sizes."""
-
-    input_sizes: list[Size]
-    nodes: list[tuple[int, ...]]
-    sizes: list[Size]
-
-
-def graph_of(config: ModelConfig) -> Graph:
-    """All cells of a model's BiFPN; the last nodes, one for each level, are its outputs."""
-    h, w = config.image_size
-    sizes = []
-    for level in range(config.min_level + config.levels):
-        if level >= config.min_level:
-            sizes.append((h, w))
-        h, w = -(-h // 2), -(-w // 2)
-    cell = bifpn_nodes(config.levels)
-    nodes: list[tuple[int, ...]] = []
-    known = list(range(config.levels))
-    for _ in range(config.cells):
-        ids = known
-        for node in cell:
-            nodes.append(tuple(ids[e] for e in node.edges))
-            ids = [*ids, config.levels + len(nodes) - 1]
-        known = ids[-config.levels :]
-    levels = [node.level for node in cell] * config.cells
-    return Graph(sizes, nodes, [sizes[level] for level in levels])
-
-
 def check_nodes(nodes: Sequence[Node], levels: int) -> None:
     """Checks that ``nodes`` are those of a cell: each reads what is there, each level has one.
 
@@ -90,8 +53,11 @@ def check_nodes(nodes: Sequence[Node], levels: int) -> None:
         raise ValueError(f"nodes must give every level an output, level {min(missing)} has none")
 
 
-def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
+def check_maps(maps: Any, channels: Sequence[int], weight: Tensor | None) -> None:
     """Checks that ``maps`` is a list of NCHW maps with these channels, fit for ``weight``.
+
+    Args:
+        weight: of the layers that get the maps; None when they have none.
 
     Raises:
         TypeError, ValueError: naming the map, what it must be and what it was.
@@ -104,6 +70,8 @@ def check_maps(maps: Any, channels: Sequence[int], weight: Tensor) -> None:
             raise TypeError(f"maps[{i}] must be a tensor, got {type(x).__name__}")
         if x.dim() != 4 or x.shape[1] != c:
             raise ValueError(f"maps[{i}] must be (N, {c}, H, W), got {tuple(x.shape)}")
+        if weight is None:
+            continue
         if x.device != weight.device:
             raise ValueError(
                 f"maps[{i}] must be on {weight.device} like the weights, got {x.device}"
@@ -172,6 +140,17 @@ class SeparableConv(nn.Module):
             weight,
             weight.new_zeros(weight.shape[0]) if bias is None else bias,
         )
+
+
+def check_separable_layers(name: str, conv: SeparableConv) -> None:
+    """Checks that the convolutions of ``conv`` are padded as they were made.
+
+    Raises:
+        Mismatch: they are not.
+    """
+    for layer, zeros in ((conv.conv_dw, 1), (conv.conv_pw, 0)):
+        if layer.padding != (zeros, zeros) or layer.padding_mode != "zeros":
+            raise Mismatch(f"{name} is padded in another way")
 
 
 class Combine(nn.Module):
@@ -351,6 +330,14 @@ class BiFPN(PackedModule):
             level without a node or a node that reads what is not there.
     """
 
+    layer_types = frozenset(
+        (
+            *(BiFPNCell, FusionNode, Combine, AfterCombine, Projection, ConvNorm, SeparableConv),
+            *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+            *(nn.ModuleList, nn.ModuleDict),
+        )
+    )
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -424,7 +411,7 @@ class BiFPN(PackedModule):
         Raises:
             TypeError, ValueError: ``maps`` are not what ``in_channels`` says.
         """
-        check_maps(maps, self.in_channels, self.cells[0].nodes[0].after_combine.conv.conv_pw.weight)
+        check_maps(maps, self.in_channels, own_weight(self))
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in maps]
         while len(sizes) < self.levels:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
@@ -468,26 +455,43 @@ class BiFPN(PackedModule):
             edge(level - 1, dict(self.resample.items()).get(str(level)))
             for level in range(given, self.levels)
         ]
-        nodes: list[NodeLayers] = []
-        known = list(range(self.levels))  # ids that a cell's own ids stand for
-        for cell in self.cells:
-            for node, level in zip(cell.nodes, cell.node_levels, strict=True):
-                projections = node.combine.projections
-                conv = node.after_combine.conv
-                nodes.append(
-                    NodeLayers(
-                        level,
-                        [edge(known[e], projections.get(e)) for e in node.edges],
-                        conv.conv_dw,
-                        conv.conv_pw,
-                        conv.bn,
-                        node.combine.edge_weights,
-                        self.fusion,
-                    )
-                )
-                known.append(self.levels + len(nodes) - 1)
-            known = [known[i] for i in cell.outputs]
-        return FusionNodes(given, nodes, known, above, self.pool, self.activation)
+        graph = graph_of(
+            [
+                [Node(level, n.edges) for n, level in zip(c.nodes, c.node_levels, strict=True)]
+                for c in self.cells
+            ],
+            self.levels,
+        )
+        nodes = []
+        for own, (level, sources) in zip(
+            [node for cell in self.cells for node in cell.nodes], graph.nodes, strict=True
+        ):
+            projections, conv = own.combine.projections, own.after_combine.conv
+            edges = [
+                edge(source, projections.get(e))
+                for source, e in zip(sources, own.edges, strict=True)
+            ]
+            weights = own.combine.edge_weights
+            layers = conv.conv_dw, conv.conv_pw, conv.bn
+            nodes.append(NodeLayers(level, edges, *layers, weights, self.fusion))
+        return FusionNodes(given, nodes, graph.outputs, above, self.pool, self.activation)
+
+    def check_layers(self) -> None:
+        layers = dict(self.resample.items())
+        for c, cell in enumerate(self.cells):
+            for n, node in enumerate(cell.nodes):
+                name = f"cell.{c}.fnode.{n}"
+                check_separable_layers(name, node.after_combine.conv)
+                if (node.pool, node.activation, node.fusion) != (
+                    *(self.pool, self.activation),
+                    self.fusion,
+                ):
+                    raise Mismatch(f"{name} fuses, pools or activates in another way")
+                layers |= {f"{name}.{e}": p for e, p in node.combine.projections.items()}
+        for name, layer in layers.items():
+            if cast(Projection, layer).conv.conv.padding != (0, 0):
+                raise Mismatch(f"{name} is padded in another way")
+        self.as_fusion_nodes().check()
 
     def pack(self, dtype: torch.dtype) -> PackedNodes:
-        return self.as_fusion_nodes().pack(dtype)
+        return pack_nodes(self.as_fusion_nodes(), dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import logging
 import os
 import pickle
+import re
 import struct
+import tarfile
 import warnings
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +29,38 @@ if TYPE_CHECKING:
 #: The layers whose shape depends on the number of classes.
 CLASS_KEYS = ("class_net.predict.conv_pw.weight", "class_net.predict.conv_pw.bias")
 
+#: A key that every EfficientDet's state dict has: what stands in front of it, a wrapper added.
+_MARK = "class_net.predict.conv_pw.weight"
 _WRAPPERS = ("module.", "model.", "_orig_mod.")  # data parallel, effdet's bench, torch.compile
+#: Wrappers that can be around any layer: torch.compile's, activation checkpoints', FSDP's.
+_INNER_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
+)
+#: Names of averaged weights, as a word of their own: ``state_dict_ema``, ``ema_model``, ``swa``.
+_AVERAGED = re.compile(
+    r"(?i:(?<![a-z])(ema|swa|avg|average|averaged|polyak)(?![a-z]))|EMA|(?<=[a-z])Ema(?![a-z])"
+)
+#: Where one of several state dicts is looked for first.
+_USUAL = ("state_dict_ema", "state_dict", "model")
+_PARTS = ("backbone", "fpn", "class_net", "box_net")
 _LISTED = 10  # keys of each kind in a message
+
+#: What training scripts store beside the weights: modules whose objects are read as nothing.
+_BESIDE = (
+    *("argparse", "datetime", "decimal", "enum", "fractions", "numpy", "pathlib", "typing", "uuid"),
+    *("addict", "easydict", "lightning", "lightning_fabric", "ml_collections", "omegaconf"),
+    *("pytorch_lightning", "yacs"),
+)
+#: Their usual names, for files of old format, in which names cannot be looked up beforehand.
+_BESIDE_NAMES = (
+    *("argparse.Namespace", "numpy.dtype", "numpy.ndarray"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath"),
+    *("datetime.datetime", "datetime.timedelta"),
+)
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -50,7 +84,47 @@ class CheckpointError(ValueError):
         self.misshaped = list(misshaped)
 
 
-def _read(path: Path) -> Any:
+class _Nothing(dict[Any, Any]):
+    """Read in the place of an object that is no weight: takes whatever it is given, runs nothing.
+
+    NumPy's own functions are not let do it: a data type of a wrong description is not safe.
+    """
+
+    def __new__(cls, *_: object, **__: object) -> _Nothing:
+        return dict.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _beside(file: Any) -> list[Any]:
+    """The objects in a file of torch.save that are to be read as nothing, for torch's loader."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # of another format, or damaged, on which torch.load says more
+        names = list(_BESIDE_NAMES)
+    finally:
+        file.seek(0)
+    return [(_Nothing, name) for name in names if name.split(".")[0] in _BESIDE]
+
+
+def _format_reason(path: Path, error: Exception) -> str:
+    """What a file that torch cannot load is; torch's own words may advise to load it unsafely."""
+    with contextlib.suppress(Exception):  # of files that only begin like one
+        if tarfile.is_tarfile(path):
+            return "it is a tar archive, torch's format before 0.1.10: unpack the checkpoint in it"
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                    return "it is a TorchScript program: save the state_dict() of its model"
+    text = str(error)
+    return "torch refuses its format" if "weights_only" in text else text
+
+
+def read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "safetensors")
         try:
@@ -60,9 +134,10 @@ def _read(path: Path) -> Any:
     with path.open("rb") as file, warnings.catch_warnings():
         # of files that torch.save did not write, on which the errors below say more
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        warnings.filterwarnings("ignore", message="'torch.load' received a zip file")
         try:
-            # timm and effdet store the training script's arguments beside the weights
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            # timm and effdet store the training script's arguments and figures beside the weights
+            with torch.serialization.safe_globals(_beside(file)):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, struct.error) as error:
             # torch's own message advises to load it unsafely
@@ -71,36 +146,118 @@ def _read(path: Path) -> Any:
                 "because unpickling them can run code"
             ) from error
         except Exception as error:  # torch raises errors of any kind on damaged files
-            raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+            reason = _format_reason(path, error)
+            raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
+
+
+def _mappings(
+    content: Any, name: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every mapping in nested mappings and lists, with its name in the file."""
+    seen = set() if seen is None else seen
+    if not isinstance(content, (Mapping, list, tuple)) or id(content) in seen or len(seen) > 9999:
+        return  # a file can hold itself
+    seen.add(id(content))
+    if isinstance(content, Mapping):
+        yield name, content
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in items:
+        if name.count(".") < 4:
+            yield from _mappings(value, f"{name}.{key}" if name else str(key), seen)
+
+
+def _state_dicts(content: Any) -> dict[str, dict[str, Any]]:
+    """The state dicts of an EfficientDet in a file, by what stands in front of their keys."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, mapping in _mappings(content):
+        plain = {_INNER_WRAPPERS.sub("", str(key)): value for key, value in mapping.items()}
+        marks = [k for k, v in plain.items() if k.endswith(_MARK) and isinstance(v, Tensor)]
+        for mark in marks:
+            prefix = mark.removesuffix(_MARK)
+            if prefix and not prefix.endswith("."):
+                continue
+            full = f"{name}.{prefix}" if name else prefix
+            if "n_averaged" in plain:  # of torch.optim.swa_utils
+                full += "average."
+            found[full] = {
+                key.removeprefix(prefix): value
+                for key, value in plain.items()
+                if key.startswith(prefix)
+            }
+    return found
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        x is b[k] or (isinstance(x, Tensor) and isinstance(b[k], Tensor) and torch.equal(x, b[k]))
+        for k, x in a.items()
+    )
+
+
+def _chosen(found: dict[str, dict[str, Any]], path: Path, ema: bool) -> dict[str, Any]:
+    """The one of the state dicts in a file that is asked for.
+
+    Raises:
+        CheckpointError: there are several of a kind.
+    """
+    averaged = [name for name in found if _AVERAGED.search(name)]
+    plain = [name for name in found if name not in averaged]
+    names = (averaged or plain) if ema else (plain or averaged)
+    different = [
+        n for i, n in enumerate(names) if not any(_same(found[n], found[m]) for m in names[:i])
+    ]
+    if len(different) > 1:
+        usual = [
+            [n for n in different if n == first or n.startswith(f"{first}.")] for first in _USUAL
+        ]
+        different = next((group for group in usual if len(group) == 1), different)
+    if len(different) > 1:
+        raise CheckpointError(
+            f"{path} holds several state dicts, of which one must be saved by itself: "
+            + ", ".join(repr(name.rstrip(".")) for name in different)
+        )
+    if len(found) > 1:
+        _log.info("%s: %r is taken of %s", path, different[0].rstrip("."), ", ".join(found))
+    return found[different[0]]
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[str, Tensor]:
     """The state dict in a ``.safetensors`` file, or in one written by ``torch.save``.
 
-    Nested state dicts (``state_dict_ema``, ``state_dict``, ``model``) are found and the prefixes of
-    wrappers (``module.``, ``model.``, ``_orig_mod.``) removed. Nothing but tensors and plain
-    containers is unpickled (``weights_only=True``).
+    An EfficientDet's state dict is found by its keys, under whatever names and prefixes it is
+    stored (``state_dict``, ``model_state_dict``, ``ema``; ``module.``, ``model.``, ``_orig_mod.``),
+    and what stands beside it is left out. Nothing but tensors and plain containers is unpickled
+    (``weights_only=True``).
 
     Args:
-        ema: take the averaged weights where the file has both.
+        ema: take the averaged weights where the file has both; else those that are not averaged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged or holds no state dict.
+        CheckpointError: the file is damaged, or holds no state dict, or several.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint file, got {path}")
-    content = _read(path)
-    names = ("state_dict_ema", "state_dict", "model")
-    for name in names if ema else (*names[1:], names[0]):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-            break
+    content = read_file(path)
+    if isinstance(content, Mapping) and isinstance(content.get("edet"), Mapping):
+        content = content.get("state_dict")  # of this project: the weights to use
+    found = _state_dicts(content)
+    if found:
+        content = _chosen(found, path, ema)
+    else:  # of another network, or of a part of one
+        names = _USUAL if ema else (*_USUAL[1:], _USUAL[0])
+        for name in names:
+            if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+                content = content[name]
+                break
     if not isinstance(content, Mapping) or not content:
         kind = "an empty dict" if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{path} must hold a state dict, got {kind}")
     other = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if other and found:  # beside the keys of a state dict without a prefix, as an epoch
+        other = [key for key in other if key.split(".")[0] in _PARTS]
+        content = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if other:
         raise CheckpointError(
             f"{path} must hold a state dict of tensors, got other values for {_listed(other)}"
@@ -182,6 +339,10 @@ def load_checkpoint(
     # the counters do not matter to the result, and files of other tools lack them
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
+    if not missing:  # what a wrapper or a loss holds beside the network
+        parts = {key.split(".")[0] for key in own}
+        unexpected = [k for k in unexpected if k.split(".")[0] in parts]
+        state = {key: value for key, value in state.items() if key in own or key in unexpected}
     misshaped = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
     fits = not missing and not unexpected
     if fits and misshaped and set(misshaped) <= set(CLASS_KEYS):

@@ -89,6 +89,17 @@ class ModelConfig:
         return self.max_level - self.min_level + 1
 
     @property
+    def level_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of each pyramid level for an image of ``image_size``, from the lowest level up."""
+        h, w = self.image_size
+        sizes = []
+        for level in range(self.max_level + 1):
+            if level >= self.min_level:
+                sizes.append((h, w))
+            h, w = -(-h // 2), -(-w // 2)
+        return sizes
+
+    @property
     def num_anchors(self) -> int:
         """Anchors per cell of a level."""
         return self.num_scales * len(self.aspect_ratios)

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
-from ..fused.describe import BackboneBlocks, BlockLayers, PackedBackbone
+from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
 from ..fused.module import PackedModule, planned
+from ..fused.packed import PackedBackbone, pack_backbone
+from ..fused.sources import own_weight
+from .batch_norm import SharedBatchNorm2d
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -97,7 +100,7 @@ def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dty
         pixels: (B, 3, H, W) of :func:`edet.preprocess.letterbox`; uint8 is divided by 255.
         mean, std: (3,).
     """
-    unit = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    unit = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     images = (unit - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     return images.to(dtype, memory_format=torch.channels_last)
 
@@ -205,13 +208,31 @@ class MBConv(nn.Module):
         return BlockLayers(expand, depthwise, squeeze, (self.conv_pwl, self.bn3), self.shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        expand, (conv_dw, bn), _, (project, project_bn), _ = self.layers
-        y = x if expand is None else activate(expand[1](expand[0](x)), self.activation)
-        y = activate(bn(conv_dw(y)), self.activation)
+        y, bn, project, project_bn = x, self.bn1, self.conv_pw, self.bn2
+        if self.expands:
+            y = activate(self.bn1(self.conv_pw(x)), self.activation)
+            bn, project, project_bn = self.bn2, self.conv_pwl, self.bn3
+        y = activate(bn(self.conv_dw(y)), self.activation)
         if self.se is not None:
             y = self.se(y)
         y = project_bn(project(y))
         return x + y if self.shortcut else y
+
+
+def _check_convolution(name: str, conv: nn.Module, pad: str) -> None:
+    """Checks that ``conv`` is a :class:`Conv2d` as it was made, padded by ``pad``.
+
+    Raises:
+        Mismatch: it is another one, or was changed.
+    """
+    if not isinstance(conv, Conv2d):
+        raise Mismatch(f"{name} is a {type(conv).__name__}")
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    zeros = kernel // 2 if conv.pad == "symmetric" or stride == 1 else 0
+    if (stride > 1 and conv.pad != pad) or conv.padding != (zeros, zeros):
+        raise Mismatch(f"{name} is padded in another way")
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        raise Mismatch(f"{name} is dilated, or not padded by zeros")
 
 
 class EfficientNet(PackedModule):
@@ -230,6 +251,13 @@ class EfficientNet(PackedModule):
     Raises:
         ValueError: unknown name, level or padding.
     """
+
+    layer_types = frozenset(
+        (
+            *(Conv2d, nn.Conv2d, SqueezeExcite, MBConv, nn.ModuleList),
+            *(nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+        )
+    )
 
     def __init__(
         self,
@@ -285,8 +313,12 @@ class EfficientNet(PackedModule):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _stages(self) -> list[list[MBConv]]:
-        return [list(cast("list[MBConv]", stage)) for stage in self.blocks]
+    def stages(self) -> list[list[MBConv]]:
+        """The blocks of each stage, in the order they run."""
+        # a stage may have been exchanged for one layer
+        lists = (nn.ModuleList, nn.Sequential)
+        stages = (list(s) if isinstance(s, lists) else [s] for s in self.blocks)
+        return cast("list[list[MBConv]]", list(stages))
 
     def _check(self, images: Any) -> None:
         if not isinstance(images, Tensor):
@@ -297,7 +329,9 @@ class EfficientNet(PackedModule):
             raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}{hint}")
         if 0 in images.shape[2:]:
             raise ValueError(f"images must have at least one pixel, got {tuple(images.shape)}")
-        weight = self.conv_stem.weight
+        weight = own_weight(self)
+        if weight is None:
+            return
         if images.device != weight.device:
             raise ValueError(
                 f"images must be on {weight.device} like the model, got {images.device}"
@@ -319,7 +353,7 @@ class EfficientNet(PackedModule):
             return weights.run(images, dtype)
         x = activate(self.bn1(self.conv_stem(images)), self.activation)
         maps = []
-        for i, stage in enumerate(self._stages()):
+        for i, stage in enumerate(self.stages()):
             for block in stage:
                 x = block(x)
             if i in self._returned:
@@ -333,17 +367,18 @@ class EfficientNet(PackedModule):
             pixels: (N, 3, H, W) uint8.
             mean, std: (3,) for values of 0 … 255.
         """
-        weight = self.conv_stem.weight
-        packed = self.packed(weight)  # the dtype to compute in is the weight's
+        weight = own_weight(self)
+        packed = None if weight is None else self.packed(weight)  # computes in the weight's dtype
         if packed is None:
-            images = normalise_pixels(pixels.float(), mean, std, weight.dtype)
+            dtype = torch.float32 if weight is None else weight.dtype
+            images = normalise_pixels(pixels.float(), mean, std, dtype)
             return cast("list[Tensor]", self(images))
         weights, dtype = packed
         return weights.run(pixels, dtype, mean, std)
 
     def as_backbone_blocks(self) -> BackboneBlocks:
         """The backbone's convolutions and batch norms, for :mod:`edet.describe`."""
-        stages = self._stages()
+        stages = self.stages()
         last = list(itertools.accumulate(len(stage) for stage in stages))
         return BackboneBlocks(
             stem=(self.conv_stem, self.bn1),
@@ -353,5 +388,17 @@ class EfficientNet(PackedModule):
             activation=self.activation,
         )
 
+    def check_layers(self) -> None:
+        pad = self.conv_stem.pad
+        _check_convolution("conv_stem", self.conv_stem, pad)
+        for i, block in enumerate(block for stage in self.stages() for block in stage):
+            for part in (block.layers.expand, block.layers.depthwise, block.layers.project):
+                if part is not None:
+                    _check_convolution(f"a convolution of block {i}", part[0], pad)
+            acts = [block.activation] + ([] if block.se is None else [block.se.activation])
+            if set(acts) != {self.activation}:
+                raise Mismatch(f"block {i} has another activation")
+        self.as_backbone_blocks().check()
+
     def pack(self, dtype: torch.dtype) -> PackedBackbone:
-        return self.as_backbone_blocks().pack(dtype)
+        return pack_backbone(self.as_backbone_blocks(), dtype)

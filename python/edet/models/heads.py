@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import edet_kernels
 from edet_kernels.reference import activate
 
-from ..fused.describe import HeadLayers, PackedHead
+from ..fused.describe import HeadLayers, Mismatch
 from ..fused.module import PackedModule, planned
-from .batch_norm import normalise, training_maps
-from .bifpn import SeparableConv, batch_norm, check_maps
+from ..fused.packed import PackedHead, pack_head
+from ..fused.sources import own_weight
+from .batch_norm import SharedBatchNorm2d, normalise, training_maps
+from .bifpn import SeparableConv, batch_norm, check_maps, check_separable_layers
 
 #: Bias of the class logits: every class starts at probability 0.01 (Lin et al. 2017, section 4.1).
 CLASS_PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
@@ -49,6 +51,13 @@ class Head(PackedModule):
         bn_level_first: index ``bn_rep`` by level, then layer.
         prior_bias: initial bias of the prediction.
     """
+
+    layer_types = frozenset(
+        (
+            *(SeparableConv, LevelNorm, nn.Conv2d, nn.ModuleList),
+            *(nn.BatchNorm2d, nn.SyncBatchNorm, SharedBatchNorm2d),
+        )
+    )
 
     def __init__(
         self,
@@ -92,7 +101,7 @@ class Head(PackedModule):
         Raises:
             TypeError, ValueError: not one map of ``width`` channels per level.
         """
-        check_maps(maps, [self.width] * self.levels, self.predict.conv_pw.weight)
+        check_maps(maps, [self.width] * self.levels, own_weight(self))
         packed = self.packed(maps[0])
         if packed is not None:
             weights, dtype = packed
@@ -143,5 +152,12 @@ class Head(PackedModule):
             self.activation,
         )
 
+    def check_layers(self) -> None:
+        for i, conv in enumerate(cast("list[SeparableConv]", [*self.conv_rep, self.predict])):
+            if conv.bn is not None:
+                raise Mismatch(f"layer {i} has a batch norm of its own")
+            check_separable_layers(f"layer {i}", conv)
+        self.as_head_layers().check()
+
     def pack(self, dtype: torch.dtype) -> PackedHead:
-        return self.as_head_layers().pack(dtype)
+        return pack_head(self.as_head_layers(), dtype)

@@ -13,7 +13,7 @@ from .targets import IGNORED, Targets
 
 
 class Losses(NamedTuple):
-    """Scalars in float32; ``total`` is what training minimises."""
+    """Scalars in float32 (float64 of float64 outputs); ``total`` is what training minimises."""
 
     total: Tensor
     classes: Tensor
@@ -82,17 +82,14 @@ def focal_loss(
 
 
 def huber_loss(regressions: Tensor, targets: Tensor, *, delta: float = 0.1) -> Tensor:
-    """Sum of the Huber loss over the regressions whose target is not 0, in float32.
+    """Sum of the Huber loss over the regressions whose target is not 0, in float32 or float64.
 
     As published, a target of exactly 0 counts as none, also on a positive anchor.
     """
     mask = targets != 0
-    return F.huber_loss(
-        _at_least_float32(regressions)[mask],
-        _at_least_float32(targets)[mask],
-        reduction="sum",
-        delta=delta,
-    )
+    wide = _at_least_float32(regressions)
+    wide = wide.to(torch.promote_types(wide.dtype, targets.dtype))
+    return F.huber_loss(wide[mask], targets[mask].to(wide.dtype), reduction="sum", delta=delta)
 
 
 def detection_loss(
@@ -104,6 +101,7 @@ def detection_loss(
     gamma: float = 1.5,
     delta: float = 0.1,
     box_weight: float = 50.0,
+    normaliser: Tensor | None = None,
 ) -> Losses:
     """The published loss of a batch: focal / n + box_weight · Huber / 4n, n = positives + 1.
 
@@ -113,6 +111,7 @@ def detection_loss(
         targets: from :func:`edet.targets.assign_targets`, for anchors of these levels.
         alpha, gamma: of :func:`focal_loss`.
         delta: of :func:`huber_loss`.
+        normaliser: n, a scalar, of a larger batch that this one is part of.
 
     Raises:
         ValueError: the targets are of another number of anchors.
@@ -129,7 +128,8 @@ def detection_loss(
     def rows(x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1] // cell_anchors)
 
-    normaliser = targets.positives.sum() + 1.0
+    if normaliser is None:
+        normaliser = targets.positives.sum().float() + 1  # 1.0 would have the default dtype
     labels = targets.labels.split(counts, 1)
     regressions = targets.regressions.split(counts, 1)
     focal = [

@@ -112,8 +112,14 @@ def assign_targets(
 
 
 def _check_objects(i: int, boxes: Tensor, labels: Tensor, num_classes: int | None) -> None:
+    for name, value in (("boxes", boxes), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}[{i}] must be a tensor, got {type(value).__name__}: torch.as_tensor it"
+            )
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes[{i}] must be (M, 4), got {tuple(boxes.shape)}")
+        hint = "" if boxes.numel() else ": torch.zeros(0, 4) for an image without objects"
+        raise ValueError(f"boxes[{i}] must be (M, 4), got {tuple(boxes.shape)}{hint}")
     if not boxes.is_floating_point():
         raise TypeError(f"boxes[{i}] must be float, got {boxes.dtype}")
     if labels.shape != boxes.shape[:1]:

@@ -1,0 +1,159 @@
+"""What a module computes from: whether it has changed, and whether only its layers can compute it.
+
+A fused op runs none of the Python of the layers that it stands for, and it keeps what was made of
+their weights. So everything that such a layer's result depends on is looked at here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_version = attrgetter("_version")
+_training = attrgetter("training")
+_eps = attrgetter("eps")
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    # Fused optimizers write to parameters without raising their version. Compiled ones raise it,
+    # and would be compiled again at every step if they saw this counter.
+    global _optimizer_steps
+    if not torch.compiler.is_compiling():
+        _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace is recording, which cannot record the fused ops' lists."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def _global_hooks() -> bool:
+    """Whether hooks run at every call of every module."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+class Sources:
+    """Every parameter, buffer and child below a module, and whether any has changed since.
+
+    Written for speed, because it is asked before every call: the loops are C's.
+
+    Args:
+        module: what is computed by fused ops.
+        hooked: modules whose hooks those ops would not run; all below ``module`` when None.
+    """
+
+    def __init__(self, module: nn.Module, hooked: list[nn.Module] | None = None) -> None:
+        modules = list(module.modules())
+        self.owner = weakref.ref(module)
+        self.tables: list[dict[str, Any]] = [
+            table for m in modules for table in (m._parameters, m._buffers, m._modules) if table
+        ]
+        self.contents = [dict(table) for table in self.tables]
+        entries = [(table, key, table[key]) for table in self.tables for key in table]
+        self.tensors = [value for _, _, value in entries if isinstance(value, Tensor)]
+        # while these are kept, no new tensor can be given the address of one
+        self.storages = [t.detach() for t in self.tensors]
+        # two tensors of one element can be equal without being the same
+        self.scalars = [e for e in entries if isinstance(e[2], Tensor) and e[2].numel() == 1]
+        self.norms = [m for m in modules if isinstance(m, _BatchNorm)]
+        self.hooks = [
+            hooks
+            for m in (modules[1:] if hooked is None else hooked)
+            for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self.modules = modules
+        self.attributes = list(map(vars, modules))
+        self.kinds = self._kinds()
+        self.optimizer_steps = _optimizer_steps
+        try:
+            self.state: tuple[list[int], list[int]] | None = self._state()
+        except RuntimeError:  # inference tensors have no version, wrapped ones no address
+            self.state = None
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        # An in-place write raises the version; `p.data = q`, and so `.to()`, moves the address.
+        # The batch norms' running statistics change unversioned, but with num_batches_tracked.
+        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+
+    def _kinds(self) -> tuple[list[type], list[int], list[float]]:
+        # parametrisations exchange the class; a forward put on an instance is one more attribute
+        return (
+            list(map(type, self.modules)),
+            list(map(len, self.attributes)),
+            list(map(_eps, self.norms)),
+        )
+
+    def _same_objects(self) -> bool:
+        try:
+            same = self.tables == self.contents  # compares identities first
+        except RuntimeError:  # and then finds that two tensors have no one truth value
+            return False
+        return same and all(table[key] is value for table, key, value in self.scalars)
+
+    def unchanged(self, module: nn.Module) -> bool:
+        """Whether ``module`` computes from the same tensors, layers and values as at first."""
+        return self.state is not None and not self.changed(module)
+
+    def changed(self, module: nn.Module) -> bool:
+        """Whether a change can be seen: in inference tensors, which have no version, none can."""
+        return (
+            self.exchanged(module)
+            or self.optimizer_steps != _optimizer_steps
+            or (self.state is not None and self._state() != self.state)
+        )
+
+    def exchanged(self, module: nn.Module) -> bool:
+        """Whether these are not the layers and tensors of ``module``, whatever their values."""
+        return self.owner() is not module or not self._same_objects() or self._kinds() != self.kinds
+
+    def runs_python(self) -> bool:
+        """Whether the layers must run at each call: for hooks, or for norms in training mode."""
+        return any(self.hooks) or _global_hooks() or any(map(_training, self.norms))
+
+
+def own_weight(module: nn.Module) -> Tensor | None:
+    """A weight of ``module`` whose dtype and device its maps must have; None if it has none."""
+    return next((p for p in module.parameters() if p.is_floating_point()), None)
+
+
+def layers_reason(module: Any, *, hooks: bool = True) -> str:
+    """Why only the layers of the packed module ``module`` compute its result; or "".
+
+    Hooks (unless they are not asked for), parametrisations, exchanged layers: fused ops would
+    compute from what was there before, or is there beside them.
+    """
+    if hooks and _global_hooks():
+        return "hooks are set on every module"
+    known = module.layer_types
+    for name, layer in module.named_modules():
+        if layer is module:
+            continue
+        if hooks and (layer._forward_hooks or layer._forward_pre_hooks):
+            return f"its layer {name} has a forward hook"
+        if parametrize.is_parametrized(layer):
+            return f"its layer {name} is parametrised"
+        if "forward" in vars(layer):
+            return f"its layer {name} was given another forward"
+        if known is not None and type(layer) not in known:
+            return f"its layer {name} is a {type(layer).__name__}"
+    try:
+        module.check_layers()
+    except (ValueError, AttributeError, TypeError, LookupError) as error:
+        return str(error)  # of Mismatch, or because a layer lacks what layers in its place have
+    return ""
+
+
+# what is looked at are Python objects, which torch.compile need not trace
+layers_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
