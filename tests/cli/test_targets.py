@@ -247,9 +247,10 @@ def test_image_size(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize(
-    "text", ["0", "x", "12x", "x12", "1x2x3", "-5", "1.5", "99999", "9" * 5000, "²", ""]
-)
+MISTAKES = ("0", "x", "12x", "x12", "1x2x3", "-5", "1.5", "99999", "9" * 5000, "²", "")
+
+
+@pytest.mark.parametrize("text", MISTAKES, ids=range(len(MISTAKES)))
 def test_image_size_mistakes(tmp_path, text):
     picture(tmp_path / "x.png")
     result = predict("x.png", "--image-size", text)

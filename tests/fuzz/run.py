@@ -83,12 +83,8 @@ def seeds(name: str) -> list[bytes]:
     if name == "checkpoint":
         from safetensors.torch import save
 
-        state = {
-            "fpn.w": torch.ones(2, 3),
-            "class_net.predict.conv_pw.weight": torch.zeros(
-                1, dtype=torch.half
-            ),  # tells a detector
-        }
+        mark = "class_net.predict.conv_pw.weight"  # which tells a detector
+        state = {"fpn.w": torch.ones(2, 3), mark: torch.zeros(1, dtype=torch.half)}
         found = [b"\1" + save(state)]
         for content in (state, {"state_dict": state, "epoch": 3, "args": argparse.Namespace(a=1)}):
             for zipped in (True, False):
