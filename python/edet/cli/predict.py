@@ -47,6 +47,7 @@ from .common import (
     checked_device,
     fail,
     one_line_errors,
+    parse_size,
     progress_bar,
     say,
 )
@@ -61,10 +62,6 @@ class Nms(str, Enum):
 
     hard = "hard"
     gaussian = "gaussian"
-
-
-#: The longest side of the network's input that is taken for meant.
-LARGEST = 16384
 
 
 Files = Annotated[
@@ -179,22 +176,6 @@ def find_files(arguments: Sequence[str]) -> list[Path]:
     if any(map(is_video, found)):
         require("av", "video")
     return list(found)
-
-
-def parsed_size(text: str) -> tuple[int, int]:
-    """(H, W) of ``--image-size``.
-
-    Raises:
-        ValueError: it is neither a side nor height x width.
-    """
-    height, cross, width = text.lower().partition("x")
-    sides = (height, width if cross else height)
-    if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST for side in sides):
-        raise ValueError(
-            f"--image-size must be a side or height x width such as 384x640, 1 to {LARGEST} each, "
-            f"got {text!r}"
-        )
-    return int(sides[0]), int(sides[1])
 
 
 def load_predictor(
@@ -499,7 +480,7 @@ def predict(
             iou_threshold=iou_threshold,
             class_agnostic=class_agnostic,
             max_detections=max_detections,
-            image_size=None if image_size is None else parsed_size(image_size),
+            image_size=parse_size(image_size),
             batch_size=batch_size,
             class_names=None if class_names is None else read_class_names(class_names, num_classes),
             device=checked_device(device),
