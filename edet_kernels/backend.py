@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -218,9 +219,31 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     return Choice(op, device.type, reason)
 
 
+_warned = False
+
+
+def _warn_of_missing_library(op: str, device_type: str, dtype: torch.dtype) -> None:
+    """Warns once, at the first op that would run a kernel if the library had it."""
+    global _warned
+    if _warned or current_backend() != "auto" or dtype not in KERNEL_DTYPES:
+        return
+    reason = library.missing(op) if device_type in ("cpu", "cuda") else ""
+    if reason:
+        _warned = True
+        warnings.warn(
+            f"edet_kernels runs its reference, several times slower than its kernels: {reason}. "
+            "EDET_BACKEND=reference asks for it without this warning",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def _reference_when_traced(op: str, device: str, dtype: torch.dtype) -> bool:
     """The choice while torch.compile traces, which cannot look into a ContextVar."""
-    return choose(op, torch.device(device), dtype).backend == "reference"
+    reference = choose(op, torch.device(device), dtype).backend == "reference"
+    if reference:
+        _warn_of_missing_library(op, device, dtype)
+    return reference
 
 
 # torch.compiler.assume_constant_result does just this, after two seconds of importing the compiler
@@ -240,7 +263,10 @@ def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
         and not _refusal(op, device, device, x.dtype)
     ):
         return False  # the common case, without the cost of a Choice
-    return choose(op, x.device, x.dtype).backend == "reference"
+    reference = choose(op, x.device, x.dtype).backend == "reference"
+    if reference:
+        _warn_of_missing_library(op, device, x.dtype)
+    return reference
 
 
 def _namespace(op: str, device_type: str, dtype: torch.dtype) -> str:

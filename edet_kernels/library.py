@@ -2,12 +2,16 @@
 
 Nothing here runs at import, and nothing here raises because of a missing or unusable library: every
 op has a reference to fall back on. ``EDET_LIBRARY`` names another file to load; 0 means none.
+Python that runs in a source folder imports the package from there: the library of an installed copy
+of the same version is taken then.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
+import inspect
 import os
 import platform
 import re
@@ -45,11 +49,28 @@ class BuildInfo:
 
 
 def path() -> Path | None:
-    """The file to load: ``EDET_LIBRARY``, else the one beside this module; None when disabled."""
+    """The file to load: ``EDET_LIBRARY``, else the one beside this module, else an installed one.
+
+    None when disabled; the place beside this module when there is none.
+    """
     setting = os.environ.get("EDET_LIBRARY", "")
     if setting == "0":
         return None
-    return Path(setting) if setting else Path(__file__).with_name(FILE_NAME)
+    if setting:
+        return Path(setting)
+    own = Path(__file__).with_name(FILE_NAME)
+    return own if own.is_file() else _installed() or own
+
+
+def _installed() -> Path | None:
+    """The library of an installed copy of this version, where the package is imported from here."""
+    from . import __version__  # not at the top: the package imports this module
+
+    for distribution in importlib.metadata.distributions(name="edet-kernels"):
+        file = Path(str(distribution.locate_file(f"{__package__}/{FILE_NAME}")))
+        if distribution.version == __version__ and file.is_file():
+            return file
+    return None
 
 
 def _unfit(file: Path) -> str:
@@ -140,8 +161,27 @@ def symbol(name: str) -> Any:
 
 
 def has_op(name: str) -> bool:
-    """Whether the loaded library holds the op; an old build may lack one that Python has."""
-    return load() and hasattr(torch.ops.edet_kernels, name)
+    """Whether the loaded library holds the op; an old build may lack one that Python has.
+
+    Or have it with other arguments: the op's fake kernel tells how many it gets today.
+    """
+    from .operators import fake_kernel  # not at the top: it asks this module for kernels
+
+    if not load() or not hasattr(torch.ops.edet_kernels, name):
+        return False
+    schema = getattr(torch.ops.edet_kernels, name).default._schema
+    try:
+        inspect.signature(fake_kernel(name)).bind(*schema.arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def missing(op: str) -> str:
+    """Why the library has no kernel for ``op``, if nobody asked for that; or ""."""
+    if not load():
+        return "" if os.environ.get("EDET_LIBRARY") == "0" else status()
+    return "" if has_op(op) else f"{path()} is older than this package: {_BUILD}"
 
 
 def build_info() -> BuildInfo | None:

@@ -57,6 +57,11 @@ def fake(op: str) -> Callable[[F], F]:
     return take
 
 
+def fake_kernel(op: str) -> Callable[..., Any]:
+    """The fake kernel of ``op``."""
+    return _FAKES[op]
+
+
 def empty_map(
     like: Tensor, channels: int, height: int, width: int, *, dtype: torch.dtype | None = None
 ) -> Tensor:

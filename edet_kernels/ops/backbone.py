@@ -80,6 +80,8 @@ def stem(
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
     _check_image(image)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a float dtype or None, got {dtype!r}")
     low = autocast_dtype(image)
     if low is not None:
         image, dtype = cast(image), low

@@ -1,4 +1,4 @@
-"""``python -m edet.demo``: every part of EfficientDet-D0 at work on a photograph."""
+"""``python -m edet.demo``: EfficientDet-D0 timed, and the person in a photograph found."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import edet_kernels
 from edet_kernels.testing.numeric import CheckFailed
 
 from .bench import plot_table, random_model, run_bench, write_json
-from .detection.anchors import generate_anchors
-from .detection.draw import draw_detections, to_pil
-from .detection.images import load_image
+from .detection.draw import draw_detections
 from .detection.predictor import Predictor
-from .detection.preprocess import fit, letterbox_fill, preprocess, resize
+from .detection.preprocess import preprocess
 from .extras import require
 from .files import replacing
 from .models.configs import get_config
-from .models.efficientdet import EfficientDet
 from .models.factory import create_model
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 MODEL = "tf_efficientdet_d0"
+#: Comes with its weights.
+FINDER = "edet_lite0_person"
 
 
 def photograph() -> Path:
@@ -41,51 +40,6 @@ def photograph() -> Path:
     """
     folder = Path(require("matplotlib", "plot").get_data_path())
     return folder / "sample_data" / "grace_hopper.jpg"
-
-
-def draw_input(path: Path, model: EfficientDet) -> Image:
-    """What the network sees of an image: input with padding, one level's cells, one cell's anchors.
-
-    For a model with random weights, which has no detections to show.
-    """
-    image_draw, image_font = require("PIL.ImageDraw", "image"), require("PIL.ImageFont", "image")
-    config = model.config
-    pixels = load_image(path)
-    _, (h, w) = fit((pixels.shape[1], pixels.shape[2]), config.image_size)
-    height, width = config.image_size
-    fill = torch.tensor(letterbox_fill(config.mean), dtype=torch.uint8).view(3, 1, 1)
-    canvas = fill.expand(3, height, width).clone()
-    canvas[:, :h, :w] = resize(pixels, (h, w))
-    picture = to_pil(canvas)
-    draw = image_draw.Draw(picture)
-    level = config.max_level - 1
-    stride = 2**level
-    for x in range(stride, width, stride):
-        draw.line([x, 0, x, height], fill=(255, 255, 255))
-    for y in range(stride, height, stride):
-        draw.line([0, y, width, y], fill=(255, 255, 255))
-    anchors = generate_anchors(
-        config.image_size,
-        min_level=level,
-        max_level=level,
-        num_scales=config.num_scales,
-        aspect_ratios=config.aspect_ratios,
-        anchor_scale=config.anchor_scale,
-    )
-    columns = width // stride
-    middle = (height // stride // 2 * columns + columns // 2) * config.num_anchors
-    for y1, x1, y2, x2 in anchors[middle : middle + config.num_anchors].tolist():
-        draw.rectangle([x1, y1, x2, y2], outline=(255, 200, 0), width=2)
-    caption = (
-        "RANDOM WEIGHTS, NO DETECTIONS\n"
-        f"Shown is the network's input, the {height // stride}x{columns} cells of P{level}\n"
-        f"and the {config.num_anchors} anchors of one cell."
-    )
-    captioned = picture.crop((0, 0, width, height + 62))  # the added rows are black
-    image_draw.Draw(captioned).multiline_text(
-        (8, height + 4), caption, font=image_font.load_default(size=14), fill=(255, 255, 255)
-    )
-    return captioned
 
 
 def time_predictor(predictor: Predictor, path: Path, rounds: int = 5) -> str:
@@ -137,7 +91,7 @@ def run(output: Path, checkpoint: Path | None, rounds: int) -> None:
     config = get_config(MODEL)
     images = preprocess(path, config.image_size, mean=config.mean, std=config.std).images
     if checkpoint is None:
-        print("No checkpoint: the weights are random. Times are real, detections mean nothing.\n")
+        print(f"{MODEL} with random weights, for its times; {FINDER} then finds the person.\n")
         model = random_model(MODEL, images)
     else:
         model = create_model(MODEL, checkpoint=checkpoint).eval()
@@ -156,21 +110,20 @@ def run(output: Path, checkpoint: Path | None, rounds: int) -> None:
     predictor = Predictor(model)
     print(f"From the photograph's file to boxes: {time_predictor(predictor, path)}.")
 
-    written = {"table": output / "bench.json", "plot": output / "bench.png"}
+    finder = predictor if checkpoint is not None else Predictor(FINDER)
+    found = finder(path)
+    print(f"\nFound by {MODEL if checkpoint is not None else FINDER}: {found}")
+    written = {
+        "table": output / "bench.json",
+        "plot": output / "bench.png",
+        "detections": output / "detections.png",
+        "boxes": output / "detections.json",
+    }
     write_json(table, written["table"])
     plot_table(table, written["plot"])
-    if checkpoint is None:
-        written["input"] = output / "input.png"
-        picture = draw_input(path, model)
-    else:
-        found = predictor(path)
-        print(f"Found: {found}")
-        written["detections"] = output / "detections.png"
-        written["boxes"] = output / "detections.json"
-        found.to_json(written["boxes"])
-        picture = draw_detections(path, found)
-    with replacing(written.get("input") or written["detections"]) as temporary:
-        picture.save(temporary)
+    found.to_json(written["boxes"])
+    with replacing(written["detections"]) as temporary:
+        draw_detections(path, found).save(temporary)
     print()
     for name, file in written.items():
         print(f"{name + ':':<12}{file}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -108,6 +109,15 @@ def _descriptor(path: Path) -> int | None:
         if not path.is_symlink():
             return None
         path = path.parent / path.readlink()
+
+
+def leftovers(folder: Path, suffixes: Container[str]) -> list[Path]:
+    """Files that :func:`replacing` left in ``folder`` when its process was killed."""
+    return [
+        path
+        for path in folder.glob(".*")
+        if path.suffix in suffixes and re.fullmatch(r"\.[0-9a-f]{8}", path.stem)
+    ]
 
 
 def _new_file(folder: Path, suffix: str, path: str | os.PathLike[str], mode: int) -> Path:

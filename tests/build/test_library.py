@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import edet_kernels
-from edet_kernels import library
+from edet_kernels import library, operators
 
 needs_library = pytest.mark.skipif(not library.load(), reason=library.status())
 
@@ -56,6 +56,82 @@ print({choice.backend for choice in edet_kernels.explain()})
         "32.0",
         "{'reference'}",
     ]
+
+
+RUN = """
+import torch, edet_kernels
+x = torch.ones(1, 4, 2, 2)
+edet_kernels.weighted_fusion([x.double()], fusion="sum")
+print("then")
+for _ in range(2):
+    edet_kernels.weighted_fusion([x], fusion="sum")
+print(edet_kernels.library.status())
+"""
+
+
+@pytest.fixture
+def in_source_folder(tmp_path):
+    """Runs a program in a source folder without a library, beside what is installed in a site."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    skip = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(edet_kernels.__file__).parent, source / "edet_kernels", ignore=skip)
+
+    def run(*options: str, version: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        if version:
+            (site / "edet_kernels").mkdir(parents=True)
+            (site / "edet_kernels" / library.FILE_NAME).symlink_to(library.path())
+            folder = site / f"edet_kernels-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: edet-kernels\nVersion: {version}\n"
+            )
+        unset = ("EDET_LIBRARY", "EDET_BACKEND")
+        return subprocess.run(
+            [sys.executable, *options, "-c", RUN],
+            cwd=source,
+            env={k: v for k, v in os.environ.items() if k not in unset}
+            | {"PYTHONPATH": f"{source}:{site}", **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@needs_library
+def test_an_installed_library_serves_a_source_folder(in_source_folder, tmp_path):
+    done = in_source_folder("-W", "error", version=edet_kernels.__version__)
+    assert done.returncode == 0, done.stderr
+    assert f"loaded {tmp_path}/site/edet_kernels/{library.FILE_NAME}: CPU kernels" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["", "9.8.7"])
+def test_a_warning_once_where_there_is_no_library(in_source_folder, version):
+    if version and not library.load():
+        pytest.skip(library.status())
+    done = in_source_folder("-W", "always", version=version)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "runs its reference, several times slower" in done.stderr
+    assert "the op library is not built" in done.stderr and "make build" in done.stderr
+    done = in_source_folder("-W", "error")
+    assert done.returncode == 1 and done.stdout == "then\n"  # at the first op with a kernel
+
+
+@pytest.mark.parametrize("variable", ["EDET_BACKEND", "EDET_LIBRARY"])
+def test_no_warning_of_what_was_asked_for(in_source_folder, variable):
+    value = {"EDET_BACKEND": "reference", "EDET_LIBRARY": "0"}[variable]
+    done = in_source_folder("-W", "error", **{variable: value})
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
+def test_an_operator_with_other_arguments_is_not_used(monkeypatch):
+    assert library.has_op("nms") and not library.missing("nms")
+    monkeypatch.setattr(operators, "fake_kernel", lambda op: lambda boxes, scores: None)
+    assert not library.has_op("nms")
+    assert "older than this package" in library.missing("nms")
 
 
 def test_not_built(status, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import edet
 from edet.cli import app
+from edet.cli.common import parse_size
 from edet.cli.targets import annotated_names
 
 MODEL = "tf_efficientdet_lite0"
@@ -34,7 +35,7 @@ def picture(path, seed=0):
 
 def predict(*arguments, weights=("--random-weights",)):
     return CliRunner().invoke(
-        app, ["predict", *map(str, arguments), "-m", MODEL, "--image-size", "64", *weights]
+        app, ["predict", "--image-size", "64", *map(str, arguments), "-m", MODEL, *weights]
     )
 
 
@@ -242,14 +243,15 @@ def test_options_reach_the_predictor(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "size"), [("128", (128, 128)), ("96x160", (96, 160)), ("96X160", (96, 160))]
 )
-def test_image_size(tmp_path, monkeypatch, text, size):
-    from edet.cli.predict import parsed_size
-
-    assert parsed_size(text) == size
+def test_image_size(text, size):
+    assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["0", "x", "12x", "x12", "1x2x3", "-5", "1.5", "99999", "²", ""])
-def test_image_size_mistakes(tmp_path, monkeypatch, text):
+MISTAKES = ("0", "x", "12x", "x12", "1x2x3", "-5", "1.5", "99999", "9" * 5000, "²", "")
+
+
+@pytest.mark.parametrize("text", MISTAKES, ids=range(len(MISTAKES)))
+def test_image_size_mistakes(tmp_path, text):
     picture(tmp_path / "x.png")
     result = predict("x.png", "--image-size", text)
     assert result.exit_code == 2

@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from edet.detection.anchors import decode_boxes, generate_anchors
+from edet.detection.anchors import (
+    decode_boxes,
+    feature_sizes,
+    generate_anchors,
+    model_anchors,
+)
 from edet.detection.postprocess import postprocess
+from edet.models.configs import get_config
 
 SIZE, CLASSES = (64, 96), 5
 
@@ -194,3 +200,24 @@ def test_misfits_are_named(outputs, anchors):
         postprocess(outputs[0], [x[:, :35] for x in outputs[1]], anchors)
     with pytest.raises(ValueError, match="class_outputs"):
         postprocess([], [], anchors)
+
+
+@pytest.mark.parametrize(
+    "name", ["tf_efficientdet_lite0", "tf_efficientdet_d7x", "efficientdet_d7"]
+)
+def test_a_config_in_the_place_of_anchors(name):
+    config = get_config(name)
+    h, w = 100, 160
+    outputs = [
+        [torch.randn(1, 9 * n, *s) for s in feature_sizes((h, w), max_level=config.max_level)]
+        for n in (4, 4)
+    ]
+    expected = postprocess(*outputs, model_anchors(config, (h, w)))
+    found = postprocess(*outputs, config, image_size=(h, w))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="image_size must be the"):
+        postprocess(*outputs, config)
+    with pytest.raises(ValueError, match="image_size must be None"):
+        postprocess(*outputs, model_anchors(config, (h, w)), image_size=(h, w))
+    with pytest.raises(TypeError, match="anchors must be a tensor or a model's config, got str"):
+        postprocess(*outputs, name, image_size=(h, w))

@@ -127,7 +127,7 @@ def test_threshold_and_limit(model, nms):
 def test_across_classes(model, nms):
     """No two boxes of any classes overlap; the better ones of those per class are left."""
     image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
-    options = {"score_threshold": 0.0, "max_detections": 1000, "nms": nms}
+    options = {"score_threshold": 0.0, "max_detections": 5000, "nms": nms}
     per_class = Predictor(model, **options)(image)
     across = Predictor(model, class_agnostic=True, **options)
     found = across(image)

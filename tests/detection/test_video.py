@@ -73,6 +73,7 @@ def test_rotated_frames_are_upright(tmp_path, monkeypatch):
     class Rotated:
         rotation = -90  # turn it clockwise to see it upright
         pts, time_base = 3, Fraction(1, 10)
+        width, height = 64, 48
 
         def to_ndarray(self, format):
             return next(frames(1))

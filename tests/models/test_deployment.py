@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -55,8 +57,7 @@ class Predictor(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Results:
-        anchors = generate_anchors((images.shape[-2], images.shape[-1]))
-        return postprocess(*self.model(images), anchors)
+        return postprocess(*self.model(images), self.model.config, image_size=images.shape[-2:])
 
 
 @pytest.fixture
@@ -68,6 +69,37 @@ def assert_same(found: Results, expected: Results) -> None:
     assert expected[3].min() > 0
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
+
+
+def documented(number: int) -> str:
+    """An indented block of code on the page."""
+    page = (Path(__file__).parents[2] / "docs/deployment.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^\n((?:    .*\n|\n)+)", page, re.MULTILINE)
+    return textwrap.dedent(blocks[number])
+
+
+@pytest.mark.parametrize(
+    ("name", "anchors"),
+    [
+        ("tf_efficientdet_d0", {}),
+        ("tf_efficientdet_lite0", {"anchor_scale": 3.0}),
+        ("tf_efficientdet_lite3x", {"anchor_scale": 3.0}),
+        ("tf_efficientdet_d7", {"anchor_scale": 5.0}),
+        ("tf_efficientdet_d7x", {"max_level": 8}),
+    ],
+)
+def test_the_documented_way_from_images_to_boxes(name: str, anchors: dict[str, float]) -> None:
+    size = {"width": 16, "cells": 1, "head_repeats": 1, "num_classes": 3}
+    model = edet.create_model(name, **size, backbone=Backbone()).eval()
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        expected = postprocess(*model(images), generate_anchors((96, 160), **anchors))
+    names = {"torch": torch, "edet_kernels": edet_kernels, "model": model, "images": images}
+    exec(documented(0), names)
+    with torch.no_grad():
+        assert_same(names["predict"](images), expected)
+    exec(documented(1), names)
+    assert_same(names["program"].module()(images), expected)
 
 
 @torch.no_grad()

@@ -135,6 +135,29 @@ def progress_bar() -> Progress:
     )
 
 
+#: The longest side of the network's input that is taken for meant.
+LONGEST_SIDE = 16384
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """The (H, W) that ``--image-size`` names; None when it was left out.
+
+    Raises:
+        ValueError: it is neither a side nor height x width.
+    """
+    if text is None:
+        return None
+    height, cross, width = text.lower().partition("x")
+    sides = (height, width if cross else height)
+    digits = all(side.isascii() and side.isdigit() and len(side) < 9 for side in sides)
+    if not digits or not all(0 < int(side) <= LONGEST_SIDE for side in sides):
+        raise ValueError(
+            f"--image-size must be N or HxW in pixels, such as 384x640, each 1 to {LONGEST_SIDE}, "
+            f"got {text!r}"
+        )
+    return int(sides[0]), int(sides[1])
+
+
 def check_target(path: Path, option: str) -> None:
     """Checks that ``path`` can be written, before the work for it is done.
 

@@ -17,9 +17,17 @@ from ..training.datasets import Dataset, open_dataset
 from ..training.evaluation import evaluate as evaluate_model
 from ..training.formats import DatasetError
 from ..training.processes import process_group, start_processes
-from .common import Device, check_writable, checked_device, one_line_errors, progress_bar
+from .common import (
+    Device,
+    check_writable,
+    checked_device,
+    one_line_errors,
+    parse_size,
+    progress_bar,
+    say,
+)
 from .predict import Nms
-from .train import Bad, Data, Images, OnBad, parse_size
+from .train import Bad, Data, Images, OnBad
 
 Checkpoint = Annotated[
     Path,
@@ -119,7 +127,7 @@ def evaluate(
             )
         if not first:
             return
-        typer.echo(found)
+        say(found)  # the files below are wanted all the same
         if output is not None:
             plots.plot_evaluation(found, opened, output, worst=worst)
             typer.echo(f"Pictures and figures: {output}", err=True)

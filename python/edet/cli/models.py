@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import typer
+
 from ..models.configs import get_config, list_models
+from ..models.pretrained import PRETRAINED
 from .common import print_table
 
 
@@ -22,3 +25,5 @@ def models() -> None:
             ]
         )
     print_table(rows)
+    for name, finds in PRETRAINED.items():
+        typer.echo(f"{name} comes with its weights and finds {finds}.")

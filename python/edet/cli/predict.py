@@ -37,6 +37,7 @@ from ..files import replacing
 from ..models.configs import get_config
 from ..models.described import load_described, read_description
 from ..models.factory import create_model
+from ..models.pretrained import PRETRAINED
 from .common import (
     Device,
     Dtype,
@@ -46,6 +47,7 @@ from .common import (
     checked_device,
     fail,
     one_line_errors,
+    parse_size,
     progress_bar,
     say,
 )
@@ -62,10 +64,6 @@ class Nms(str, Enum):
     gaussian = "gaussian"
 
 
-#: The longest side of the network's input that is taken for meant.
-LARGEST = 16384
-
-
 Files = Annotated[
     list[str],
     typer.Argument(
@@ -78,7 +76,7 @@ Model = Annotated[
         "--model",
         "-m",
         help="A name that 'edet models' lists; tf_efficientdet_d0 when the checkpoint does not "
-        "say it.",
+        "say it, and without a checkpoint edet_lite0_person.",
         metavar="MODEL",
     ),
 ]
@@ -180,22 +178,6 @@ def find_files(arguments: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def parsed_size(text: str) -> tuple[int, int]:
-    """(H, W) of ``--image-size``.
-
-    Raises:
-        ValueError: it is neither a side nor height x width.
-    """
-    height, cross, width = text.lower().partition("x")
-    sides = (height, width if cross else height)
-    if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST for side in sides):
-        raise ValueError(
-            f"--image-size must be a side or height x width such as 384x640, 1 to {LARGEST} each, "
-            f"got {text!r}"
-        )
-    return int(sides[0]), int(sides[1])
-
-
 def load_predictor(
     model: str | None,
     checkpoint: Path | None,
@@ -209,6 +191,11 @@ def load_predictor(
         ValueError: neither or both of a checkpoint and random weights, or a checkpoint of another
             model.
     """
+    if checkpoint is None and not random_weights and (model is None or model in PRETRAINED):
+        pretrained = model or next(iter(PRETRAINED))
+        if model is None:
+            typer.echo(f"No --checkpoint: {pretrained} finds {PRETRAINED[pretrained]}.", err=True)
+        return Predictor(pretrained, **options)
     name = get_config(DEFAULT_MODEL if model is None else model).name
     if random_weights == (checkpoint is not None):
         raise ValueError(
@@ -493,7 +480,7 @@ def predict(
             iou_threshold=iou_threshold,
             class_agnostic=class_agnostic,
             max_detections=max_detections,
-            image_size=None if image_size is None else parsed_size(image_size),
+            image_size=parse_size(image_size),
             batch_size=batch_size,
             class_names=None if class_names is None else read_class_names(class_names, num_classes),
             device=checked_device(device),

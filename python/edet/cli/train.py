@@ -34,7 +34,7 @@ from ..training.formats import DatasetError
 from ..training.logs import Event
 from ..training.processes import process_group, start_processes
 from ..training.trainer import NotFiniteError, Trainer
-from .common import Device, Dtype, checked_device, fail, one_line_errors
+from .common import Device, Dtype, checked_device, fail, one_line_errors, parse_size, say
 
 #: Exit status of a run that Ctrl-C ended, as shells have it.
 INTERRUPTED = 130
@@ -153,20 +153,6 @@ TensorBoardOption = Annotated[
 ]
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """The (H, W) that ``--image-size`` names.
-
-    Raises:
-        ValueError: it names none.
-    """
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"--image-size must be N or HxW in pixels, got {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
 def open_data(
     data: Path, validation: Path | None, images: Path | None, bad: str
 ) -> tuple[Dataset, Dataset | None]:
@@ -210,16 +196,18 @@ def new_model(
         before = prediction.detach().clone()
         load_detector(model, checkpoint, reinit_head=True)
         same = torch.equal(prediction, before)
-        say(f"Starts from {checkpoint}{'; its class prediction is trained anew' if same else ''}")
+        announce(
+            f"Starts from {checkpoint}{'; its class prediction is trained anew' if same else ''}"
+        )
     if backbone is not None:
         load_backbone(model, None if backbone == "imagenet" else backbone)
     return model
 
 
-def say(message: object) -> None:
+def announce(message: object) -> None:
     """Prints in the first process."""
     if process_group()[0] == 0:
-        typer.echo(message)
+        say(message)
 
 
 class Screen:
@@ -270,7 +258,7 @@ class Screen:
             )
             if "AP" in values:
                 text += f", AP {values['AP']:.4f}, AP50 {values['AP50']:.4f}"
-            typer.echo(text)
+            say(text)  # the run goes on when its reader has left
 
 
 def _finish(history: History, data: Dataset | None, folder: Path, steps: int) -> None:
@@ -278,7 +266,7 @@ def _finish(history: History, data: Dataset | None, folder: Path, steps: int) ->
     if history.interrupted:
         typer.echo(f"Stopped at step {steps}; go on with --resume", err=True)
     if history.evaluation is not None:
-        typer.echo(history.evaluation)
+        say(history.evaluation)
     try:
         if history.rows:
             plots.plot_history(history.rows, folder / "curves.png", str(folder))
@@ -350,7 +338,7 @@ def train(
             torch.manual_seed(seed)
             opened = open_data(data, validation, images, bad.value)
             for dataset in opened:
-                say(dataset.report if dataset else "Note: no data to evaluate on")
+                announce(dataset.report if dataset else "Note: no data to evaluate on")
             classes = len(opened[0].class_names)
             network = new_model(model, classes, parse_size(image_size), checkpoint, backbone)
             trainer_options = {

@@ -69,6 +69,9 @@ def generate_anchors(
 ) -> Tensor:
     """The anchors of all levels, in the order of the heads' outputs.
 
+    The defaults are those of D0 to D6. Other models have others: :func:`model_anchors` takes them
+    from a model's config, and so does :func:`edet.postprocess.postprocess` by itself.
+
     A cell of stride s carries anchors of size ``anchor_scale``·s·2^(octave/``num_scales``)·aspect
     around its centre (EfficientDet's published code; the idea is RetinaNet's, Lin et al. 2017,
     section 4).

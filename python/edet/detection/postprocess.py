@@ -9,6 +9,9 @@ from torch import Tensor
 
 import edet_kernels
 
+from ..models.configs import ModelConfig
+from .anchors import model_anchors
+
 #: Scores at or below these are dropped in the published post-processing.
 SCORE_THRESHOLDS = {"hard": 0.0, "gaussian": 0.001}
 
@@ -16,8 +19,9 @@ SCORE_THRESHOLDS = {"hard": 0.0, "gaussian": 0.001}
 def postprocess(
     class_outputs: Sequence[Tensor],
     box_outputs: Sequence[Tensor],
-    anchors: Tensor,
+    anchors: Tensor | ModelConfig,
     *,
+    image_size: tuple[int, int] | None = None,
     sizes: Sequence[tuple[int, int]] | Tensor | None = None,
     scales: Tensor | None = None,
     method: str = "hard",
@@ -37,7 +41,9 @@ def postprocess(
     Args:
         class_outputs: logits, (B, A·classes, H, W) for each level.
         box_outputs: regressions, (B, A·4, H, W) for each level.
-        anchors: (N, 4) from :func:`edet.anchors.generate_anchors`, for these levels.
+        anchors: the model's ``config``, whose anchors are taken; or (N, 4) from
+            :func:`edet.anchors.model_anchors`. Those of another model give wrong boxes.
+        image_size: (H, W) of the network's input, with a ``config`` only.
         sizes: (height, width) of each original image, or (B, 2) on the anchors' device, to clip to;
             None: boxes are not clipped.
         scales: (B,) pixels of the original image per pixel of the network's input; None: 1.
@@ -60,6 +66,18 @@ def postprocess(
         ValueError, TypeError: outputs, anchors, sizes or scales do not fit one another; see also
             :func:`edet_kernels.detect`.
     """
+    if isinstance(anchors, Tensor):
+        if image_size is not None:
+            raise ValueError("image_size must be None with anchors that are made already")
+    elif not isinstance(anchors, ModelConfig):
+        raise TypeError(
+            f"anchors must be a tensor or a model's config, got {type(anchors).__name__}"
+        )
+    elif image_size is None:
+        raise ValueError("image_size must be the (H, W) of the network's input with a config")
+    else:
+        device = class_outputs[0].device if class_outputs else "cpu"
+        anchors = model_anchors(anchors, image_size, device=device)
     batch = class_outputs[0].shape[0] if class_outputs else 0
     for name, given in (("sizes", sizes), ("scales", scales)):
         if given is not None and len(given) != batch:

@@ -21,6 +21,7 @@ from ..fused.plan import CallList, Plans, Stage
 from ..models.described import is_checkpoint, load_described
 from ..models.efficientdet import EfficientDet
 from ..models.factory import create_model
+from ..models.pretrained import pretrained_file
 from .images import ImageLike, as_list, load_image
 from .labels import label_map
 from .pipeline import Network, Selection, columns, stages
@@ -69,6 +70,7 @@ class Predictor:
     >>> predictor("street.jpg").names  # doctest: +SKIP
     ['car', 'car', 'person']
     >>> predictor = edet.Predictor("run/best.pt")  # doctest: +SKIP
+    >>> predictor = edet.Predictor("edet_lite0_person")  # doctest: +SKIP
 
     Shapes are planned: the first batch of a shape runs as it is, from the second on its operator
     calls are replayed without the model's Python. On a GPU pre-processing, network and
@@ -88,7 +90,8 @@ class Predictor:
 
     Args:
         model: a model from :func:`edet.create_model`, used as it is, put in eval mode and frozen;
-            or the name of one, which requires ``checkpoint``; or a file that says which model it
+            or the name of one, which requires ``checkpoint`` (``edet_lite0_person`` has its own
+            weights); or a file that says which model it
             is of, as training writes it: class names and image size are then the file's.
         checkpoint: file of the weights for a model given by name.
         num_classes: classes of a model given by name.
@@ -143,6 +146,8 @@ class Predictor:
         for name, number in counts.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if isinstance(model, str) and checkpoint is None:
+            model = pretrained_file(model) or model
         if isinstance(model, str | os.PathLike) and is_checkpoint(model):
             if checkpoint is not None:
                 raise ValueError("checkpoint must be None when model is a checkpoint itself")

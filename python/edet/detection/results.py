@@ -164,6 +164,11 @@ class Detections:
             plain = json.loads(text)
             rows = plain["detections"]
             height, width = plain["image_size"]
+            whole = [height, width, *(row["label"] for row in rows)]
+            if not all(isinstance(number, int) for number in whole):
+                raise TypeError("sizes and labels must be integers")
+            if not all(isinstance(row["name"], str) for row in rows):
+                raise TypeError("names must be strings")
             return cls(
                 torch.tensor([row["box"] for row in rows], dtype=torch.float32).view(-1, 4),
                 torch.tensor([row["score"] for row in rows], dtype=torch.float32),
@@ -171,7 +176,7 @@ class Detections:
                 (height, width),
                 {row["label"]: row["name"] for row in rows},
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except Exception as error:  # KeyError, RuntimeError of torch, RecursionError, …
             raise ValueError(
                 f"text must be JSON as Detections.to_json writes it: {error!r}"
             ) from error

@@ -2,11 +2,13 @@
 
 One file of ``torch.save``, of tensors and plain values only: ``state_dict`` holds the weights to
 use, as any reader of checkpoints finds them; ``edet`` the description; ``training``, where it is
-kept, what a run needs to go on.
+kept, what a run needs to go on. Or a ``.safetensors`` file of the weights, with the description as
+JSON in its metadata.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +19,7 @@ import torch
 
 from edet_kernels import __version__
 
+from ..extras import require
 from ..files import replacing
 from .checkpoints import CheckpointError, load_checkpoint, read_file
 from .configs import ModelConfig
@@ -25,6 +28,8 @@ from .efficientnet import EfficientNet
 
 #: Of the description; raised when an older reader could not understand a file.
 FORMAT = 1
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -82,21 +87,27 @@ def save_described(
     epoch: int = 0,
     figures: Mapping[str, float] | None = None,
     training: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the weights of ``model`` and what they are; the file appears whole or not at all.
 
     Args:
-        path: ends in ``.pt`` or ``.pth``.
+        path: ends in ``.pt``, ``.pth`` or ``.safetensors``.
         class_names, category_ids, step, epoch, figures: see :class:`Description`.
-        training: what a run needs to go on, tensors and plain values.
+        training: what a run needs to go on, tensors and plain values; not in ``.safetensors``.
+        dtype: of the weights in the file, for example float16; the model's when None.
 
     Raises:
-        ValueError: another suffix, or names of another number of classes.
+        ValueError: another suffix, names of another number of classes, weights that ``dtype``
+            cannot hold.
         OSError: the file cannot be written; one that was there before stays as it is.
     """
     path = Path(path)
     if not is_checkpoint(path):
-        raise ValueError(f"path must end in .pt or .pth, got {path}")
+        raise ValueError(f"path must end in {', '.join(SUFFIXES)}, got {path}")
+    safe = path.suffix == ".safetensors"
+    if safe and training is not None:
+        raise ValueError(f"a state of training needs a path that ends in .pt, got {path}")
     for name, values in (("class_names", class_names), ("category_ids", category_ids)):
         if values and len(values) != model.config.num_classes:
             raise ValueError(
@@ -114,14 +125,19 @@ def save_described(
     plain["own_backbone"] = not isinstance(model.backbone, EfficientNet)
     content: dict[str, Any] = {
         "edet": plain,
-        "state_dict": {key: x.detach().contiguous() for key, x in model.state_dict().items()},
+        "state_dict": {key: _stored(key, x, dtype) for key, x in model.state_dict().items()},
     }
     if training is not None:
         content["training"] = training
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
     with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+        if safe:
+            metadata = {"format": "pt", "edet": json.dumps(plain)}
+            save = require("safetensors.torch", "safetensors").save
+            file.write(save(content["state_dict"], metadata))
+        else:
+            torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())  # a file that is there after a power cut is whole
     folder = os.open(path.parent, os.O_RDONLY)
@@ -131,16 +147,36 @@ def save_described(
         os.close(folder)
 
 
+def _stored(key: str, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None or not x.is_floating_point():
+        return x.detach().contiguous()
+    stored = x.detach().to(dtype).contiguous()
+    if not bool(stored.isfinite().all()):
+        raise ValueError(f"dtype must hold the weights, {key} is not finite in {dtype}")
+    return stored
+
+
 def _content(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a checkpoint file, got {path}")
-    return read_file(path)
+    content = read_file(path)
+    if path.suffix == ".safetensors":
+        with require("safetensors", "safetensors").safe_open(path, "pt") as file:
+            description = (file.metadata() or {}).get("edet")
+        if description is not None:
+            try:
+                return {"edet": json.loads(description), "state_dict": content}
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path} has a description that cannot be read: {error}"
+                ) from error
+    return content
 
 
 def is_checkpoint(name: str | os.PathLike[str]) -> bool:
     """Whether ``name`` is that of a checkpoint, and not of a model."""
-    return Path(name).suffix in (".pt", ".pth")
+    return Path(name).suffix in SUFFIXES
 
 
 def read_description(path: str | os.PathLike[str]) -> Description | None:

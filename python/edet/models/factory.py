@@ -10,13 +10,15 @@ from torch import nn
 
 from .checkpoints import load_checkpoint
 from .configs import get_config
+from .described import read_description
 from .efficientdet import EfficientDet
+from .pretrained import pretrained_file
 
 
 def create_model(
     name: str,
     *,
-    num_classes: int = 90,
+    num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     fusion: str | None = None,
     fusion_per_channel: bool = False,
@@ -33,8 +35,9 @@ def create_model(
     """An EfficientDet in training mode, with random weights or those of ``checkpoint``.
 
     Args:
-        name: one of :func:`edet.list_models`.
-        num_classes: number of classes.
+        name: one of :func:`edet.list_models`, or ``edet_lite0_person``, which comes with its
+            weights (extra ``safetensors``): a detector of people.
+        num_classes: number of classes; COCO's 90 when None, or those of the model's own weights.
         image_size: (H, W), or one number for both, that images are resized to.
         fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
         fusion_per_channel: one edge weight per channel instead of one per edge.
@@ -59,13 +62,21 @@ def create_model(
         "min_level": min_level,
         "max_level": max_level,
     }
+    weights = pretrained_file(name)
+    if weights is None:
+        base = get_config(name)
+    else:
+        description = read_description(weights)
+        assert description is not None  # a test reads each
+        base = description.config
     config = replace(
-        get_config(name),
-        num_classes=num_classes,
+        base,
+        num_classes=base.num_classes if num_classes is None else num_classes,
         fusion_per_channel=fusion_per_channel,
         **{key: value for key, value in changes.items() if value is not None},  # type: ignore[arg-type]
     )
     model = EfficientDet(config, backbone=backbone, backbone_channels=backbone_channels)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint, reinit_head=reinit_head)
+    path = weights if checkpoint is None else checkpoint
+    if path is not None:
+        load_checkpoint(model, path, reinit_head=reinit_head)
     return model

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files import leftovers
 from ..models.checkpoints import CheckpointError
 from ..models.described import read_description, read_training, save_described
 from .augment import Augmentation
@@ -243,9 +244,8 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass  # raises where nothing can be written
-            for stem in ("last", "best", "log"):  # of a run that was killed while it wrote
-                for leftover in self.folder.glob(f".{stem}.*"):
-                    leftover.unlink()
+            for leftover in leftovers(self.folder, (".pt", ".csv")):
+                leftover.unlink()  # of a run that was killed while it wrote
         if not path.exists():
             return
         if not resume:

@@ -1,0 +1,54 @@
+"""What fuzzing has found: each input that once did harm, and what becomes of it."""
+
+import io
+
+import pytest
+import torch
+
+import edet
+import edet_kernels
+from edet.models.checkpoints import CheckpointError, read_checkpoint
+
+
+def test_a_storage_that_an_old_file_does_not_list(tmp_path):
+    """torch raises an AssertionError, which was no CheckpointError."""
+    file = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    data = file.getvalue()
+    listed = data.rindex(b"X", 0, data.rindex(b"a."))  # the last string: the storage's key
+    length = int.from_bytes(data[listed + 1 : listed + 5], "little")
+    key = data[listed + 5 : listed + 5 + length]
+    assert key.isdigit() and data.count(key) == 2
+    other = bytes([key[0] ^ 1]) + key[1:]
+    (tmp_path / "old.pth").write_bytes(data[: listed + 5] + other + data[listed + 5 + length :])
+    with pytest.raises(CheckpointError, match=r"old\.pth is not a readable checkpoint"):
+        read_checkpoint(tmp_path / "old.pth")
+
+
+ROW = '{"box": [1, 2, 3, 4], "score": 0.5, "label": 1, "name": "cat"}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[1, 2, 3, 4]", "[1, 2, 3]"),  # a RuntimeError
+        ('"label": 1', '"label": 99999999999999999999'),  # a RuntimeError
+        ('"label": 1', '"label": 1.5'),  # was cut to 1
+        ('"name": "cat"', '"name": 3'),  # no name afterwards
+        ("[4, 5]", '"ab"'),  # a size of letters
+        (ROW, "[" * 100_000),  # a RecursionError
+    ],
+)
+def test_json_that_is_no_detections(old, new):
+    whole = f'{{"image_size": [4, 5], "detections": [{ROW}]}}'
+    assert len(edet.Detections.from_json(whole)) == 1
+    with pytest.raises(ValueError, match="text must be JSON as"):
+        edet.Detections.from_json(whole.replace(old, new))
+
+
+@pytest.mark.parametrize("dtype", [torch.ones(2), torch.int64, "float32", 1])
+def test_a_dtype_that_is_none(dtype):
+    """A tensor was a RuntimeError about its truth, an integer dtype ran."""
+    image, vector = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.ones(2)
+    with pytest.raises(TypeError, match="dtype must be a float dtype or None"):
+        edet_kernels.stem(image, torch.ones(2, 3, 3, 3), vector, vector, dtype=dtype)
