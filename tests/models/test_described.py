@@ -103,7 +103,7 @@ def test_other_versions_and_models(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"path must end in \.pt or \.pth"):
+    with pytest.raises(ValueError, match=r"path must end in \.pt, \.pth, \.safetensors"):
         save_described(small(), tmp_path / "a.bin")
     with pytest.raises(ValueError, match="class_names must hold 2 entries, got 1"):
         save_described(small(), tmp_path / "a.pt", class_names=["cat"])

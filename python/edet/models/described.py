@@ -138,13 +138,6 @@ def save_described(
             file.write(save(content["state_dict"], metadata))
         else:
             torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # a file that is there after a power cut is whole
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _stored(key: str, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
