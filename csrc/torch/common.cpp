@@ -57,16 +57,20 @@ Tensor channels_last(const Tensor& map) {
   return torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
 }
 
-Tensors graph_inputs(const Tensors& inputs) {
+const Tensors& checked_maps(const Tensors& inputs) {
   STD_TORCH_CHECK(!inputs.empty(), "inputs must be a non-empty list of maps");
-  Tensors maps;
   for (const Tensor& x : inputs) {
     STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == inputs[0].size(0) &&
                         x.size(1) == inputs[0].size(1) &&
                         x.scalar_type() == inputs[0].scalar_type(),
                     "inputs must be maps (N, C, H, W) of one batch, channel count and dtype");
-    maps.push_back(channels_last(x));
   }
+  return inputs;
+}
+
+Tensors graph_inputs(const Tensors& inputs) {
+  Tensors maps;
+  for (const Tensor& x : checked_maps(inputs)) maps.push_back(channels_last(x));
   return maps;
 }
 
