@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import reference
 from ..autocast import autocast_dtype, cast
 from ..backend import runs_reference
+from ..fakes import empty_map, fake
 from ..names import POOLS, Size
-from ..operators import empty_map, fake, for_reference, run
+from ..operators import for_reference, run
 from ..packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
 from .checks import (
     check_maps,

@@ -126,7 +126,7 @@ def test_starting_from_weights() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--image-size", "big"], ["--image-size must be N or HxW in pixels, got 'big'"]),
+        (["--image-size", "big"], ["--image-size must be N or HxW in pixels", "got 'big'"]),
         (["--batch-size", "16"], ["at most the number of images, 9, got 16"]),
         (["-c", "none.pth"], ["none.pth"]),
         (["--backbone", "none.pth"], ["none.pth"]),
