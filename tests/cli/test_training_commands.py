@@ -110,7 +110,7 @@ def test_starting_from_weights() -> None:
     edet.save_checkpoint(model, "start.pth")
     result = train_("--epochs", 1, "-c", "start.pth", "--freeze", "backbone", "--freeze", "norms")
     assert result.exit_code == 0, result.output
-    assert "starts from start.pth; its class prediction is trained anew" in result.stdout
+    assert "Starts from start.pth; its class prediction is trained anew" in result.stdout
     trained = edet.read_checkpoint("run/last.pt")
     for key, value in model.state_dict().items():
         if key.startswith("backbone."):

@@ -22,9 +22,8 @@ from rich.progress import (
 )
 
 from ..models.backbones import load_backbone
-from ..models.checkpoints import read_checkpoint
 from ..models.configs import get_config
-from ..models.described import read_description
+from ..models.detectors import load_detector
 from ..models.efficientdet import EfficientDet
 from ..models.factory import create_model
 from ..training import plots
@@ -191,22 +190,24 @@ def new_model(
     get_config(name)
     if checkpoint is not None and backbone is not None:
         raise ValueError("--checkpoint and --backbone exclude each other")
-    model = create_model(
-        name, num_classes=classes, image_size=size, checkpoint=checkpoint, reinit_head=True
-    )
+    model = create_model(name, num_classes=classes, image_size=size)
+    if checkpoint is not None:
+        prediction = model.class_net.predict.conv_pw.weight
+        before = prediction.detach().clone()
+        load_detector(model, checkpoint, reinit_head=True)
+        same = torch.equal(prediction, before)
+        announce(
+            f"Starts from {checkpoint}{'; its class prediction is trained anew' if same else ''}"
+        )
     if backbone is not None:
         load_backbone(model, None if backbone == "imagenet" else backbone)
     return model
 
 
-def _said_of(path: Path, classes: int) -> str:
-    """A note about the class prediction of a checkpoint that training starts from."""
-    weights = read_checkpoint(path).get("class_net.predict.conv_pw.bias")
-    description = read_description(path)
-    own = description.config.num_classes if description is not None else None
-    if own == classes or weights is None:
-        return f"starts from {path}"
-    return f"starts from {path}; its class prediction is trained anew"
+def announce(message: object) -> None:
+    """Prints in the first process."""
+    if process_group()[0] == 0:
+        say(message)
 
 
 class Screen:
@@ -336,11 +337,8 @@ def train(
             where = start_processes(checked_device(device))
             torch.manual_seed(seed)
             opened = open_data(data, validation, images, bad.value)
-            if process_group()[0] == 0:
-                for dataset in opened:
-                    say(dataset.report if dataset else "Note: no data to evaluate on")
-                if checkpoint is not None:
-                    say(_said_of(checkpoint, len(opened[0].class_names)))
+            for dataset in opened:
+                announce(dataset.report if dataset else "Note: no data to evaluate on")
             classes = len(opened[0].class_names)
             network = new_model(model, classes, parse_size(image_size), checkpoint, backbone)
             trainer_options = {
