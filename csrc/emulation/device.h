@@ -333,7 +333,7 @@ Error launch(void (*kernel)(const Params&), Dim3 grid, Dim3 block, size_t shared
       [](const void* kernel, const void* params) {
         (*static_cast<void (*const*)(const Params&)>(kernel))(*static_cast<const Params*>(params));
       },
-      &kernel, &params);
+      &kernel, &params, sizeof(Params));
 }
 
 }  // namespace edet::cuda

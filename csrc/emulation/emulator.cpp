@@ -1,6 +1,7 @@
 // Fibers of the blocks that run together, their schedule, and what is watched while they run.
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -197,7 +198,7 @@ class Machine {
   // of the host thread
   uint64_t seed = 0;
   int processors = 4, most_shared = 227 * 1024, architecture = 90, resident = 1;
-  bool counting = false;
+  bool counting = false, dry = false;
   std::vector<Launch> launches;
   std::string error;
   std::vector<Range> ranges;
@@ -207,7 +208,9 @@ class Machine {
   Extent block_extent{}, grid_extent{};
 
   cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
-                  void (*body)(const void*, const void*), const void* kernel, const void* params);
+                  void (*body)(const void*, const void*), const void* kernel, const void* params,
+                  size_t params_bytes);
+  cudaError_t clear(void* data, size_t bytes);
   [[noreturn]] void fail(const std::string& what);
   void barrier(int line);
   void together(int line, void* mine, void (*meet)(void**, int));
@@ -636,9 +639,27 @@ std::string kernel_name(const char* function) {
   return last == std::string::npos ? name : name.substr(last + 2);
 }
 
+// Of a kernel's code in the module's file.
+size_t offset_of(const void* function) {
+  Dl_info info{};
+  if (!dladdr(function, &info)) return 0;
+  return static_cast<size_t>(static_cast<const char*>(function) -
+                             static_cast<const char*>(info.dli_fbase));
+}
+
+cudaError_t Machine::clear(void* data, size_t bytes) {
+  if (!dry) std::memset(data, 0, bytes);
+  if (dry && counting) {
+    launches.emplace_back();
+    launches.back().kernel = "memset";
+    launches.back().bytes_written = static_cast<int64_t>(bytes);
+  }
+  return cudaSuccess;
+}
+
 cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t shared_bytes,
                          bool overtakes, void (*body)(const void*, const void*), const void* kernel,
-                         const void* params) {
+                         const void* params, size_t params_bytes) {
   error.clear();
   launch_ = {};
   launch_.kernel = kernel_name(name);
@@ -652,6 +673,15 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
             std::to_string(threads_) + " threads and " + std::to_string(shared_bytes) +
             " bytes of shared memory";
     return cudaErrorLaunchFailure;
+  }
+  if (counting) {
+    launch_.function = offset_of(*static_cast<const void* const*>(kernel));
+    launch_.params.assign(static_cast<const char*>(params), params_bytes);
+    launch_.grid = grid, launch_.block = block, launch_.overtakes = overtakes;
+  }
+  if (dry) {
+    if (counting) launches.push_back(launch_);
+    return cudaSuccess;
   }
   const auto places = static_cast<size_t>(std::min<int64_t>(resident, blocks));
   if (!make_stacks(places * static_cast<size_t>(threads_))) {
@@ -719,6 +749,8 @@ void count_launches(bool on) {
 const std::vector<Launch>& launches() { return machine().launches; }
 const std::string& last_error() { return machine().error; }
 
+void set_dry(bool on) { machine().dry = on; }
+bool dry() { return machine().dry; }
 void set_resident(int blocks) { machine().resident = std::max(blocks, 1); }
 
 void know_memory(const void* data, size_t bytes, bool writable) {
@@ -752,14 +784,13 @@ int architecture() { return machine().architecture; }
 int multiprocessors() { return machine().processors; }
 int most_shared_bytes() { return machine().most_shared; }
 
-cudaError_t clear(void* data, size_t bytes) {
-  std::memset(data, 0, bytes);
-  return cudaSuccess;
-}
+cudaError_t clear(void* data, size_t bytes) { return machine().clear(data, bytes); }
 
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
-                void (*body)(const void*, const void*), const void* kernel, const void* params) {
-  return machine().run(name, grid, block, shared_bytes, overtakes, body, kernel, params);
+                void (*body)(const void*, const void*), const void* kernel, const void* params,
+                size_t params_bytes) {
+  return machine().run(name, grid, block, shared_bytes, overtakes, body, kernel, params,
+                       params_bytes);
 }
 
 }  // namespace edet::emulation

@@ -15,10 +15,14 @@ struct Extent {
   int x, y, z;
 };
 
-// What one launch did. A kernel is named by its source; sectors are 32 bytes long, each counted
-// once per block, as if every block had a first-level cache of its own.
+// What one launch was and did. A kernel is named by its source; sectors are 32 bytes long, each
+// counted once per block, as if every block had a first-level cache of its own.
 struct Launch {
   std::string kernel;
+  std::size_t function = 0;  // where the module has the kernel's code, for `nm`
+  std::string params;        // the bytes of its parameters
+  Extent grid{}, block{};
+  bool overtakes = false;
   int64_t blocks = 0, shared_bytes = 0;
   int64_t bytes_read = 0, bytes_written = 0;      // that threads asked for
   int64_t sectors_read = 0, sectors_written = 0;  // that blocks asked for
@@ -33,6 +37,10 @@ void set_device(int multiprocessors, int shared_bytes, int architecture);
 // How many blocks run together, in turns; those of a launch follow each other where it is 1.
 void set_resident(int blocks);
 void count_launches(bool on);  // begins a new list, or ends counting
+// Whether launches are listed but not run, and no memory is touched: for shapes that no host could
+// compute.
+void set_dry(bool on);
+bool dry();
 const std::vector<Launch>& launches();
 const std::string& last_error();
 
@@ -87,6 +95,6 @@ cudaError_t clear(void* data, size_t bytes);
 // `overtakes`: it may begin while the launches before it run, which kernels must await.
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
                 void (*body)(const void* kernel, const void* params), const void* kernel,
-                const void* params);
+                const void* params, size_t params_bytes);
 
 }  // namespace edet::emulation
