@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -149,24 +149,19 @@ def jobs(env: Mapping[str, str]) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), int(gib / GIB_PER_JOB)))
 
 
-def build_library(env: Mapping[str, str]) -> Path:
-    """Compiles what has changed and returns the library's path, under build/."""
-    if sys.platform != "linux":
-        raise SetupError(
-            f"the op library is built on Linux only, not on {sys.platform}. Set EDET_BUILD=0 to "
-            "install without it."
-        )
-    check_compiler(env)
-    names = sanitizers(env)
-    options = [
-        f"-DEDET_TORCH_DIR={find_torch()}",
-        f"-DEDET_SANITIZE={','.join(names)}",
-        *cuda_options(env),
-    ]
-    if env.get("EDET_EMULATION") == "1":
-        options += ["-DEDET_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+def build_folder(name: str, sanitizers: Sequence[str]) -> Path:
+    """Returns where a build of this name with these sanitizers lies."""
+    return ROOT / "build" / "-".join([name, *sanitizers])
+
+
+def compile_target(
+    target: str, folder: Path, options: Sequence[str], env: Mapping[str, str]
+) -> None:
+    """Configures ``folder`` and compiles what of ``target`` has changed.
+
+    Raises SetupError when CMake or a compiler fails.
+    """
     cmake, ninja = find_tool("cmake", env), find_tool("ninja", env)
-    folder = ROOT / "build" / "-".join(["cpu" if options[2].endswith("OFF") else "cuda", *names])
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *options]
 
@@ -175,16 +170,41 @@ def build_library(env: Mapping[str, str]) -> Path:
     stamp, signature = folder / "configure.txt", "\n".join([*configure, env.get("CXX", "")])
     if not stamp.is_file() or stamp.read_text() != signature:
         configure.append("--fresh")
-    number = jobs(env)
+    build = [cmake, "--build", str(folder), "--target", target, "--parallel", str(jobs(env))]
     try:
         subprocess.run(configure, check=True)
         stamp.write_text(signature)
-        subprocess.run([cmake, "--build", str(folder), "--parallel", str(number)], check=True)
+        subprocess.run(build, check=True)
     except subprocess.CalledProcessError as error:
         raise SetupError(
-            "compiling the op library failed: CMake's and the compiler's own words are above. "
-            "Set EDET_BUILD=0 to install without it."
+            f"compiling {target} failed: CMake's and the compiler's own words are above. "
+            "Set EDET_BUILD=0 to install without the op library."
         ) from error
+
+
+def build_library(env: Mapping[str, str]) -> Path:
+    """Compiles what has changed and returns the library's path, under build/.
+
+    Where EDET_EMULATION asks for it, the emulation of the CUDA kernels too.
+    """
+    if sys.platform != "linux":
+        raise SetupError(
+            f"the op library is built on Linux only, not on {sys.platform}. Set EDET_BUILD=0 to "
+            "install without it."
+        )
+    check_compiler(env)
+    names = sanitizers(env)
+    common = [f"-DEDET_TORCH_DIR={find_torch()}", f"-DEDET_SANITIZE={','.join(names)}"]
+    options = [*common, *cuda_options(env)]
+    cpu_only = "-DEDET_CUDA=OFF" in options
+    folder = build_folder("cpu" if cpu_only else "cuda", names)
+    compile_target("edet_kernels", folder, options, env)
+    if env.get("EDET_EMULATION") == "1":
+        # A folder of its own: neither build's configuration depends on whether the other is wanted,
+        # and they share no object file.
+        options = [*common, "-DEDET_CUDA=OFF", "-DEDET_EMULATION=ON"]
+        options.append(f"-DPython_EXECUTABLE={sys.executable}")
+        compile_target("edet_emulation", build_folder("emulation", names), options, env)
     return folder / LIBRARY
 
 

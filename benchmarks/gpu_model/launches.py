@@ -43,7 +43,7 @@ class Launch:
     block: Extent
     shared_bytes: int
     params: bytes
-    overtakes: bool
+    pdl: bool
     pointers: bytes  # the parameters without what differs from run to run
 
 
@@ -114,7 +114,7 @@ def _launch(raw: dict[str, Any]) -> Launch:
         b"a" if w[5:] == b"\x7f\0\0" or (w[6:] == b"\0\0" and w[5]) else w for w in words
     )
     return Launch(_names()[raw["function"]], raw["grid"], raw["block"], raw["shared_bytes"], params,
-                  raw["overtakes"], same)  # fmt: skip
+                  raw["pdl"], same)  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):

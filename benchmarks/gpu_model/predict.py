@@ -29,7 +29,7 @@ SOURCES = {
 PHASES = (
     ("activate", "activation"), ("load_weights", "weights"), ("normalise", "factors"),
     ("fuse_patch", "fuse"), ("sample", "fuse"), ("convolve_patch", "depthwise"),
-    ("expand_patch", "expand"), ("load_rows", "rows"), ("step", "product"),
+    ("expand_patch", "expand"), ("load_rows", "rows"), ("mma", "product"),
     ("squeeze_excite", "gates"), ("store_product", "epilogue"),
 )  # fmt: skip
 #: A launch of more blocks than this many for each multiprocessor is many waves.

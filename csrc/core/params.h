@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// A function that kernels of every device call.
+#ifdef __CUDACC__
+#define EDET_EVERYWHERE __host__ __device__
+#else
+#define EDET_EVERYWHERE
+#endif
+
 namespace edet {
 
 // The order of each enumeration is its numbering in the op schemas and in edet_kernels/ops.py.
@@ -16,8 +23,13 @@ constexpr float kFastEpsilon = 1e-4f;  // paper section 3.3
 constexpr int kMaxEdges = 16;          // inputs of one fusion node
 constexpr int kPanel = 16;             // output channels in one panel of a packed pointwise weight
 
-constexpr int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
+// ⌈n/d⌉, and n rounded up to a multiple; in the wider type of the two.
+template <class N, class D>
+EDET_EVERYWHERE constexpr auto divide_up(N n, D d) {
+  return (n + d - 1) / d;
+}
+template <class N, class D>
+EDET_EVERYWHERE constexpr auto round_up(N n, D multiple) {
   return divide_up(n, multiple) * multiple;
 }
 constexpr int64_t padded(int64_t channels) { return round_up(channels, kPanel); }

@@ -40,8 +40,7 @@ bool add_node(TileGraph& g, int64_t h, int64_t w, const int* sources, int edges,
                          static_cast<uint8_t>(rows.before), static_cast<uint8_t>(columns.stride),
                          static_cast<uint8_t>(columns.before)};
   }
-  const int64_t tiles = g.batch * ((h + g.tile_rows - 1) / g.tile_rows) *
-                        ((w + kTileColumns - 1) / kTileColumns) * slices;
+  const int64_t tiles = g.batch * divide_up(h, g.tile_rows) * divide_up(w, kTileColumns) * slices;
   if (tiles > INT32_MAX - g.first_tile[g.nodes]) return false;
   g.h[map] = static_cast<uint16_t>(h);
   g.w[map] = static_cast<uint16_t>(w);

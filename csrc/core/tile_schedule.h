@@ -5,12 +5,6 @@
 
 #include "params.h"
 
-#ifdef __CUDACC__
-#define EDET_EVERYWHERE __host__ __device__
-#else
-#define EDET_EVERYWHERE
-#endif
-
 namespace edet {
 
 // What fits into a kernel's parameters (4 KiB) beside the maps' and weights' addresses: the eight
@@ -47,10 +41,10 @@ struct TileRange {
 };
 
 EDET_EVERYWHERE inline int tiles_down(const TileGraph& g, int node) {
-  return (g.h[g.inputs + node] + g.tile_rows - 1) / g.tile_rows;
+  return divide_up(g.h[g.inputs + node], g.tile_rows);
 }
 EDET_EVERYWHERE inline int tiles_across(const TileGraph& g, int node) {
-  return (g.w[g.inputs + node] + kTileColumns - 1) / kTileColumns;
+  return divide_up(g.w[g.inputs + node], kTileColumns);
 }
 
 // The tile of a number; `node` is one whose first tile is not after it.
@@ -110,9 +104,9 @@ EDET_EVERYWHERE inline TileRange tiles_read(const TileGraph& g, const GraphTile&
   return {source - g.inputs,
           tile.image,
           rows.begin / g.tile_rows,
-          (rows.end + g.tile_rows - 1) / g.tile_rows,
+          divide_up(rows.end, g.tile_rows),
           columns.begin / kTileColumns,
-          (columns.end + kTileColumns - 1) / kTileColumns};
+          divide_up(columns.end, kTileColumns)};
 }
 
 // ---- host ----

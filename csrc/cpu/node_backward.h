@@ -279,11 +279,11 @@ struct Readers {
   Readers(const Edge& edge, const Window& window, int64_t in, int64_t out, int64_t from,
           int64_t to) {
     if (edge.resize == Resize::nearest) {
-      begin = (from * out + in - 1) / in;
-      end = (to * out + in - 1) / in;
+      begin = divide_up(from * out, in);
+      end = divide_up(to * out, in);
     } else {
       const int64_t first = from + window.before - window.kernel + 1;
-      begin = first <= 0 ? 0 : (first + window.stride - 1) / window.stride;
+      begin = first <= 0 ? 0 : divide_up(first, window.stride);
       end = (to - 1 + window.before) / window.stride + 1;
     }
     begin = clip(begin, 0, out);

@@ -71,7 +71,7 @@ using Operand = typename OperandOf<T>::type;
 // Inputs of a product, with those that fill up its last step: zeros.
 template <class In>
 constexpr int64_t whole_steps(int64_t c_in) {
-  return (c_in + Product<In>::kStep - 1) / Product<In>::kStep * Product<In>::kStep;
+  return round_up(c_in, Product<In>::kStep);
 }
 
 template <class In>

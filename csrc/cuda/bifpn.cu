@@ -15,7 +15,7 @@
 
 #include <algorithm>
 
-#include "fusion_node.cuh"
+#include "node_tile.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -104,16 +104,16 @@ struct PlanNode {
   EDET_DEVICE bool aligned_out() const { return layer().aligned_out; }
 };
 
-template <class P>
+template <class Mma>
 EDET_DEVICE GraphTile place_of(const SharedTile& tile) {
-  return {tile.node(), tile.image(), tile.y0() / kTileHeight<P>, tile.x0() / kTileWidth, 0};
+  return {tile.node(), tile.image(), tile.y0() / kTileHeight<Mma>, tile.x0() / kTileWidth, 0};
 }
 
 // Waits, the block's threads side by side, for all tiles that this one reads.
-template <class P>
+template <class Mma>
 EDET_DEVICE void await_sources(const Plan& plan, const SharedTile& shared) {
   const TileGraph& g = plan.g;
-  const GraphTile tile = place_of<P>(shared);
+  const GraphTile tile = place_of<Mma>(shared);
   const int first = g.first_edge[tile.node];
   for (int e = first; e < g.first_edge[tile.node + 1]; e++) {
     if (g.edge[e].source < g.inputs) continue;
@@ -129,30 +129,30 @@ EDET_DEVICE void await_sources(const Plan& plan, const SharedTile& shared) {
       await_flag(wanted, plan.overdue);
     }
   }
-  block_barrier();
+  sync_threads();
 }
 
 // What a block does for a claimed number, by one of its threads; no node is left after the last.
-template <class P>
+template <class Mma>
 EDET_DEVICE void set_tile(const Plan& plan, int number, const SharedTile& tile) {
   if (number >= plan.g.first_tile[plan.g.nodes]) return tile.set({-1, 0, 0, 0, 0, 0});
   const GraphTile t = tile_at(plan.g, number);
   const Layer& layer = plan.layer[plan.node_layer[t.node]];
   const int n = t.slice * layer.columns;
-  tile.set({t.node, t.image, t.row * kTileHeight<P>, t.column * kTileWidth, n,
+  tile.set({t.node, t.image, t.row * kTileHeight<Mma>, t.column * kTileWidth, n,
             min(layer.c_out - n, layer.columns)});
 }
 
 // Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
-template <class P>
-EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
+template <class Mma>
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(Mma::kBlocks, Mma::kRows == 64 ? 1 : Mma::kBlocks))
 bifpn(EDET_PARAMS(Plan) plan) {
   EDET_SHARED(char, memory);
   const auto tile_of = [&](int turn) {
     return SharedTile(as<int>(memory + turn * 4 * SharedTile::kWords));
   };
-  if (thread().x == 0) set_tile<P>(plan, int(atomic_add(plan.claimed, 1u)), tile_of(0));
-  block_barrier();
+  if (thread().x == 0) set_tile<Mma>(plan, int(atomic_add(plan.claimed, 1u)), tile_of(0));
+  sync_threads();
   int turn = 0, loaded = -1;  // loaded: whose weights are in shared memory
 
   while (tile_of(turn).node() >= 0) {
@@ -163,14 +163,14 @@ bifpn(EDET_PARAMS(Plan) plan) {
     const int weights =
         (node.layer().shared ? kMostNodes + plan.node_layer[node.node()] : node.node()) << 16 |
         tile.n();
-    compute_tile<P>(node, tile, memory, weights != loaded, plan.resident, [&] {
-      if (thread().x == 0) set_tile<P>(plan, next, tile_of(turn ^ 1));
-      await_sources<P>(plan, tile);
+    compute_tile<Mma>(node, tile, memory, weights != loaded, plan.resident, [&] {
+      if (thread().x == 0) set_tile<Mma>(plan, next, tile_of(turn ^ 1));
+      await_sources<Mma>(plan, tile);
     });
     loaded = weights;
-    block_barrier();  // all of the tile is stored
+    sync_threads();  // all of the tile is stored
     if (thread().x == 0) {
-      const GraphTile done = place_of<P>(tile);
+      const GraphTile done = place_of<Mma>(tile);
       add_release(plan.flags + flag_of(plan.g, done.node, done.image, done.row, done.column), 1u);
     }
     turn ^= 1;
@@ -189,9 +189,9 @@ struct Slices {
   int64_t columns, count;
 };
 Slices slices_of(const NodeLayer& layer, int tiles_n) {
-  const int64_t least = (layer.c_out + 32 * tiles_n - 1) / (32 * tiles_n);
-  const int64_t columns = ((layer.c_out + least - 1) / least + kPanel - 1) / kPanel * kPanel;
-  return {columns, (layer.c_out + columns - 1) / columns};
+  const int64_t least = divide_up(layer.c_out, 32 * tiles_n);
+  const int64_t columns = round_up(divide_up(layer.c_out, least), kPanel);
+  return {columns, divide_up(layer.c_out, columns)};
 }
 
 // Whether one launch can hold the graph; then its tiles.
@@ -227,10 +227,10 @@ bool cut(const NodeGraph& graph, const Device& device, GraphPlan* plan) {
   return true;
 }
 
-template <class P>
+template <class Mma>
 Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Device& device,
                    void* workspace, double seconds, Stream stream) {
-  using T = typename P::Type;
+  using T = typename Mma::Type;
   Plan plan{};
   plan.g = cut_plan.tiles;
   const int tiles = plan.g.first_tile[plan.g.nodes];
@@ -248,12 +248,12 @@ Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Devi
                      layer.shift,
                      static_cast<int>(layer.c),
                      static_cast<int>(layer.c_out),
-                     static_cast<int>(slices_of(layer, P::kColumns / 32).columns),
+                     static_cast<int>(slices_of(layer, Mma::kColumns / 32).columns),
                      layer.post_activation,
                      layer.shared,
                      aligned_maps && layer.c_out % kVector<T> == 0};
     plan.aligned_in = plan.aligned_in && layer.c % kVector<T> == 0;
-    plan.chunks = std::max(plan.chunks, static_cast<int>((layer.c + kChunk<T> - 1) / kChunk<T>));
+    plan.chunks = std::max(plan.chunks, static_cast<int>(divide_up(layer.c, kChunk<T>)));
   }
   for (size_t i = 0; i < graph.nodes.size(); i++) {
     plan.node_layer[i] = static_cast<uint8_t>(graph.nodes[i].layer);
@@ -271,12 +271,12 @@ Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Devi
   }
   if (error != kSuccess) return error;
   ProductGrid blocks{};
-  error = product_grid<P>(
-      tiles, 1, device, [&](bool resident) { return NodeMemory<P>::bytes(plan.chunks, resident); },
-      &blocks);
+  error = product_grid<Mma>(
+      tiles, 1, device,
+      [&](bool resident) { return NodeMemory<Mma>::bytes(plan.chunks, resident); }, &blocks);
   if (error != kSuccess) return error;
   plan.resident = blocks.resident;
-  return launch(bifpn<P>, blocks.grid, Dim3(kProductThreads), static_cast<size_t>(blocks.bytes),
+  return launch(bifpn<Mma>, blocks.grid, Dim3(kProductThreads), static_cast<size_t>(blocks.bytes),
                 stream, plan);
 }
 
@@ -296,7 +296,7 @@ bool is_level(const NodeGraph& graph, size_t first, size_t node) {
   return source < inputs + first && from.h == to.h && from.w == to.w;
 }
 
-Error launch_nodes(const NodeGraph& graph, bool overtake, Stream stream) {
+Error launch_nodes(const NodeGraph& graph, bool pdl, Stream stream) {
   const auto inputs = static_cast<size_t>(graph.inputs());
   size_t end = 0;
   for (size_t i = 0; i < graph.nodes.size(); i = end) {
@@ -332,7 +332,7 @@ Error launch_nodes(const NodeGraph& graph, bool overtake, Stream stream) {
       p.level[p.levels++] = {to.h, to.w, layer.scale + level.row * layer.c_out,
                              layer.shift + level.row * layer.c_out, to.data};
     }
-    const Error error = fusion_node(p, stream, overtake && i > 0);
+    const Error error = fusion_node(p, stream, pdl && i > 0);
     if (error != kSuccess) return error;
   }
   return kSuccess;
@@ -375,9 +375,9 @@ Error run_graph(const NodeGraph& graph, const GraphPlan& plan, void* workspace, 
   }
   return by_operand(graph.dtype, graph.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    return by_tiles<Operand>({plan.tiles_n, 1}, plan.tiles_m == 1, [&](auto product) {
-      using P = typename decltype(product)::Type;
-      return launch_graph<P>(graph, plan, device, workspace, seconds, stream);
+    return by_tiles<Operand>({plan.tiles_n, 1}, plan.tiles_m == 1, [&](auto mma) {
+      using Mma = typename decltype(mma)::Type;
+      return launch_graph<Mma>(graph, plan, device, workspace, seconds, stream);
     });
   });
 }

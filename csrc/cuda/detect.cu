@@ -69,14 +69,14 @@ EDET_DEVICE Found find(const SelectParams& s, int64_t image, int pass, Shared<ui
     store(result + 1, before.rank);
   }
   store(memory + t, sum);
-  block_barrier();
+  sync_threads();
   uint32_t until = sum;  // of this thread's bins and those before
   for (int step = 1; step < kThreads; step *= 2) {
     const uint32_t other = t >= step ? get(memory + (t - step)) : 0;
-    block_barrier();
+    sync_threads();
     until += other;
     store(memory + t, until);
-    block_barrier();
+    sync_threads();
   }
   int64_t rank = before.rank - (until - sum);
   if (rank > 0 && rank <= sum) {
@@ -92,9 +92,9 @@ EDET_DEVICE Found find(const SelectParams& s, int64_t image, int pass, Shared<ui
       rank -= mine[i];
     }
   }
-  block_barrier();
+  sync_threads();
   const Found after{before.prefix << bits_of(s, pass - 1) | uint64_t(get(result)), get(result + 1)};
-  block_barrier();
+  sync_threads();
   return after;
 }
 
@@ -141,13 +141,13 @@ count(EDET_PARAMS(SelectParams) s) {
     store(&found->rank, known.rank);
   }
   for (int i = thread().x; i < kBins; i += kThreads) store(bins + i, 0u);
-  block_barrier();
+  sync_threads();
   const int below = bits_below(s, s.pass), bits = bits_of(s, s.pass);
   visit_part<T>(s, image, [&](uint64_t key) {
     if (key >> below >> bits != known.prefix) return;
     atomic_add(bins + int(key >> below & ((1u << bits) - 1)), 1u);
   });
-  block_barrier();
+  sync_threads();
   uint32_t* const all = s.bins + (s.pass * s.p.n + image) * kBins;
   for (int i = thread().x; i < kBins; i += kThreads) {
     const uint32_t sum = get(bins + i);
@@ -224,7 +224,7 @@ Error launch_type(SelectParams s, Stream stream) {
   }
   Error error = launch(collect<T>, grid, Dim3(kThreads), bytes, stream, s);
   if (error != kSuccess) return error;
-  const Dim3 ranks(static_cast<unsigned>((s.c.most + kRankThreads - 1) / kRankThreads),
+  const Dim3 ranks(static_cast<unsigned>(divide_up(s.c.most, kRankThreads)),
                    static_cast<unsigned>(p.n));
   error = launch(rank<T>, ranks, Dim3(kRankThreads), kRankThreads * sizeof(uint64_t), stream, s);
   if (error != kSuccess) return error;
@@ -250,13 +250,13 @@ Error detect(const DetectParams& p, void* memory, Stream stream) {
   for (int l = 0; l < p.levels; l++) {
     const int64_t size = p.pixels[l] * p.cell_anchors * p.num_classes;
     s.first_index[l] = index;
-    s.first_part[l + 1] = s.first_part[l] + (size + kPart - 1) / kPart;
+    s.first_part[l + 1] = s.first_part[l] + divide_up(size, kPart);
     index += size;
   }
   // a float16's order is in the first 19 bits of the float's, a bfloat16's in 16
   s.order_bits = p.dtype == DType::f32 ? 32 : p.dtype == DType::f16 ? 19 : 16;
   while ((int64_t(1) << s.index_bits) < index) s.index_bits++;
-  s.passes = (s.order_bits + s.index_bits + kDigit - 1) / kDigit;
+  s.passes = divide_up(s.order_bits + s.index_bits, kDigit);
   if (p.n > 65535 || s.passes > kMostPasses || index > INT32_MAX) return kInvalidValue;
   s.bins = static_cast<uint32_t*>(memory);
   s.found = reinterpret_cast<Found*>(s.bins + kMostPasses * p.n * kBins);

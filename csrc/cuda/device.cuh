@@ -58,9 +58,9 @@ EDET_DEVICE int opaque(int x) {
 }
 
 // Waits until every thread of the block is here; shared memory written before is seen after.
-EDET_DEVICE void block_barrier() { __syncthreads(); }
+EDET_DEVICE void sync_threads() { __syncthreads(); }
 // The same for the threads of a warp.
-EDET_DEVICE void warp_barrier() { __syncwarp(); }
+EDET_DEVICE void sync_warp() { __syncwarp(); }
 // What this thread wrote to global memory before is seen by whoever sees what it writes after.
 EDET_DEVICE void global_fence() { __threadfence(); }
 
@@ -234,22 +234,22 @@ EDET_DEVICE void await_flag(const Flag& flag, const Overdue& overdue) {
 // Where a launch may begin while the one before it runs (programmatic dependent launch, from
 // sm_90): waits for the end of that one, whose writes are then seen; what comes before the call
 // must touch nothing that earlier launches write, or read, other than constants.
-EDET_DEVICE void await_earlier_launches() {
+EDET_DEVICE void griddep_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 // The launch after this one may begin when all blocks have called this or ended.
-EDET_DEVICE void allow_next_launch() {
+EDET_DEVICE void griddep_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
 // Copies 16 bytes of global memory, or zeros, past the registers (from sm_80; through them before).
-// They are there after await_copies() and a barrier.
+// They are there after cp_async_wait_all() and a barrier.
 template <class T>
-EDET_DEVICE void copy_async(Shared<T> to, const T* from, bool real) {
+EDET_DEVICE void cp_async_16(Shared<T> to, const T* from, bool real) {
 #if __CUDA_ARCH__ >= 800
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
@@ -259,7 +259,7 @@ EDET_DEVICE void copy_async(Shared<T> to, const T* from, bool real) {
       real ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
 #endif
 }
-EDET_DEVICE void await_copies() {
+EDET_DEVICE void cp_async_wait_all() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
@@ -268,7 +268,7 @@ EDET_DEVICE void await_copies() {
 // Four 8×8 matrices of 16-bit numbers. Lane i points at row i % 8 of matrix i / 8; result r holds
 // of matrix r, with g = lane / 4 and t = lane % 4, the elements (g, 2t) and (g, 2t + 1).
 template <class T>
-EDET_DEVICE void load_matrices(Shared<T> row, uint32_t (&r)[4]) {
+EDET_DEVICE void ldmatrix_x4(Shared<T> row, uint32_t (&r)[4]) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row.at));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -277,7 +277,7 @@ EDET_DEVICE void load_matrices(Shared<T> row, uint32_t (&r)[4]) {
 }
 // The same, but the elements (2t, g) and (2t + 1, g).
 template <class T>
-EDET_DEVICE void load_transposed_matrices(Shared<T> row, uint32_t (&r)[4]) {
+EDET_DEVICE void ldmatrix_x4_trans(Shared<T> row, uint32_t (&r)[4]) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row.at));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -296,12 +296,12 @@ EDET_DEVICE constexpr bool turing() {
 }
 
 // Products of a warp on the tensor cores, d += a·b; d is 16×8, with g = lane / 4 and t = lane % 4
-// the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). csrc/cuda/multiply.cuh chooses.
+// the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). csrc/cuda/warp_mma.cuh chooses.
 //
-// From sm_80: a is 16×16, four results of load_matrices (rows 0–7 and 8–15 of columns 0–7, then of
+// From sm_80: a is 16×16, four results of ldmatrix_x4 (rows 0–7 and 8–15 of columns 0–7, then of
 // columns 8–15), b is 16×8, two transposed matrices (rows 0–7 and 8–15).
 template <class T>
-EDET_DEVICE void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+EDET_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, f16>) {
     asm volatile(
@@ -319,7 +319,7 @@ EDET_DEVICE void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 #endif
 }
 // f16, on sm_75 too: the first half of that depth, a is 16×8 and b 8×8.
-EDET_DEVICE void multiply_add_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+EDET_DEVICE void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
       "{%0, %1, %2, %3};"
@@ -327,10 +327,9 @@ EDET_DEVICE void multiply_add_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_
       : "r"(a0), "r"(a1), "r"(b));
 }
 // From sm_80, of floats that to_tf32 has rounded: a is 16×8, the elements (g, t), (g + 8, t),
-// (g, t + 4), (g + 8, t + 4), which load_matrices finds if its 16-bit numbers are halves of floats;
+// (g, t + 4), (g + 8, t + 4), which ldmatrix_x4 finds if its 16-bit numbers are halves of floats;
 // b is 8×8, (t, g) and (t + 4, g).
-EDET_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                   uint32_t b1) {
+EDET_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -398,11 +397,11 @@ inline Error clear(void* data, size_t bytes, Stream stream) {
   return cudaMemsetAsync(data, 0, bytes, stream);
 }
 
-// Starts kernel(params) on `stream`; returns the launch's own error, not the kernel's. `overtakes`:
+// Starts kernel(params) on `stream`; returns the launch's own error, not the kernel's. `pdl`:
 // it may begin before the launch before it has ended, which the kernel awaits.
 template <class Params>
 Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, Stream stream,
-             const Params& params, bool overtakes = false) {
+             const Params& params, bool pdl = false) {
   if (shared_bytes > 48 * 1024) {  // what every kernel has without asking
     const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes));
@@ -414,7 +413,7 @@ Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes,
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = overtakes ? 1 : 0;
+  config.attrs = &attribute, config.numAttrs = pdl ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 

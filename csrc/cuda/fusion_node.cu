@@ -10,7 +10,7 @@
 // A block owns tiles of 8×8 (or 4×8) pixels and a slice of the output channels.
 #include "fusion_node.h"
 
-#include "fusion_node.cuh"
+#include "node_tile.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -51,52 +51,50 @@ struct LevelNode {
 };
 
 // Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
-template <class P>
-EDET_KERNEL(kProductThreads, EDET_BLOCKS(P::kBlocks, P::kRows == 64 ? 1 : P::kBlocks))
+template <class Mma>
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(Mma::kBlocks, Mma::kRows == 64 ? 1 : Mma::kBlocks))
 node(EDET_PARAMS(Plan) plan) {
   const FusionNodeParams& p = plan.p;
   EDET_SHARED(char, memory);
   bool first = true;
   int turn = 0;
-  allow_next_launch();
+  griddep_launch();
 
   for (int number = block().x; number < plan.first_tile[p.levels]; number += grid_size().x) {
     const SharedTile tile(as<int>(memory + turn * 4 * SharedTile::kWords));
     if (thread().x == 0) {
       int l = 0;
       while (number >= plan.first_tile[l + 1]) l++;
-      const int across = int(p.level[l].w + kTileWidth - 1) / kTileWidth;
-      const int down = int(p.level[l].h + kTileHeight<P> - 1) / kTileHeight<P>;
+      const int across = divide_up(int(p.level[l].w), kTileWidth);
+      const int down = divide_up(int(p.level[l].h), kTileHeight<Mma>);
       const int local = number - plan.first_tile[l], n = int(block().y) * plan.columns;
-      tile.set({l, local / (across * down), local / across % down * kTileHeight<P>,
+      tile.set({l, local / (across * down), local / across % down * kTileHeight<Mma>,
                 local % across * kTileWidth, n, min(int(p.c_out) - n, plan.columns)});
     }
-    block_barrier();
-    compute_tile<P>(LevelNode{plan, tile}, tile, memory, first, plan.resident, [&] {
-      if (first) await_earlier_launches();
+    sync_threads();
+    compute_tile<Mma>(LevelNode{plan, tile}, tile, memory, first, plan.resident, [&] {
+      if (first) griddep_wait();
     });
     first = false;
     turn ^= 1;
   }
 }
 
-template <class P>
+template <class Mma>
 Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& device, Stream stream,
-                  bool overtakes) {
+                  bool pdl) {
   Plan plan{};
   plan.p = p;
-  plan.columns =
-      static_cast<int>((((p.c_out + slices - 1) / slices) + kPanel - 1) / kPanel * kPanel);
-  slices = (p.c_out + plan.columns - 1) / plan.columns;
-  using T = typename P::Type;
+  plan.columns = static_cast<int>(round_up(divide_up(p.c_out, slices), kPanel));
+  slices = divide_up(p.c_out, plan.columns);
+  using T = typename Mma::Type;
   plan.aligned_in = p.c % kVector<T> == 0;
   plan.aligned_out = p.c_out % kVector<T> == 0;
   int64_t tiles = 0;
   for (int l = 0; l < p.levels; l++) {
     const NodeLevel& level = p.level[l];
     plan.first_tile[l] = static_cast<int>(tiles);
-    tiles += p.n * ((level.h + kTileHeight<P> - 1) / kTileHeight<P>)*((level.w + kTileWidth - 1) /
-                                                                      kTileWidth);
+    tiles += p.n * divide_up(level.h, kTileHeight<Mma>) * divide_up(level.w, kTileWidth);
     if (tiles > INT32_MAX) return kInvalidValue;
     plan.aligned_out = plan.aligned_out && is_aligned(level.out);
   }
@@ -104,20 +102,20 @@ Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& devic
   for (int e = 0; e < p.edges * p.levels; e++) {
     plan.aligned_in = plan.aligned_in && is_aligned(p.edge[e].data);
   }
-  const int chunks = static_cast<int>((p.c + kChunk<T> - 1) / kChunk<T>);
+  const int chunks = static_cast<int>(divide_up(p.c, kChunk<T>));
   ProductGrid blocks{};
-  const Error error = product_grid<P>(
-      tiles, slices, device, [&](bool resident) { return NodeMemory<P>::bytes(chunks, resident); },
-      &blocks);
+  const Error error = product_grid<Mma>(
+      tiles, slices, device,
+      [&](bool resident) { return NodeMemory<Mma>::bytes(chunks, resident); }, &blocks);
   if (error != kSuccess) return error;
   plan.resident = blocks.resident;
-  return launch(node<P>, blocks.grid, Dim3(kProductThreads), static_cast<size_t>(blocks.bytes),
-                stream, plan, overtakes);
+  return launch(node<Mma>, blocks.grid, Dim3(kProductThreads), static_cast<size_t>(blocks.bytes),
+                stream, plan, pdl);
 }
 
 }  // namespace
 
-Error fusion_node(const FusionNodeParams& p, Stream stream, bool overtakes) {
+Error fusion_node(const FusionNodeParams& p, Stream stream, bool pdl) {
   if (p.n * p.c * p.c_out == 0) return kSuccess;
   for (int l = 0; l < p.levels; l++) {
     if (p.level[l].h > kMostSide || p.level[l].w > kMostSide) return kInvalidValue;
@@ -130,9 +128,9 @@ Error fusion_node(const FusionNodeParams& p, Stream stream, bool overtakes) {
     // Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 times; but a map of few
     // tiles is sooner done by many blocks.
     const bool few = pixels * shape.slices < int64_t(64) * 2 * device.multiprocessors;
-    return by_tiles<Operand>(shape, few, [&](auto product) {
-      using P = typename decltype(product)::Type;
-      return launch_node<P>(p, shape.slices, device, stream, overtakes);
+    return by_tiles<Operand>(shape, few, [&](auto mma) {
+      using Mma = typename decltype(mma)::Type;
+      return launch_node<Mma>(p, shape.slices, device, stream, pdl);
     });
   });
 }

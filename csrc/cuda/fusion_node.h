@@ -32,10 +32,9 @@ struct FusionNodeParams {
   const float* pw;  // (⌈c_out/16⌉, C, 16), aligned to 16 bytes
 };
 
-// Launches on `stream` of the current device; no output may overlap an input. `overtakes`: the
+// Launches on `stream` of the current device; no output may overlap an input. `pdl`: the
 // launch may begin while the one before it, of this function too, still runs (from compute
 // capability 9.0).
-cudaError_t fusion_node(const FusionNodeParams& params, cudaStream_t stream,
-                        bool overtakes = false);
+cudaError_t fusion_node(const FusionNodeParams& params, cudaStream_t stream, bool pdl = false);
 
 }  // namespace edet::cuda

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "product.cuh"
+#include "block_mma.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -25,30 +25,30 @@ struct Plan {
 struct Memory {
   int w, bytes;
 };
-template <class P>
+template <class Mma>
 constexpr EDET_DEVICE Memory memory_of(int chunks, bool resident) {
   Memory m{};
-  m.w = resident && P::kBytesOut > P::kBytesA ? P::kBytesOut : P::kBytesA;
-  m.bytes = m.w + P::kBytesW * (resident ? chunks : 1);
-  if (m.bytes < P::kBytesOut) m.bytes = P::kBytesOut;
+  m.w = resident && Mma::kBytesOut > Mma::kBytesA ? Mma::kBytesOut : Mma::kBytesA;
+  m.bytes = m.w + Mma::kBytesW * (resident ? chunks : 1);
+  if (m.bytes < Mma::kBytesOut) m.bytes = Mma::kBytesOut;
   return m;
 }
 
 // Rows [row0, row0 + kRows) and channels [k, k + depth) of the input; zeros where there are none.
-template <class P>
+template <class Mma>
 EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
-                           Shared<typename P::Type> a) {
-  using T = typename P::Type;
+                           Shared<typename Mma::Type> a) {
+  using T = typename Mma::Type;
   constexpr int V = kVector<T>;
   const ProjectionParams& p = plan.p;
-  for (int i = thread().x; i < P::kRows * kVectors; i += kProductThreads) {
+  for (int i = thread().x; i < Mma::kRows * kVectors; i += kProductThreads) {
     const int vector = i % kVectors, row = i / kVectors, channel = k + vector * V;
     if (vector * V >= depth) continue;
     const bool real = row0 + row < p.rows && channel < p.c_in;
     const T* from = static_cast<const T*>(p.input) + (row0 + row) * p.c_in + channel;
-    const Shared<T> to = a + (row * P::kPitchA + vector * V);
-    if (plan.aligned_in && !p.gate && !P::kRounds) {
-      copy_async(to, from, real);
+    const Shared<T> to = a + (row * Mma::kPitchA + vector * V);
+    if (plan.aligned_in && !p.gate && !Mma::kRounds) {
+      cp_async_16(to, from, real);
       continue;
     }
     Vector<T, V> v{};
@@ -62,20 +62,20 @@ EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
         v.value[j] = from_float<T>(factor * to_float(v.value[j]));
       }
     }
-    store(to, as_operands<P>(v));
+    store(to, as_operands<Mma>(v));
   }
-  await_copies();
+  cp_async_wait_all();
 }
 
-template <class P>
-EDET_KERNEL(kProductThreads, P::kBlocks)
+template <class Mma>
+EDET_KERNEL(kProductThreads, Mma::kBlocks)
 multiply(EDET_PARAMS(Plan) plan) {
-  using T = typename P::Type;
+  using T = typename Mma::Type;
   const ProjectionParams& p = plan.p;
-  const int c = int(p.c_in), chunks = (c + kChunk<T> - 1) / kChunk<T>;
+  const int c = int(p.c_in), chunks = divide_up(c, kChunk<T>);
   EDET_SHARED(char, memory);
   const Shared<T> a = as<T>(memory);
-  const Shared<T> w = as<T>(memory + memory_of<P>(chunks, plan.resident).w);
+  const Shared<T> w = as<T>(memory + memory_of<Mma>(chunks, plan.resident).w);
   // the slice's projection and first column
   int which = 0, n = int(block().y) * plan.columns;
   for (; n >= p.projection[which].c_out; which++) {
@@ -85,20 +85,20 @@ multiply(EDET_PARAMS(Plan) plan) {
   const int columns = int(to.c_out - n < plan.columns ? to.c_out - n : plan.columns);
   bool first = true;
 
-  for (int64_t row0 = int64_t(block().x) * P::kRows; row0 < p.rows;
-       row0 += int64_t(grid_size().x) * P::kRows) {
-    P product;
+  for (int64_t row0 = int64_t(block().x) * Mma::kRows; row0 < p.rows;
+       row0 += int64_t(grid_size().x) * Mma::kRows) {
+    Mma product;
     for (int chunk = 0; chunk < chunks; chunk++) {
       const int k = chunk * kChunk<T>;
       const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-      const Shared<T> weights = w + (plan.resident ? chunk * (P::kBytesW / int(sizeof(T))) : 0);
-      block_barrier();  // the chunk before, or the tile before, is no longer read
+      const Shared<T> weights = w + (plan.resident ? chunk * (Mma::kBytesW / int(sizeof(T))) : 0);
+      sync_threads();  // the chunk before, or the tile before, is no longer read
       if (first || !plan.resident) {
-        load_weights<P>(to.pw, c, to.c_out, k, n, depth, columns, weights);
+        load_weights<Mma>(to.pw, c, to.c_out, k, n, depth, columns, weights);
       }
-      load_rows<P>(plan, row0, k, depth, a);
-      block_barrier();
-      product.step(a, weights, depth, columns);
+      load_rows<Mma>(plan, row0, k, depth, a);
+      sync_threads();
+      product.mma(a, weights, depth, columns);
     }
     first = false;
     store_product(
@@ -117,10 +117,10 @@ multiply(EDET_PARAMS(Plan) plan) {
   }
 }
 
-template <class P>
+template <class Mma>
 Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& device,
                       Stream stream) {
-  using T = typename P::Type;
+  using T = typename Mma::Type;
   Plan plan{};
   plan.p = p;
   plan.columns = static_cast<int>(columns);
@@ -129,17 +129,17 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
   int64_t slices = 0;
   for (int i = 0; i < p.projections; i++) {
     const Projection& to = p.projection[i];
-    slices += (to.c_out + columns - 1) / columns;
+    slices += divide_up(to.c_out, columns);
     plan.aligned_out = plan.aligned_out && to.c_out % kVector<T> == 0 && is_aligned(to.out);
   }
-  const int chunks = static_cast<int>((p.c_in + kChunk<T> - 1) / kChunk<T>);
+  const int chunks = static_cast<int>(divide_up(p.c_in, kChunk<T>));
   ProductGrid blocks{};
-  const Error error =
-      product_grid<P>((p.rows + P::kRows - 1) / P::kRows, slices, device,
-                      [&](bool resident) { return memory_of<P>(chunks, resident).bytes; }, &blocks);
+  const Error error = product_grid<Mma>(
+      divide_up(p.rows, Mma::kRows), slices, device,
+      [&](bool resident) { return memory_of<Mma>(chunks, resident).bytes; }, &blocks);
   if (error != kSuccess) return error;
   plan.resident = blocks.resident;
-  return launch(multiply<P>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan);
+  return launch(multiply<Mma>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan);
 }
 
 }  // namespace
@@ -151,11 +151,10 @@ Error project(const ProjectionParams& p, Stream stream) {
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
     const ProductShape shape = product_shape<Operand>(widest, device.shared_bytes);
-    const int64_t columns =
-        ((widest + shape.slices - 1) / shape.slices + kPanel - 1) / kPanel * kPanel;
+    const int64_t columns = round_up(divide_up(widest, shape.slices), kPanel);
     const bool few = p.rows < int64_t(64) * device.multiprocessors;
-    return by_tiles<Operand>(shape, few, [&](auto product) {
-      return launch_multiply<typename decltype(product)::Type>(p, columns, device, stream);
+    return by_tiles<Operand>(shape, few, [&](auto mma) {
+      return launch_multiply<typename decltype(mma)::Type>(p, columns, device, stream);
     });
   });
 }

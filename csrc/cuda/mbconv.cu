@@ -13,9 +13,9 @@
 
 #include <algorithm>
 
+#include "block_mma.cuh"
 #include "fusion.cuh"
 #include "lateral.h"
-#include "product.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -41,15 +41,15 @@ constexpr int tile_height(int element_bytes, int stride) { return 16 / element_b
 struct Memory {
   int a, w, dw, sums, bytes;
 };
-template <class P>
+template <class Mma>
 constexpr EDET_DEVICE Memory memory_of(int height, int kernel, int stride, int c_mid,
                                        int c_reduced) {
-  using T = typename P::Type;
+  using T = typename Mma::Type;
   const int rows = (height - 1) * stride + kernel, columns = (kWidth - 1) * stride + kernel;
   Memory m{};
-  m.a = (rows * columns * kMiddle * int(sizeof(T)) + 15) / 16 * 16;
-  m.w = m.a + P::kBytesA;
-  m.dw = m.w + P::kBytesW;
+  m.a = round_up(rows * columns * kMiddle * int(sizeof(T)), 16);
+  m.w = m.a + Mma::kBytesA;
+  m.dw = m.w + Mma::kBytesW;
   m.sums = m.dw + kMostTaps * kMiddle * 4;
   m.bytes = m.sums + kProductThreads / (kMiddle / kVector<T>)*kMiddle * 4;
   // squeeze-excite, when all else is done: means, reduced channels and partial sums
@@ -59,11 +59,11 @@ constexpr EDET_DEVICE Memory memory_of(int height, int kernel, int stride, int c
 }
 
 // The patch's pixels as the depthwise convolution reads them: expanded and activated; zero outside.
-template <class P>
+template <class Mma>
 EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left, int rows,
-                              int columns, int first, Shared<typename P::Type> patch,
-                              Shared<typename P::Type> a, Shared<typename P::Type> w) {
-  using T = typename P::Type;
+                              int columns, int first, Shared<typename Mma::Type> patch,
+                              Shared<typename Mma::Type> a, Shared<typename Mma::Type> w) {
+  using T = typename Mma::Type;
   constexpr int V = kVector<T>;
   const MbconvParams& p = plan.p;
   const int pixels = rows * columns;
@@ -87,17 +87,17 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left
     }
     return;
   }
-  const int c = int(p.c_in), chunks = (c + kChunk<T> - 1) / kChunk<T>;
-  for (int row0 = 0; row0 < pixels; row0 += P::kRows) {
-    P product;
+  const int c = int(p.c_in), chunks = divide_up(c, kChunk<T>);
+  for (int row0 = 0; row0 < pixels; row0 += Mma::kRows) {
+    Mma product;
     for (int chunk = 0; chunk < chunks; chunk++) {
       const int k = chunk * kChunk<T>;
       const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-      block_barrier();  // the operands before are no longer read
+      sync_threads();  // the operands before are no longer read
       if (chunks > 1 || row0 == 0) {
-        load_weights<P>(p.expand, c, p.c_mid, k, first, depth, kMiddle, w);
+        load_weights<Mma>(p.expand, c, p.c_mid, k, first, depth, kMiddle, w);
       }
-      for (int i = thread().x; i < P::kRows * kVectors; i += kProductThreads) {
+      for (int i = thread().x; i < Mma::kRows * kVectors; i += kProductThreads) {
         const int vector = i % kVectors, row = i / kVectors, channel = k + vector * V;
         if (vector * V >= depth) continue;
         const int64_t at = source(row0 + row);
@@ -105,10 +105,10 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left
         if (at >= 0 && channel < c) {
           v = load_pixel(input + at * c + channel, c - channel, plan.aligned_in);
         }
-        store(a + (row * P::kPitchA + vector * V), as_operands<P>(v));
+        store(a + (row * Mma::kPitchA + vector * V), as_operands<Mma>(v));
       }
-      block_barrier();
-      product.step(a, w, depth, kMiddle);
+      sync_threads();
+      product.mma(a, w, depth, kMiddle);
     }
     product.each(
         [&](int column) {
@@ -140,7 +140,7 @@ EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
     }
     store(mean + i, sum * scale);
   }
-  block_barrier();
+  sync_threads();
   // 16 threads for each of a panel's 16 columns
   for (int panel = 0; panel * kPanel < reduced; panel++) {
     const int j = t % kPanel, first = t / kPanel;
@@ -150,14 +150,14 @@ EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
       sum += get(mean + k) * load_constant<float, 1>(p.reduce + at).value[0];
     }
     store(part + t, sum);
-    block_barrier();
+    sync_threads();
     const int column = panel * kPanel + j;
     if (first == 0 && column < reduced) {
       float total = load_constant<float, 1>(p.reduce_bias + column).value[0];
       for (int i = 0; i < kProductThreads / kPanel; i++) total += get(part + (i * kPanel + j));
       store(hidden + column, activate(total, p.activation));
     }
-    block_barrier();
+    sync_threads();
   }
   for (int i = t; i < c; i += kProductThreads) {
     float sum = load_constant<float, 1>(p.excite_bias + i).value[0];
@@ -169,14 +169,14 @@ EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
   }
 }
 
-template <class P>
+template <class Mma>
 EDET_KERNEL(kProductThreads, 2)
 expand(EDET_PARAMS(Plan) plan) {
-  using T = typename P::Type;
+  using T = typename Mma::Type;
   constexpr int V = kVector<T>, kAcross = kMiddle / V, kGroups = kProductThreads / kAcross;
   const MbconvParams& p = plan.p;
   EDET_SHARED(char, memory);
-  const Memory at = memory_of<P>(plan.height, p.kernel, p.stride, int(p.c_mid), int(p.c_reduced));
+  const Memory at = memory_of<Mma>(plan.height, p.kernel, p.stride, int(p.c_mid), int(p.c_reduced));
   const Shared<T> patch = as<T>(memory);
   const Shared<float> dw = as<float>(memory + at.dw), sums = as<float>(memory + at.sums);
   const int tiles = plan.across * plan.down;
@@ -199,9 +199,9 @@ expand(EDET_PARAMS(Plan) plan) {
                             : 0.0f;
     store(dw + (tap * kMiddle + place(channel)), value);
   }
-  expand_patch<P>(plan, image, int(y0 * p.stride - p.pad_top), int(x0 * p.stride - p.pad_left),
-                  rows, columns, first, patch, as<T>(memory + at.a), as<T>(memory + at.w));
-  block_barrier();
+  expand_patch<Mma>(plan, image, int(y0 * p.stride - p.pad_top), int(x0 * p.stride - p.pad_left),
+                    rows, columns, first, patch, as<T>(memory + at.a), as<T>(memory + at.w));
+  sync_threads();
 
   const int vector = thread().x % kAcross, group = thread().x / kAcross;
   const int channel = first + vector * V;
@@ -250,22 +250,22 @@ expand(EDET_PARAMS(Plan) plan) {
 
   EDET_UNROLL
   for (int j = 0; j < V; j++) store(sums + (group * kMiddle + vector * V + j), total[j]);
-  block_barrier();
+  sync_threads();
   if (thread().x < kMiddle && first + int(thread().x) < c_mid) {
     float sum = 0.0f;
     for (int g = 0; g < kGroups; g++) sum += get(sums + (g * kMiddle + thread().x));
     store(p.sums + (image * tiles + tile) * c_mid + first + thread().x, sum);
   }
   global_fence();
-  block_barrier();
+  sync_threads();
   const Shared<int> last = as<int>(memory);
   if (thread().x == 0) {
     store(last, int(atomic_add(plan.counters + image, 1) == tiles * plan.chunks - 1));
   }
-  block_barrier();
+  sync_threads();
   const bool mine = get(last) != 0;
   global_fence();
-  block_barrier();
+  sync_threads();
   if (mine) squeeze_excite(p, image, tiles, as<float>(memory));
 }
 
@@ -274,27 +274,27 @@ Plan plan_of(const MbconvParams& p) {
   Plan plan{};
   plan.p = p;
   plan.height = tile_height(sizeof(T), p.stride);
-  plan.across = static_cast<int>((p.out_w + kWidth - 1) / kWidth);
-  plan.down = static_cast<int>((p.out_h + plan.height - 1) / plan.height);
-  plan.chunks = static_cast<int>((p.c_mid + kMiddle - 1) / kMiddle);
+  plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
+  plan.down = static_cast<int>(divide_up(p.out_h, plan.height));
+  plan.chunks = static_cast<int>(divide_up(p.c_mid, kMiddle));
   plan.aligned_in = p.c_in % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p.input) % 16 == 0;
   plan.aligned_mid = p.c_mid % kVector<T> == 0;  // the middle is a buffer of its own
   return plan;
 }
 
-template <class P>
+template <class Mma>
 Error launch_block(const MbconvParams& p, int* counters, const Device& device, Stream stream) {
-  Plan plan = plan_of<typename P::Type>(p);
+  Plan plan = plan_of<typename Mma::Type>(p);
   plan.counters = counters;
   const int64_t blocks = p.n * plan.across * plan.down * plan.chunks;
-  const int bytes = memory_of<P>(plan.height, p.kernel, p.stride, static_cast<int>(p.c_mid),
-                                 static_cast<int>(p.c_reduced))
+  const int bytes = memory_of<Mma>(plan.height, p.kernel, p.stride, static_cast<int>(p.c_mid),
+                                   static_cast<int>(p.c_reduced))
                         .bytes;
   if (blocks > INT32_MAX || bytes > device.shared_bytes) return kInvalidValue;
   Error error = kSuccess;
   if (p.c_reduced) error = clear(counters, sizeof(int) * static_cast<size_t>(p.n), stream);
   if (error != kSuccess) return error;
-  error = launch(expand<P>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
+  error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
                  static_cast<size_t>(bytes), stream, plan);
   if (error != kSuccess) return error;
 
@@ -326,7 +326,7 @@ Error mbconv(const MbconvParams& p, int* counters, Stream stream) {
   if (p.n == 0) return kSuccess;
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    return launch_block<Product<Operand, 2, 2>>(p, counters, device, stream);
+    return launch_block<BlockMma<Operand, 2, 2>>(p, counters, device, stream);
   });
 }
 

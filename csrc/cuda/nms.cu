@@ -139,13 +139,13 @@ suppress_hard(EDET_PARAMS(SuppressParams) p) {
     while (count < p.settings.most) {
       const uint32_t vote = ballot(alive);
       if (t % kWarp == 0) store(votes + t / kWarp, vote);
-      block_barrier();
+      sync_threads();
       int best = -1;
       for (int w = kWarps - 1; w >= 0; w--) {
         const uint32_t others = get(votes + w);
         if (others) best = w * kWarp + first_set(others);
       }
-      block_barrier();
+      sync_threads();
       if (best < 0) break;
       if (t == best) {
         alive = false;
@@ -159,7 +159,7 @@ suppress_hard(EDET_PARAMS(SuppressParams) p) {
       }
     }
     global_fence();
-    block_barrier();  // what was kept is seen by all
+    sync_threads();  // what was kept is seen by all
   }
   finish(p, image, count);
 }
@@ -210,7 +210,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
       store(best_scores + t / kWarp, best);
       store(best_places + t / kWarp, place);
     }
-    block_barrier();
+    sync_threads();
     best = get(best_scores);
     place = get(best_places);
     for (int w = 1; w < kWarps; w++) {
@@ -218,7 +218,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
       const int where = get(best_places + w);
       if (!better(best, place, other, where)) best = other, place = where;
     }
-    block_barrier();
+    sync_threads();
     if (place < 0) break;
     taken = place;
     last = load_box(p.c, first + taken);
@@ -231,7 +231,7 @@ suppress_gaussian(EDET_PARAMS(SuppressParams) p) {
 }  // namespace
 
 namespace {
-int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+int64_t padded(int64_t bytes) { return round_up(bytes, 256); }
 }  // namespace
 
 int64_t candidates_bytes(int64_t n, int64_t most, int64_t kept) {
@@ -275,7 +275,7 @@ Error nms(int64_t batch, const NmsParams& p, void* memory, Stream stream) {
   if (batch > 65535 || p.n > INT32_MAX) return kInvalidValue;
   const CollectParams params{p, place_candidates(memory, batch, p.n, p.settings.most)};
   Error error = clear(params.c.count, sizeof(int) * static_cast<size_t>(batch), stream);
-  const unsigned blocks = static_cast<unsigned>((p.n + kThreads - 1) / kThreads);
+  const unsigned blocks = static_cast<unsigned>(divide_up(p.n, kThreads));
   const Dim3 grid(blocks, static_cast<unsigned>(batch));
   if (error == kSuccess && p.n) error = launch(collect, grid, Dim3(kThreads), 0, stream, params);
   if (error == kSuccess && p.n) {

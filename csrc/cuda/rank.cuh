@@ -30,10 +30,10 @@ EDET_DEVICE void rank_candidates(const Candidates& c, const Look& look) {
   int rank = 0;
   for (int base = 0; base < count; base += kRankThreads) {
     const int at = base + thread().x;
-    block_barrier();
+    sync_threads();
     store(others + thread().x,
           at < count ? load_constant<uint64_t, 1>(c.keys + first + at).value[0] : uint64_t(0));
-    block_barrier();
+    sync_threads();
     for (int j = 0; j < kRankThreads; j++) rank += get(others + j) > key;
   }
   if (i >= count) return;

@@ -11,8 +11,8 @@
 
 #include <algorithm>
 
+#include "block_mma.cuh"
 #include "fusion.cuh"
-#include "product.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -53,7 +53,7 @@ convolve(EDET_PARAMS(Plan) plan) {
     const int64_t n = tile / tiles;
     const int y0 = int(tile % tiles) / plan.across * kHeight;
     const int x0 = int(tile % tiles) % plan.across * kWidth;
-    block_barrier();  // the tile before is done
+    sync_threads();  // the tile before is done
     for (int i = thread().x; i < kRows * kColumns * 3; i += kThreads) {
       const int channel = i % 3, column = i / 3 % kColumns, row = i / 3 / kColumns;
       const int64_t y = int64_t(y0) * 2 - p.pad_top + row,
@@ -70,8 +70,8 @@ convolve(EDET_PARAMS(Plan) plan) {
       }
       store(image + i, value);
     }
-    block_barrier();
-    const int vectors = int((p.c_out + V - 1) / V);
+    sync_threads();
+    const int vectors = int(divide_up(p.c_out, V));
     for (int i = thread().x; i < kHeight * kWidth * vectors; i += kThreads) {
       const int channel = i % vectors * V, pixel = i / vectors;
       const int y = y0 + pixel / kWidth, x = x0 + pixel % kWidth;
@@ -117,9 +117,9 @@ Error launch_convolve(const StemParams& p, Stream stream) {
   if (error != kSuccess) return error;
   Plan plan{};
   plan.p = p;
-  plan.across = static_cast<int>((p.out_w + kWidth - 1) / kWidth);
-  plan.down = static_cast<int>((p.out_h + kHeight - 1) / kHeight);
-  plan.padded = static_cast<int>((p.c_out + kPanel - 1) / kPanel * kPanel);
+  plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
+  plan.down = static_cast<int>(divide_up(p.out_h, kHeight));
+  plan.padded = static_cast<int>(padded(p.c_out));
   plan.aligned = p.c_out % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
   const int bytes = 4 * (kImage + kTaps * plan.padded);
   if (bytes > device.shared_bytes) return kInvalidValue;

@@ -28,7 +28,7 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
        i += block_size().x * block_size().y) {
     if (first + i < p.c) normalise(p.weights, p.edges, p.c, first + i, a + i, channels);
   }
-  block_barrier();
+  sync_threads();
 
   const int lane = thread().x * V;
   const int64_t channel = first + lane;
@@ -73,15 +73,14 @@ Error launch_fuse(const WeightedFusionParams& p, Stream stream) {
   Device device;
   const Error error = current_device(&device);
   if (error != kSuccess) return error;
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   // as many lanes as share the vectors of a pixel evenly among the blocks
-  const int64_t vectors = ceil_div(p.c, V);
-  const int64_t spans = ceil_div(vectors, kLanes);
-  const int lanes = static_cast<int>(ceil_div(vectors, spans));
+  const int64_t vectors = divide_up(p.c, V);
+  const int64_t spans = divide_up(vectors, kLanes);
+  const int lanes = static_cast<int>(divide_up(vectors, spans));
   const int rows = kThreads / lanes;
   const int64_t images = std::min(p.n, kMostImages);
-  const int64_t resident = ceil_div(int64_t(device.multiprocessors) * kBlocks, images);
-  const int64_t steps = std::min(ceil_div(p.h * p.w, rows), resident);
+  const int64_t resident = divide_up(int64_t(device.multiprocessors) * kBlocks, images);
+  const int64_t steps = std::min(divide_up(p.h * p.w, rows), resident);
   const Dim3 grid(static_cast<unsigned>(steps), static_cast<unsigned>(spans),
                   static_cast<unsigned>(images));
   const Dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(rows));

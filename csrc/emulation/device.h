@@ -34,8 +34,8 @@ inline Index grid_size() { return index_of(emulation::grid_size()); }
 inline int opaque(int x) { return x; }
 inline int lane() { return emulation::thread().linear % kWarp; }
 
-inline void block_barrier(int line = __builtin_LINE()) { emulation::barrier(line); }
-inline void warp_barrier(int line = __builtin_LINE()) {
+inline void sync_threads(int line = __builtin_LINE()) { emulation::barrier(line); }
+inline void sync_warp(int line = __builtin_LINE()) {
   emulation::together(line, nullptr, [](void**, int) {});
 }
 inline void global_fence() { emulation::fence(); }
@@ -146,8 +146,8 @@ inline void add_release(uint32_t* p, uint32_t v) {
 inline void await_flag(const Flag& flag, const Overdue&, int line = __builtin_LINE()) {
   emulation::await(flag, line);
 }
-inline void await_earlier_launches() { emulation::await_launches(); }
-inline void allow_next_launch() {}
+inline void griddep_wait() { emulation::await_launches(); }
+inline void griddep_launch() {}
 
 template <class T>
 T atomic_add(Shared<T> s, T v) {
@@ -159,12 +159,12 @@ T atomic_add(Shared<T> s, T v) {
 
 // Arrives at once: that a wait is missing is seen as a missing barrier only.
 template <class T>
-void copy_async(Shared<T> to, const T* from, bool real) {
+void cp_async_16(Shared<T> to, const T* from, bool real) {
   Vector<T, 16 / sizeof(T)> v{};
   if (real) v = load_constant<T, 16 / sizeof(T)>(from);
   store(to, v);
 }
-inline void await_copies() {}
+inline void cp_async_wait_all() {}
 
 namespace detail {
 
@@ -189,7 +189,7 @@ void give_matrices(void** lanes, int count) {
 }
 
 // A lane's part of a product on the tensor cores.
-struct Product {
+struct Mma {
   float* d;
   const uint32_t* a;
   uint32_t b[2];
@@ -203,9 +203,9 @@ float half_of(uint32_t pair, int half) {
 // d += a·b of a warp; Left()(lanes, row, k) and Right()(lanes, k, column) find the operands'
 // elements.
 template <int kK, class Left, class Right>
-void multiply_together(int line, Product mine) {
+void mma_together(int line, Mma mine) {
   emulation::together(line, &mine, [](void** arguments, int count) {
-    const auto lanes = reinterpret_cast<const Product* const*>(arguments);
+    const auto lanes = reinterpret_cast<const Mma* const*>(arguments);
     float left[16][kK], right[kK][8];
     for (int row = 0; row < 16; row++)
       for (int k = 0; k < kK; k++) left[row][k] = Left()(lanes, row, k);
@@ -225,13 +225,13 @@ void multiply_together(int line, Product mine) {
 }  // namespace detail
 
 template <class T>
-void load_matrices(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LINE()) {
+void ldmatrix_x4(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LINE()) {
   emulation::shared_access(row.at, 16, false);
   detail::Matrices mine{reinterpret_cast<const uint16_t*>(row.at), r};
   emulation::together(line, &mine, detail::give_matrices<false>);
 }
 template <class T>
-void load_transposed_matrices(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LINE()) {
+void ldmatrix_x4_trans(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LINE()) {
   emulation::shared_access(row.at, 16, false);
   detail::Matrices mine{reinterpret_cast<const uint16_t*>(row.at), r};
   emulation::together(line, &mine, detail::give_matrices<true>);
@@ -244,46 +244,46 @@ inline void need_sm_80() {
 
 // The elements that a lane gives: see the table of each instruction in CUDA's PTX manual.
 template <class T>
-void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                     int line = __builtin_LINE()) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  int line = __builtin_LINE()) {
   need_sm_80();
   struct Left {
-    float operator()(const detail::Product* const* lanes, int row, int k) const {
+    float operator()(const detail::Mma* const* lanes, int row, int k) const {
       return detail::half_of<T>(lanes[row % 8 * 4 + k % 8 / 2]->a[row / 8 + k / 8 * 2], k % 2);
     }
   };
   struct Right {
-    float operator()(const detail::Product* const* lanes, int k, int column) const {
+    float operator()(const detail::Mma* const* lanes, int k, int column) const {
       return detail::half_of<T>(lanes[column * 4 + k % 8 / 2]->b[k / 8], k % 2);
     }
   };
-  detail::multiply_together<16, Left, Right>(line, {d, a, {b0, b1}});
+  detail::mma_together<16, Left, Right>(line, {d, a, {b0, b1}});
 }
-inline void multiply_add_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
-                           int line = __builtin_LINE()) {
+inline void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
+                        int line = __builtin_LINE()) {
   struct Left {
-    float operator()(const detail::Product* const* lanes, int row, int k) const {
+    float operator()(const detail::Mma* const* lanes, int row, int k) const {
       return detail::half_of<f16>(lanes[row % 8 * 4 + k / 2]->a[row / 8], k % 2);
     }
   };
   struct Right {
-    float operator()(const detail::Product* const* lanes, int k, int column) const {
+    float operator()(const detail::Mma* const* lanes, int k, int column) const {
       return detail::half_of<f16>(lanes[column * 4 + k / 2]->b[0], k % 2);
     }
   };
   const uint32_t a[2] = {a0, a1};
-  detail::multiply_together<8, Left, Right>(line, {d, a, {b, 0}});
+  detail::mma_together<8, Left, Right>(line, {d, a, {b, 0}});
 }
-inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                              int line = __builtin_LINE()) {
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             int line = __builtin_LINE()) {
   need_sm_80();
   struct Left {
-    float operator()(const detail::Product* const* lanes, int row, int k) const {
+    float operator()(const detail::Mma* const* lanes, int row, int k) const {
       return bits_float(lanes[row % 8 * 4 + k % 4]->a[row / 8 + k / 4 * 2]);
     }
   };
   struct Right {
-    float operator()(const detail::Product* const* lanes, int k, int column) const {
+    float operator()(const detail::Mma* const* lanes, int k, int column) const {
       return bits_float(lanes[column * 4 + k % 4]->b[k / 4]);
     }
   };
@@ -291,7 +291,7 @@ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
     if (bits_float(x) == bits_float(x) && x % (1 << 13))
       emulation::fail("multiplies a float that is not rounded to tf32");
   }
-  detail::multiply_together<8, Left, Right>(line, {d, a, {b0, b1}});
+  detail::mma_together<8, Left, Right>(line, {d, a, {b0, b1}});
 }
 
 // ---- host ----
@@ -326,10 +326,10 @@ inline Error clear(void* data, size_t bytes, Stream) { return emulation::clear(d
 
 template <class Params>
 Error launch(void (*kernel)(const Params&), Dim3 grid, Dim3 block, size_t shared_bytes, Stream,
-             const Params& params, bool overtakes = false) {
+             const Params& params, bool pdl = false) {
   const auto extent = [](Dim3 d) { return emulation::Extent{int(d.x), int(d.y), int(d.z)}; };
   return emulation::run(
-      __PRETTY_FUNCTION__, extent(grid), extent(block), shared_bytes, overtakes,
+      __PRETTY_FUNCTION__, extent(grid), extent(block), shared_bytes, pdl,
       [](const void* kernel, const void* params) {
         (*static_cast<void (*const*)(const Params&)>(kernel))(*static_cast<const Params*>(params));
       },

@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "../core/params.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -207,7 +209,7 @@ class Machine {
   Fiber* now = nullptr;
   Extent block_extent{}, grid_extent{};
 
-  cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
+  cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                   void (*body)(const void*, const void*), const void* kernel, const void* params,
                   size_t params_bytes);
   cudaError_t clear(void* data, size_t bytes);
@@ -246,7 +248,7 @@ class Machine {
   int threads_ = 0;
   Context scheduler_;
   size_t shared_bytes_ = 0;
-  bool overtakes_ = false;  // it may run before the launches before it end
+  bool pdl_ = false;  // it may run before the launches before it end
   int launch_number_ = 0;
   std::unordered_map<const void*, Knowledge> released_;  // by whoever wrote to an address
   std::mt19937_64 random_;
@@ -389,7 +391,7 @@ bool Machine::make_stacks(size_t count) {
 }
 
 void Machine::begin_block(Block& b, int64_t number) {
-  const auto warps = static_cast<size_t>((threads_ + kWarp - 1) / kWarp);
+  const auto warps = static_cast<size_t>(divide_up(threads_, kWarp));
   const auto place = static_cast<size_t>(&b - blocks_.data());
   b.number = static_cast<int>(number);
   b.at = {static_cast<int>(number % grid_extent.x),
@@ -417,7 +419,7 @@ void Machine::begin_block(Block& b, int64_t number) {
     f.known.clear();
     f.unfenced.clear();
     f.fenced = false;
-    f.awaited = !overtakes_;
+    f.awaited = !pdl_;
     const size_t stack = place * static_cast<size_t>(threads_) + static_cast<size_t>(i);
     f.context.prepare(stacks_ + stack * kStack + kGuard, kStack - kGuard, entry);
     b.next.push_back(i);
@@ -657,8 +659,8 @@ cudaError_t Machine::clear(void* data, size_t bytes) {
   return cudaSuccess;
 }
 
-cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t shared_bytes,
-                         bool overtakes, void (*body)(const void*, const void*), const void* kernel,
+cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
+                         void (*body)(const void*, const void*), const void* kernel,
                          const void* params, size_t params_bytes) {
   error.clear();
   launch_ = {};
@@ -677,7 +679,7 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
   if (counting) {
     launch_.function = offset_of(*static_cast<const void* const*>(kernel));
     launch_.params.assign(static_cast<const char*>(params), params_bytes);
-    launch_.grid = grid, launch_.block = block, launch_.overtakes = overtakes;
+    launch_.grid = grid, launch_.block = block, launch_.pdl = pdl;
   }
   if (dry) {
     if (counting) launches.push_back(launch_);
@@ -689,7 +691,7 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
     return cudaErrorLaunchFailure;
   }
   shared_bytes_ = shared_bytes;
-  overtakes_ = overtakes;
+  pdl_ = pdl;
   launch_number_++;
   released_.clear();
   random_.seed(seed);
@@ -786,11 +788,10 @@ int most_shared_bytes() { return machine().most_shared; }
 
 cudaError_t clear(void* data, size_t bytes) { return machine().clear(data, bytes); }
 
-cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
+cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                 void (*body)(const void*, const void*), const void* kernel, const void* params,
                 size_t params_bytes) {
-  return machine().run(name, grid, block, shared_bytes, overtakes, body, kernel, params,
-                       params_bytes);
+  return machine().run(name, grid, block, shared_bytes, pdl, body, kernel, params, params_bytes);
 }
 
 }  // namespace edet::emulation

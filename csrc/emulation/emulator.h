@@ -22,7 +22,7 @@ struct Launch {
   std::size_t function = 0;  // where the module has the kernel's code, for `nm`
   std::string params;        // the bytes of its parameters
   Extent grid{}, block{};
-  bool overtakes = false;
+  bool pdl = false;
   int64_t blocks = 0, shared_bytes = 0;
   int64_t bytes_read = 0, bytes_written = 0;      // that threads asked for
   int64_t sectors_read = 0, sectors_written = 0;  // that blocks asked for
@@ -92,8 +92,8 @@ int multiprocessors();
 int architecture();
 int most_shared_bytes();
 cudaError_t clear(void* data, size_t bytes);
-// `overtakes`: it may begin while the launches before it run, which kernels must await.
-cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool overtakes,
+// `pdl`: it may begin while the launches before it run, which kernels must await.
+cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                 void (*body)(const void* kernel, const void* params), const void* kernel,
                 const void* params, size_t params_bytes);
 

@@ -134,7 +134,7 @@ py::list launches() {
     d["params"] = py::bytes(l.params);
     d["grid"] = extent(l.grid);
     d["block"] = extent(l.block);
-    d["overtakes"] = l.overtakes;
+    d["pdl"] = l.pdl;
     d["blocks"] = l.blocks;
     d["shared_bytes"] = l.shared_bytes;
     d["bytes_read"] = l.bytes_read;

@@ -1,7 +1,7 @@
 // Small kernels that try the emulation itself: correct ones, and one for each fault it must catch.
 #pragma once
 
-#include "../cuda/multiply.cuh"
+#include "../cuda/warp_mma.cuh"
 
 namespace edet::cuda {
 
@@ -41,12 +41,12 @@ reverse(EDET_PARAMS(ReverseParams) p) {
   for (int round = 0; round < 2; round++) {
     store(tile + t + (p.fault == Fault::shared_overrun && t == 0 ? threads : 0), x);
     if (p.fault == Fault::divergent_barrier && t == 3) {
-      block_barrier();
+      sync_threads();
     } else if (p.fault != Fault::missing_barrier) {
-      block_barrier();
+      sync_threads();
     }
     x = get(tile + (threads - 1 - t));
-    if (p.fault != Fault::missing_last_barrier) block_barrier();
+    if (p.fault != Fault::missing_last_barrier) sync_threads();
   }
   if (p.fault == Fault::local_overrun) {
     volatile float own[4] = {};
@@ -74,20 +74,20 @@ EDET_DEVICE void product_as(const ProductParams& p) {
   EDET_SHARED(T, tile);
   const Shared<T> a = tile, b = tile + 16 * 2 * V;
   const int lane = thread().x, g = lane / 4, t = lane % 4;
-  copy_async(a + lane * V, static_cast<const T*>(p.a) + lane * V, true);
-  copy_async(b + lane * V, static_cast<const T*>(p.b) + lane % 16 * V, lane < 16);
-  await_copies();
-  warp_barrier();
+  cp_async_16(a + lane * V, static_cast<const T*>(p.a) + lane * V, true);
+  cp_async_16(b + lane * V, static_cast<const T*>(p.b) + lane % 16 * V, lane < 16);
+  cp_async_wait_all();
+  sync_warp();
   uint32_t left[4], right[4];
-  load_matrices(a + (lane % 16 * 2 * V + lane / 16 * V), left);
+  ldmatrix_x4(a + (lane % 16 * 2 * V + lane / 16 * V), left);
   float d[4];
   for (int i = 0; i < 4; i++) d[i] = p.d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
   if constexpr (kTf32) {
-    multiply_add_tf32(d, left, float_bits(get(b + (t * 8 + g))),
-                      float_bits(get(b + ((t + 4) * 8 + g))));
+    mma_m16n8k8_tf32(d, left, float_bits(get(b + (t * 8 + g))),
+                     float_bits(get(b + ((t + 4) * 8 + g))));
   } else {
-    load_transposed_matrices(b + lane * 8, right);
-    multiply_add<T>(d, left, right[0], right[1]);
+    ldmatrix_x4_trans(b + lane * 8, right);
+    warp_mma<T>(d, left, right[0], right[1]);
   }
   for (int i = 0; i < 4; i++) store(p.d + (g + i / 2 * 8) * 8 + 2 * t + i % 2, d[i]);
 }
@@ -112,14 +112,14 @@ warp(EDET_PARAMS(WarpParams) p) {
   EDET_SHARED(int, sum);
   const int t = thread().x;
   if (t == 0) store(sum, 0);
-  block_barrier();
+  sync_threads();
   const int x = load_constant<int, 1>(p.from + t).value[0];
   store(p.shuffled + t, shuffle(x, (t + 1) % kWarp));
   store(p.exchanged + t, shuffle_xor(x, 5));
   store(p.votes + t, static_cast<int>(ballot(x % 2 != 0)));
   atomic_add(p.sums, x);
   atomic_add(sum, x);
-  block_barrier();
+  sync_threads();
   if (t == 0) store(p.sums + 1, get(sum));
 }
 
@@ -147,7 +147,7 @@ pass(EDET_PARAMS(PassParams) p) {
   EDET_SHARED(int, claimed);
   const int t = thread().x, threads = block_size().x, blocks = grid_size().x;
   if (t == 0) store(claimed, int(atomic_add(p.flags + blocks, 1u)));
-  block_barrier();
+  sync_threads();
   // a block that is claimed first and needs the last one never ends
   const int row = get(claimed);
   const bool forward = p.fault == PassFault::deadlock && row == 0;
@@ -160,14 +160,14 @@ pass(EDET_PARAMS(PassParams) p) {
     if (t == 0 && p.fault != PassFault::no_await) {
       await_flag(Flag{p.flags + flag, 1, row, 0, flag}, Overdue{});
     }
-    if (p.fault != PassFault::no_barrier) block_barrier();
+    if (p.fault != PassFault::no_barrier) sync_threads();
     const int* from = p.to + before * threads + (threads - 1 - t);
     x = p.fault == PassFault::constant_read ? load_constant<int, 1>(from).value[0]
                                             : load_written<int, 1>(from).value[0];
     x++;
   }
   store(p.to + row * threads + t, x);
-  block_barrier();
+  sync_threads();
   if (t == 0 && p.fault == PassFault::no_release) {
     atomic_add(p.flags + row, 1u);  // relaxed: nobody learns what was written before
   } else if (t == 0) {
@@ -183,7 +183,7 @@ struct OvertakeParams {
 
 EDET_KERNEL(1024, 1)
 overtake(EDET_PARAMS(OvertakeParams) p) {
-  if (p.awaits) await_earlier_launches();
+  if (p.awaits) griddep_wait();
   const int t = thread().x;
   store(p.to + t, load_written<int, 1>(p.from + t).value[0] + 1);
 }

@@ -118,7 +118,7 @@ class Layout {
  public:
   int64_t add(int64_t bytes) {
     const int64_t at = size_;
-    size_ += (bytes + 63) / 64 * 64;
+    size_ += round_up(bytes, 64);
     return at;
   }
   int64_t size() const { return size_; }

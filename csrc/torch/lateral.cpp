@@ -42,7 +42,7 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
   const int64_t c = results.back().size(1), cp = padded(c);
   std::vector<float> ones(static_cast<size_t>(cp), 1.0f);
   std::vector<PoolStep> pools;
-  Ints tasks{(p.pixels + cpu::kLateralPixels - 1) / cpu::kLateralPixels};
+  Ints tasks{divide_up(p.pixels, cpu::kLateralPixels)};
   Tensors chain{results.back()};
   for (int64_t i = 0; i < pooled; i++) {
     const Tensor from = chain.back();
@@ -57,7 +57,7 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
     chain.push_back(empty_map(map, c, s.params.h, s.params.w));
     s.out = chain.back().mutable_data_ptr();
     s.rows = cpu::band_rows(s.params.h, s.params.w, threads.threads);
-    s.bands = (s.params.h + s.rows - 1) / s.rows;
+    s.bands = divide_up(s.params.h, s.rows);
     tasks.push_back(n * s.bands);
     pools.push_back(s);
   }

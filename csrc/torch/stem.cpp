@@ -26,10 +26,10 @@ static Tensor stem(const Tensor image, const Tensor weight, const Tensor scale, 
 
   const cpu::Kernels& kernels = cpu::kernels();
   const cpu::Runtime threads = runtime();
-  const int64_t scratch = (kernels.stem_scratch(p) + 15) / 16 * 16;
+  const int64_t scratch = round_up(kernels.stem_scratch(p), 16);
   const Workspace workspace(4 * scratch * threads.threads);
   const int64_t rows = cpu::band_rows(p.out_h, p.out_w, 4 * threads.threads);
-  const int64_t bands = (p.out_h + rows - 1) / rows;
+  const int64_t bands = divide_up(p.out_h, rows);
   cpu::Schedule schedule({p.n * bands});
   schedule.run(threads, [&](int64_t, int64_t task, int thread) {
     const int64_t begin = task % bands * rows;

@@ -44,7 +44,7 @@ static Tensor weighted_fusion(const Tensors inputs, const std::optional<Tensor> 
   Tensor out = empty_map(first, c, p.h, p.w);
   void* data = out.mutable_data_ptr();
   const int64_t rows = cpu::band_rows(p.h, p.w, threads.threads);
-  const int64_t bands = (p.h + rows - 1) / rows;
+  const int64_t bands = divide_up(p.h, rows);
   cpu::Schedule schedule({p.n * bands});
   const cpu::Kernels& kernels = cpu::kernels();
   schedule.run(threads, [&](int64_t, int64_t task, int thread) {

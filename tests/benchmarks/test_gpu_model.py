@@ -15,16 +15,16 @@ from benchmarks.gpu_model.machine import Block, Event, Trace
 LISTING = """
 .text.kernel_half:
 //## File "/nowhere.cu", line 3
-        /*0000*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
-                                                                            /* 0x000ea8000c1e9d00 */
+        /*0000*/    LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
+  /* 0x000ea8000c1e9d00 */
 .L_x_0:
-        /*0010*/              @!P0 IADD3 R8, R4.reuse, 0x1, RZ ;              /* 0x0000000104088810 */
-                                                                            /* 0x004fe20007ffe0ff */
-        /*0020*/                   BRA `(.L_x_0) ;                            /* 0xfffffffc00f07947 */
-                                                                            /* 0x000fc0000383ffff */
+        /*0010*/    @!P0 IADD3 R8, R4.reuse, 0x1, RZ ;  /* 0x0000000104088810 */
+  /* 0x004fe20007ffe0ff */
+        /*0020*/    BRA `(.L_x_0) ;  /* 0xfffffffc00f07947 */
+  /* 0x000fc0000383ffff */
 .text.other:
-        /*0000*/                   EXIT ;                                     /* 0x000000000000794d */
-                                                                            /* 0x000fea0003800000 */
+        /*0000*/    EXIT ;  /* 0x000000000000794d */
+  /* 0x000fea0003800000 */
 """
 
 
@@ -71,10 +71,10 @@ def test_fields_and_functions_are_decoded():
 @pytest.mark.parametrize(
     ("symbol", "name"),
     [
-        ("void edet::cuda::(anonymous namespace)::node<edet::cuda::Product<edet::cuda::f16, 1, 2> >"
-         "(edet::cuda::(anonymous namespace)::Plan const&)", "node<Product<f16, 1, 2>>"),
-        ("void edet::cuda::_GLOBAL__N__73bccc3d_14_fusion_node_cu_43004e79::node<edet::cuda::Product"
-         "<__half, (int)1, (int)2>>(T1::Plan)", "node<Product<f16, 1, 2>>"),
+        ("void edet::cuda::(anonymous namespace)::node<edet::cuda::BlockMma<edet::cuda::f16, 1, 2> "
+         ">(edet::cuda::(anonymous namespace)::Plan const&)", "node<BlockMma<f16, 1, 2>>"),
+        ("void edet::cuda::_GLOBAL__N__73bccc3d_14_fusion_node_cu_43004e79::node<edet::cuda::"
+         "BlockMma<__half, (int)1, (int)2>>(T1::Plan)", "node<BlockMma<f16, 1, 2>>"),
     ],
 )  # fmt: skip
 def test_both_compilers_kernels_have_one_name(symbol, name):
@@ -244,8 +244,10 @@ def test_a_multiprocessor_issues_four_instructions_a_cycle():
     assert timing.simulate(made, [[trace] * 16], rates.gpu("A100")) == pytest.approx(8000, rel=0.02)
 
 
-@pytest.mark.parametrize(("registers", "shared", "expected"), [(128, 1024, 2), (80, 1024, 3),
-                                                               (32, 100_000, 2), (32, 0, 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("registers", "shared", "expected"),
+    [(128, 1024, 2), (80, 1024, 3), (32, 100_000, 2), (32, 0, 8)],
+)
 def test_blocks_that_fit(registers, shared, expected):
     made = sass.Kernel("k", "k", 90, registers)
     assert timing.resident_blocks(made, 256, shared, rates.gpu("H100")) == expected
@@ -302,7 +304,7 @@ def test_traced_bytes_are_those_that_the_emulation_counts(tmp_path):
     )
     module.set_device(132, gpu.device.shared_bytes)
     module.count_launches(True)
-    torch.ops.edet_emulation.fusion_node(*arguments)
+    torch.ops.edet_emulation.fusion_node(maps, *weights, [8, 8], 0, 0, 1, 0)
     (counted,) = module.launches()
     module.count_launches(False)
     module.set_device(4, gpu.device.shared_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,58 @@ def test_other_systems(script, monkeypatch):
     monkeypatch.setattr(script.sys, "platform", "win32")
     with pytest.raises(script.SetupError, match=r"Linux only, not on win32\. Set EDET_BUILD=0"):
         script.build_library({})
+
+
+@pytest.fixture
+def builds(script, monkeypatch, tmp_path):
+    """Builds in an empty folder with a cmake that compiles nothing; gives the commands it got."""
+    log = tmp_path / "log.txt"
+    cmake = fake_program(tmp_path / "bin", "cmake")
+    cmake.write_text(f'#!/bin/sh\nif [ "$1" = -S ]; then mkdir -p "$4"; fi\necho "$@" >> {log}\n')
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "check_compiler", lambda env: None)
+    monkeypatch.setattr(script, "find_tool", lambda name, env: str(tmp_path / "bin" / name))
+
+    def build(**env: str) -> list[str]:
+        log.write_text("")
+        script.build_library({"EDET_CUDA": "0", **env})
+        return log.read_text().splitlines()
+
+    return build
+
+
+def fresh(commands: list[str]) -> list[str]:
+    """The folders that commands configure from nothing: what was compiled there is lost."""
+    return [re.sub(r".* -B \S*/(\S+) .*", r"\1", line) for line in commands if "--fresh" in line]
+
+
+def test_demo_and_test_in_turns_configure_each_folder_once(builds):
+    demo, test = {}, {"EDET_EMULATION": "1"}
+    assert fresh(builds(**demo)) == ["cpu"]
+    assert fresh(builds(**test)) == ["emulation"]
+    for _ in range(2):
+        assert fresh(builds(**demo)) == []
+        assert fresh(builds(**test)) == []
+
+
+def test_the_library_is_configured_alike_with_and_without_the_emulation(builds):
+    builds(EDET_EMULATION="1")
+    demo, test = builds(), builds(EDET_EMULATION="1")
+    assert test[: len(demo)] == demo
+    assert [line.split(" --target ")[1].split()[0] for line in test if "--build" in line] == [
+        "edet_kernels",
+        "edet_emulation",
+    ]
+
+
+def test_another_compiler_starts_from_nothing(builds):
+    assert fresh(builds(CXX="g++-12")) == ["cpu"]
+    assert fresh(builds(CXX="g++-13")) == ["cpu"]
+
+
+def test_sanitizers_build_elsewhere(builds):
+    assert fresh(builds(EDET_SANITIZE="address")) == ["cpu-address"]
+    assert fresh(builds()) == ["cpu"]
 
 
 def run_setup(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../core/params.h"
-#include "multiply.cuh"
+#include "warp_mma.cuh"
 
 namespace edet::cuda {
 
@@ -21,8 +21,6 @@ constexpr int kVector = 16 / int(sizeof(T));  // channels of a 16-byte access
 constexpr int kVectors = 8;                   // of a chunk
 // Depth a product's step is a multiple of; operands are padded to it with zeros.
 constexpr int kDepth = 32;
-
-EDET_DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // Operands that are floats with a mantissa of 10 bits.
 struct tf32 {};
@@ -55,7 +53,7 @@ class TensorCoreSums {
       EDET_UNROLL
       for (int n = 0; n < kTilesN; n++) {
         EDET_UNROLL
-        for (int i = 0; i < 4; i++) sum_[m][n][i] = 0.0f;
+        for (int i = 0; i < 4; i++) acc_[m][n][i] = 0.0f;
       }
     }
   }
@@ -71,20 +69,20 @@ class TensorCoreSums {
       EDET_UNROLL
       for (int m = 0; m < kTilesM; m++) {
         const int row = (warp % 2 * kTilesM + m) * 16 + lane / 4;
-        put(f, row, column, sum_[m][n][0], sum_[m][n][1]);
-        put(f, row + 8, column, sum_[m][n][2], sum_[m][n][3]);
+        put(f, row, column, acc_[m][n][0], acc_[m][n][1]);
+        put(f, row + 8, column, acc_[m][n][2], acc_[m][n][3]);
       }
     }
   }
 
  protected:
-  float sum_[kTilesM][kTilesN][4];
+  float acc_[kTilesM][kTilesN][4];
 };
 
 // The product of a block; Operand is f16 or bf16, or one of those below.
 template <class Operand, int kTilesM, int kTilesN>
-class Product : public ProductTile<Operand, kTilesM, kTilesN>,
-                public TensorCoreSums<kTilesM, kTilesN> {
+class BlockMma : public ProductTile<Operand, kTilesM, kTilesN>,
+                 public TensorCoreSums<kTilesM, kTilesN> {
   using Tile = ProductTile<Operand, kTilesM, kTilesN>;
 
  public:
@@ -95,7 +93,7 @@ class Product : public ProductTile<Operand, kTilesM, kTilesN>,
   static EDET_DEVICE T operand(float x) { return from_float<T>(x); }
 
   // Adds a (kRows, depth) · w (depth, columns); depth is a multiple of kDepth.
-  EDET_DEVICE void step(Shared<T> a, Shared<T> w, int depth, int columns) {
+  EDET_DEVICE void mma(Shared<T> a, Shared<T> w, int depth, int columns) {
     constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
     const int lane = thread().x % kWarp, warp = thread().x / kWarp;
     const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
@@ -107,19 +105,19 @@ class Product : public ProductTile<Operand, kTilesM, kTilesN>,
       for (int half = 0; half < 2; half++) {
         EDET_UNROLL
         for (int m = 0; m < kTilesM; m++) {
-          load_matrices(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
+          ldmatrix_x4(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
         }
       }
       EDET_UNROLL
       for (int n = 0; n < kTilesN; n++) {
         if ((n * 4 + warp / 2) * 8 >= columns) break;
         uint32_t b[4];
-        load_transposed_matrices(right + (k * kPitchW + n * 32), b);
+        ldmatrix_x4_trans(right + (k * kPitchW + n * 32), b);
         EDET_UNROLL
         for (int half = 0; half < 2; half++) {
           EDET_UNROLL
           for (int m = 0; m < kTilesM; m++) {
-            multiply_add<T>(this->sum_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
+            warp_mma<T>(this->acc_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
           }
         }
       }
@@ -130,15 +128,15 @@ class Product : public ProductTile<Operand, kTilesM, kTilesN>,
 // Floats rounded to tf32, on tensor cores: half the depth of 16-bit numbers at a time, in the same
 // places; the right operand's words lie 8 banks apart from row to row.
 template <int kTilesM, int kTilesN>
-class Product<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN>,
-                                        public TensorCoreSums<kTilesM, kTilesN> {
+class BlockMma<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN>,
+                                         public TensorCoreSums<kTilesM, kTilesN> {
   using Tile = ProductTile<float, kTilesM, kTilesN>;
 
  public:
   static constexpr bool kRounds = true;
   static EDET_DEVICE float operand(float x) { return to_tf32(x); }
 
-  EDET_DEVICE void step(Shared<float> a, Shared<float> w, int depth, int columns) {
+  EDET_DEVICE void mma(Shared<float> a, Shared<float> w, int depth, int columns) {
     constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
     const int lane = thread().x % kWarp, warp = thread().x / kWarp;
     const Shared<float> left =
@@ -148,7 +146,7 @@ class Product<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTile
       uint32_t rows[kTilesM][4];
       EDET_UNROLL
       for (int m = 0; m < kTilesM; m++) {
-        load_matrices(left + (m * 16 * kPitchA + k), rows[m]);
+        ldmatrix_x4(left + (m * 16 * kPitchA + k), rows[m]);
       }
       EDET_UNROLL
       for (int n = 0; n < kTilesN; n++) {
@@ -156,7 +154,7 @@ class Product<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTile
         const uint32_t b0 = float_bits(get(right + (k * kPitchW + n * 32)));
         const uint32_t b1 = float_bits(get(right + ((k + 4) * kPitchW + n * 32)));
         EDET_UNROLL
-        for (int m = 0; m < kTilesM; m++) multiply_add_tf32(this->sum_[m][n], rows[m], b0, b1);
+        for (int m = 0; m < kTilesM; m++) mma_m16n8k8_tf32(this->acc_[m][n], rows[m], b0, b1);
       }
     }
   }
@@ -164,7 +162,7 @@ class Product<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTile
 
 // Floats by FMA: 16 × 16 threads, each with every 16th row and groups of 4 neighbouring columns.
 template <int kTilesM, int kTilesN>
-class Product<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN> {
+class BlockMma<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN> {
   static_assert(kTilesN % 2 == 0, "a thread owns groups of 4 columns");
   using Tile = ProductTile<float, kTilesM, kTilesN>;
 
@@ -173,18 +171,18 @@ class Product<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTil
   static constexpr bool kRounds = false;
   static EDET_DEVICE float operand(float x) { return x; }
 
-  EDET_DEVICE Product() {
+  EDET_DEVICE BlockMma() {
     EDET_UNROLL
     for (int m = 0; m < kM; m++) {
       EDET_UNROLL
       for (int n = 0; n < kN; n++) {
         EDET_UNROLL
-        for (int i = 0; i < 4; i++) sum_[m][n][i] = 0.0f;
+        for (int i = 0; i < 4; i++) acc_[m][n][i] = 0.0f;
       }
     }
   }
 
-  EDET_DEVICE void step(Shared<float> a, Shared<float> w, int depth, int) {
+  EDET_DEVICE void mma(Shared<float> a, Shared<float> w, int depth, int) {
     const Shared<float> left = a + thread().x / 16 * Tile::kPitchA;
     const Shared<float> right = w + thread().x % 16 * 4;
     float part[kM][kN][4] = {};  // a sum of few terms: long sums in one register round too often
@@ -210,7 +208,7 @@ class Product<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTil
       EDET_UNROLL
       for (int n = 0; n < kN; n++) {
         EDET_UNROLL
-        for (int j = 0; j < 4; j++) sum_[m][n][j] += part[m][n][j];
+        for (int j = 0; j < 4; j++) acc_[m][n][j] += part[m][n][j];
       }
     }
   }
@@ -225,7 +223,7 @@ class Product<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTil
         const auto f = factors(column);
         EDET_UNROLL
         for (int m = 0; m < kM; m++) {
-          put(f, m * 16 + thread().x / 16, column, sum_[m][n][pair], sum_[m][n][pair + 1]);
+          put(f, m * 16 + thread().x / 16, column, acc_[m][n][pair], acc_[m][n][pair + 1]);
         }
       }
     }
@@ -233,7 +231,7 @@ class Product<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTil
 
  private:
   static constexpr int kM = 2 * kTilesM, kN = kTilesN / 2;
-  float sum_[kM][kN][4];
+  float acc_[kM][kN][4];
 };
 
 // The columns of a block in units of 32, and how many blocks share the output channels. A block
@@ -250,8 +248,8 @@ constexpr ProductShape product_shape(int64_t c_out, int64_t shared_bytes) {
   const int64_t most = std::is_same_v<Operand, float>                              ? 128
                        : std::is_same_v<Operand, tf32> || shared_bytes < 80 * 1024 ? 256
                                                                                    : 384;
-  const int64_t slices = (c_out + most - 1) / most;
-  const int64_t columns = ((c_out + slices - 1) / slices + kPanel - 1) / kPanel * kPanel;
+  const int64_t slices = divide_up(c_out, most);
+  const int64_t columns = round_up(divide_up(c_out, slices), kPanel);
   return {columns <= 64 ? 2 : columns <= 128 ? 4 : columns <= 256 ? 8 : 12, slices};
 }
 
@@ -276,21 +274,21 @@ Error by_operand(DType dtype, bool allow_tf32, const Launch& launch) {
   return kInvalidValue;
 }
 
-// Calls launch(Tag<Product>) for the tiles of a shape; `few` rows are sooner done in tiles of 32,
+// Calls launch(Tag<BlockMma>) for the tiles of a shape; `few` rows are sooner done in tiles of 32,
 // by more blocks, unless there are many columns.
 template <class Operand, class Launch>
 Error by_tiles(const ProductShape& shape, bool few, const Launch& launch) {
   const auto narrow = [&](auto tall, auto low) { return few ? launch(low) : launch(tall); };
   if (shape.tiles_n == 2) {
-    return narrow(Tag<Product<Operand, 2, 2>>{}, Tag<Product<Operand, 1, 2>>{});
+    return narrow(Tag<BlockMma<Operand, 2, 2>>{}, Tag<BlockMma<Operand, 1, 2>>{});
   }
   if (shape.tiles_n == 4) {
-    return narrow(Tag<Product<Operand, 2, 4>>{}, Tag<Product<Operand, 1, 4>>{});
+    return narrow(Tag<BlockMma<Operand, 2, 4>>{}, Tag<BlockMma<Operand, 1, 4>>{});
   }
   if constexpr (!std::is_same_v<Operand, float>) {
-    if (shape.tiles_n == 8) return launch(Tag<Product<Operand, 2, 8>>{});
+    if (shape.tiles_n == 8) return launch(Tag<BlockMma<Operand, 2, 8>>{});
   }
-  if constexpr (sizeof(Operand) == 2) return launch(Tag<Product<Operand, 2, 12>>{});
+  if constexpr (sizeof(Operand) == 2) return launch(Tag<BlockMma<Operand, 2, 12>>{});
   return kInvalidValue;
 }
 
@@ -301,13 +299,13 @@ struct ProductGrid {
   Dim3 grid;
 };
 // bytes(resident): of a block's shared memory.
-template <class P, class Bytes>
+template <class Mma, class Bytes>
 Error product_grid(int64_t tiles, int64_t slices, const Device& device, const Bytes& bytes,
                    ProductGrid* result) {
   const bool resident = bytes(true) <= device.shared_bytes;
   const int block_bytes = bytes(resident);
   if (block_bytes > device.shared_bytes) return kInvalidValue;
-  const int64_t held = std::max(1, std::min(P::kBlocks, device.shared_bytes / block_bytes));
+  const int64_t held = std::max(1, std::min(Mma::kBlocks, device.shared_bytes / block_bytes));
   const int64_t blocks =
       std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
   *result = {resident, block_bytes, Dim3(unsigned(blocks), unsigned(slices))};
@@ -319,11 +317,11 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 // Brings rows [k, k + depth) and `columns` columns from column n (a multiple of 16) of packed
 // weights (⌈c_out/16⌉, c, 16) to shared memory, as operands; zeros past the weights. Four lanes
 // read 64 neighbouring bytes, and four panels' parts of a row fill all banks when they are stored.
-template <class P>
+template <class Mma>
 EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int k, int n,
-                              int depth, int columns, Shared<typename P::Type> w) {
-  using T = typename P::Type;
-  const int panels = round_up(columns, kPanel) / kPanel;
+                              int depth, int columns, Shared<typename Mma::Type> w) {
+  using T = typename Mma::Type;
+  const int panels = divide_up(columns, kPanel);
   for (int i = thread().x; i < depth * panels * 4; i += kProductThreads) {
     const int quarter = i % 4, panel = i / 4 % panels, row = i / 4 / panels;
     const int column = panel * kPanel + quarter * 4;
@@ -334,8 +332,8 @@ EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int
     }
     Vector<T, 4> rounded;
     EDET_UNROLL
-    for (int j = 0; j < 4; j++) rounded.value[j] = P::operand(v.value[j]);
-    store(w + (row * P::kPitchW + column), rounded);
+    for (int j = 0; j < 4; j++) rounded.value[j] = Mma::operand(v.value[j]);
+    store(w + (row * Mma::kPitchW + column), rounded);
   }
 }
 
@@ -361,12 +359,12 @@ EDET_DEVICE Vector<T, kVector<T>> load_pixel(const T* p, int64_t c, bool aligned
   return v;
 }
 
-// Numbers of a map as the operands of P.
-template <class P, class T, int V>
+// Numbers of a map as the operands of Mma.
+template <class Mma, class T, int V>
 EDET_DEVICE Vector<T, V> as_operands(Vector<T, V> v) {
-  if constexpr (P::kRounds) {
+  if constexpr (Mma::kRounds) {
     EDET_UNROLL
-    for (int i = 0; i < V; i++) v.value[i] = P::operand(v.value[i]);
+    for (int i = 0; i < V; i++) v.value[i] = Mma::operand(v.value[i]);
   }
   return v;
 }
@@ -391,33 +389,34 @@ EDET_DEVICE Affine load_affine(const float* scale, const float* shift, int64_t c
 // change(value, row, column) makes of scale · sum + shift, in the columns' scales and shifts, the
 // result; pixel(row) is the first of its c_out channels, or null. `aligned` when 16 bytes may be
 // written at once.
-template <class P, class Change, class Pixel>
-EDET_DEVICE void store_product(const P& product, Shared<typename P::Type> stage, const float* scale,
-                               const float* shift, int n, int columns, int64_t c_out, bool aligned,
-                               const Change& change, const Pixel& pixel) {
-  using T = typename P::Type;
-  block_barrier();  // the operands, in whose place the result comes, are no longer read
+template <class Mma, class Change, class Pixel>
+EDET_DEVICE void store_product(const Mma& product, Shared<typename Mma::Type> stage,
+                               const float* scale, const float* shift, int n, int columns,
+                               int64_t c_out, bool aligned, const Change& change,
+                               const Pixel& pixel) {
+  using T = typename Mma::Type;
+  sync_threads();  // the operands, in whose place the result comes, are no longer read
   product.each([&](int column) { return load_affine(scale, shift, n + column, c_out); },
                [&](const Affine& f, int row, int column, float first, float second) {
                  Vector<T, 2> v;
                  v.value[0] = change(f.scale[0] * first + f.shift[0], row, n + column);
                  v.value[1] = change(f.scale[1] * second + f.shift[1], row, n + column + 1);
-                 store(stage + (row * P::kPitchW + column), v);
+                 store(stage + (row * Mma::kPitchW + column), v);
                });
-  block_barrier();
+  sync_threads();
   const int real = int(c_out - n < columns ? c_out - n : columns);
   if (aligned) {
     const int vectors = real / kVector<T>;
-    for (int i = thread().x; i < P::kRows * vectors; i += kProductThreads) {
+    for (int i = thread().x; i < Mma::kRows * vectors; i += kProductThreads) {
       const int row = i / vectors, column = i % vectors * kVector<T>;
       T* const to = pixel(row);
-      if (to) store(to + n + column, load<kVector<T>>(stage + (row * P::kPitchW + column)));
+      if (to) store(to + n + column, load<kVector<T>>(stage + (row * Mma::kPitchW + column)));
     }
   } else {
-    for (int i = thread().x; i < P::kRows * real; i += kProductThreads) {
+    for (int i = thread().x; i < Mma::kRows * real; i += kProductThreads) {
       const int row = i / real, column = i % real;
       T* const to = pixel(row);
-      if (to) store(to + n + column, get(stage + (row * P::kPitchW + column)));
+      if (to) store(to + n + column, get(stage + (row * Mma::kPitchW + column)));
     }
   }
 }

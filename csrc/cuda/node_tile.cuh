@@ -7,15 +7,15 @@
 #pragma once
 
 #include "../core/tile_schedule.h"
+#include "block_mma.cuh"
 #include "fusion.cuh"
 #include "fusion_node.h"
-#include "product.cuh"
 
 namespace edet::cuda {
 
 constexpr int kTileWidth = 8;
-template <class P>
-constexpr int kTileHeight = P::kRows / kTileWidth;
+template <class Mma>
+constexpr int kTileHeight = Mma::kRows / kTileWidth;
 
 // What a block computes at once: pixels from (y0, x0) on, output channels [n, n + columns). It lies
 // in shared memory, from where each phase of the computation reads it again: registers are scarce.
@@ -47,27 +47,27 @@ class SharedTile {
   Shared<int> at_;
 };
 
-template <class P>
-constexpr int kPatchPixels = (kTileHeight<P> + 2) * (kTileWidth + 2);
+template <class Mma>
+constexpr int kPatchPixels = (kTileHeight<Mma> + 2) * (kTileWidth + 2);
 
 // Where a block's shared memory holds what, in bytes: tiles, depthwise weights, factors of the
 // edges, the patch, the product's left operand, its weights. All but one are known when it is
 // compiled.
-template <class P>
+template <class Mma>
 struct NodeMemory {
-  static constexpr int kFloats = 4 * kChunk<typename P::Type>;
+  static constexpr int kFloats = 4 * kChunk<typename Mma::Type>;
   static constexpr int kTiles = 0;  // two, one while the other may still be read
   static constexpr int kDepthwise = kTiles + 2 * 4 * SharedTile::kWords;
   static constexpr int kFactors = kDepthwise + 9 * kFloats, kPatch = kFactors + kMaxEdges * kFloats;
-  static constexpr int kLeft = kPatch + kPatchPixels<P> * 128;
-  static constexpr int kOperands = kLeft + P::kBytesA, kResult = kPatch + P::kBytesOut;
+  static constexpr int kLeft = kPatch + kPatchPixels<Mma> * 128;
+  static constexpr int kOperands = kLeft + Mma::kBytesA, kResult = kPatch + Mma::kBytesOut;
 
   // The result takes the place of the patch and the operands, of the weights too unless they stay.
   EDET_EVERYWHERE static constexpr int weights(bool resident) {
     return resident && kResult > kOperands ? kResult : kOperands;
   }
   EDET_EVERYWHERE static constexpr int bytes(int chunks, bool resident) {
-    const int end = weights(resident) + P::kBytesW * (resident ? chunks : 1);
+    const int end = weights(resident) + Mma::kBytesW * (resident ? chunks : 1);
     return end > kResult ? end : kResult;
   }
 };
@@ -86,14 +86,14 @@ EDET_DEVICE Vector<float, 4> load_floats(Shared<float> floats, int vector, int g
 
 // Fills the patch: the tile's first pixel is in its second row and column. Outside of the
 // map it is zero, which is what the depthwise convolution pads with.
-template <class P, class Node>
+template <class Mma, class Node>
 EDET_DEVICE void fuse_patch(const Node& node, const SharedTile& tile, int k, int depth,
-                            Shared<float> factors, Shared<typename P::Type> patch) {
-  using T = typename P::Type;
+                            Shared<float> factors, Shared<typename Mma::Type> patch) {
+  using T = typename Mma::Type;
   constexpr int V = kVector<T>;
   const int c = node.c(), h = node.h(), w = node.w(), edges = node.edges();
   const int image = tile.image(), y0 = tile.y0(), x0 = tile.x0();
-  for (int i = thread().x; i < kPatchPixels<P> * kVectors; i += kProductThreads) {
+  for (int i = thread().x; i < kPatchPixels<Mma> * kVectors; i += kProductThreads) {
     const int vector = i % kVectors, pixel = i / kVectors, channel = k + vector * V;
     if (vector * V >= depth) continue;
     const int y = y0 - 1 + pixel / (kTileWidth + 2);
@@ -133,11 +133,11 @@ EDET_DEVICE void fuse_patch(const Node& node, const SharedTile& tile, int k, int
 
 // Convolves the patch into the product's left operand: a thread computes one vector of channels of
 // kTilesM pixels below each other, which share the rows of the patch.
-template <class P>
-EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw, int depth,
-                                Shared<typename P::Type> a) {
-  using T = typename P::Type;
-  constexpr int V = kVector<T>, kDown = P::kRows / 32;
+template <class Mma>
+EDET_DEVICE void convolve_patch(Shared<typename Mma::Type> patch, Shared<float> dw, int depth,
+                                Shared<typename Mma::Type> a) {
+  using T = typename Mma::Type;
+  constexpr int V = kVector<T>, kDown = Mma::kRows / 32;
   const int vector = thread().x % kVectors, x = thread().x / kVectors % kTileWidth;
   const int y = thread().x / (kVectors * kTileWidth) * kDown;
   if (vector * V >= depth) return;
@@ -170,8 +170,8 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
   for (int r = 0; r < kDown; r++) {
     Vector<T, V> result;
     EDET_UNROLL
-    for (int j = 0; j < V; j++) result.value[j] = P::operand(sum[r][j]);
-    store(a + (((y + r) * kTileWidth + x) * P::kPitchA + vector * V), result);
+    for (int j = 0; j < V; j++) result.value[j] = Mma::operand(sum[r][j]);
+    store(a + (((y + r) * kTileWidth + x) * Mma::kPitchA + vector * V), result);
   }
 }
 
@@ -181,27 +181,27 @@ EDET_DEVICE void convolve_patch(Shared<typename P::Type> patch, Shared<float> dw
 // it is made of: c(), c_out(), h(), w(), edges(), edge(e), weights(), pre_activation(),
 // post_activation(), dw(), pw(), scale(), shift(), out(), aligned_in() and aligned_out(), from the
 // kernel's parameters, which cost no registers.
-template <class P, class Node, class Await>
+template <class Mma, class Node, class Await>
 EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<char> memory,
                               bool first, bool resident, const Await& await) {
-  using T = typename P::Type;
-  using At = NodeMemory<P>;
+  using T = typename Mma::Type;
+  using At = NodeMemory<Mma>;
   const Shared<float> dw = as<float>(memory + At::kDepthwise),
                       factors = as<float>(memory + At::kFactors);
   const Shared<T> patch = as<T>(memory + At::kPatch), a = as<T>(memory + At::kLeft);
   const Shared<T> w = as<T>(memory + At::weights(resident));
-  const int c = node.c(), chunks = (c + kChunk<T> - 1) / kChunk<T>;
+  const int c = node.c(), chunks = divide_up(c, kChunk<T>);
   const auto load_chunk = [&](int k, Shared<T> to) {
     const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-    load_weights<P>(node.pw(), c, node.c_out(), k, tile.n(), depth, tile.columns(), to);
+    load_weights<Mma>(node.pw(), c, node.c_out(), k, tile.n(), depth, tile.columns(), to);
   };
   const auto place = [&](int chunk) {
-    return w + (resident ? chunk * (P::kBytesW / int(sizeof(T))) : 0);
+    return w + (resident ? chunk * (Mma::kBytesW / int(sizeof(T))) : 0);
   };
   if (first && resident) {
     for (int chunk = 0; chunk < chunks; chunk++) load_chunk(chunk * kChunk<T>, place(chunk));
   }
-  P product;
+  Mma product;
   for (int chunk = 0; chunk < chunks; chunk++) {
     const int k = chunk * kChunk<T>;
     const int depth = round_up(min(kChunk<T>, c - k), kDepth);
@@ -220,14 +220,14 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
                   kChunk<T>);
       }
     }
-    block_barrier();
+    sync_threads();
     if (!resident) load_chunk(k, w);
     if (chunk == 0) await();
-    fuse_patch<P>(node, tile, k, depth, factors, patch);
-    block_barrier();
-    convolve_patch<P>(patch, dw, depth, a);
-    block_barrier();
-    product.step(a, place(chunk), depth, tile.columns());
+    fuse_patch<Mma>(node, tile, k, depth, factors, patch);
+    sync_threads();
+    convolve_patch<Mma>(patch, dw, depth, a);
+    sync_threads();
+    product.mma(a, place(chunk), depth, tile.columns());
   }
   store_product(
       product, patch, node.scale(), node.shift(), tile.n(), tile.columns(), node.c_out(),
