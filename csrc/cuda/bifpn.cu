@@ -45,6 +45,7 @@ struct Plan {
   void* map[kMostMaps];
   Layer layer[kMostLayers];
   uint8_t node_layer[kMostNodes], node_row[kMostNodes];
+  FuseKind node_kind[kMostNodes];
   EdgeWeights weights;
   int weights_pitch;
   Activation pre_activation;
@@ -90,6 +91,7 @@ struct PlanNode {
   }
   EDET_DEVICE Activation pre_activation() const { return plan.pre_activation; }
   EDET_DEVICE Activation post_activation() const { return layer().post_activation; }
+  EDET_DEVICE FuseKind kind() const { return plan.node_kind[node()]; }
   EDET_DEVICE const float* dw() const {
     return layer().dw + (layer().shared ? 0 : row() * 9 * c());
   }
@@ -177,6 +179,21 @@ bifpn(EDET_PARAMS(Plan) plan) {
   }
 }
 
+// The edges of a node.
+void edges_of(const NodeGraph& graph, size_t node, Edge* edge) {
+  const GraphMap& to = graph.maps[node + static_cast<size_t>(graph.inputs())];
+  for (int source : graph.nodes[node].sources) {
+    const GraphMap& from = graph.maps[static_cast<size_t>(source)];
+    *edge++ = {from.data,
+               from.h,
+               from.w,
+               resize_kind(from.h, from.w, to.h, to.w),
+               pool_window(from.h, to.h, graph.pool),
+               pool_window(from.w, to.w, graph.pool),
+               -1};
+  }
+}
+
 // ---- one launch ----
 
 // A layer much wider than its input, such as a head's prediction, is cut into slices: a block as
@@ -258,6 +275,12 @@ Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Devi
   for (size_t i = 0; i < graph.nodes.size(); i++) {
     plan.node_layer[i] = static_cast<uint8_t>(graph.nodes[i].layer);
     plan.node_row[i] = static_cast<uint8_t>(graph.nodes[i].row);
+    const GraphMap& map = graph.maps[i + static_cast<size_t>(graph.inputs())];
+    Edge edges[kMaxEdges];
+    edges_of(graph, i, edges);
+    plan.node_kind[i] = fuse_kind(graph.dtype, plan.aligned_in, graph.weights, graph.pre_activation,
+                                  edges, static_cast<int>(graph.nodes[i].sources.size()),
+                                  graph.layers[plan.node_layer[i]].c, map.h, map.w);
   }
   plan.weights = graph.weights;
   plan.weights_pitch = static_cast<int>(graph.weights_pitch);
@@ -319,16 +342,7 @@ Error launch_nodes(const NodeGraph& graph, bool pdl, Stream stream) {
         break;
       const GraphNode& level = graph.nodes[end];
       const GraphMap& to = graph.maps[inputs + end];
-      for (size_t e = 0; e < level.sources.size(); e++) {
-        const GraphMap& from = graph.maps[static_cast<size_t>(level.sources[e])];
-        p.edge[static_cast<size_t>(p.levels) + e] = {from.data,
-                                                     from.h,
-                                                     from.w,
-                                                     resize_kind(from.h, from.w, to.h, to.w),
-                                                     pool_window(from.h, to.h, graph.pool),
-                                                     pool_window(from.w, to.w, graph.pool),
-                                                     -1};
-      }
+      edges_of(graph, end, p.edge + p.levels);
       p.level[p.levels++] = {to.h, to.w, layer.scale + level.row * layer.c_out,
                              layer.shift + level.row * layer.c_out, to.data};
     }

@@ -1,7 +1,7 @@
 // What kernels that fuse maps share: factors of the edges, resizing, activations.
 #pragma once
 
-#include "device.cuh"
+#include "vectors.cuh"
 #include "weighted_fusion.h"
 
 namespace edet::cuda {
@@ -12,18 +12,51 @@ EDET_DEVICE float clamp(float x, float low, float high) {
   return x < low ? low : x > high ? high : x;
 }
 
-EDET_DEVICE float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::swish: return x / (1.0f + exp(-x));
-    case Activation::relu: return relu(x);
-    case Activation::relu6: return clamp(x, 0.0f, 6.0f);
-    case Activation::hard_swish: return x * (clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
-    case Activation::none: break;
+// 1/(1 + e^−x). For results of type T: approximate where they have 16 bits.
+template <class T>
+EDET_DEVICE float sigmoid(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return rcp_approx(1.0f + ex2_approx(x * -1.44269504f));
+  } else {
+    return 1.0f / (1.0f + exp(-x));
   }
-  return x;
+}
+template <class T>
+EDET_DEVICE float swish(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return x * sigmoid<T>(x);
+  } else {
+    return x / (1.0f + exp(-x));
+  }
 }
 
-// Writes the factor of every edge for one of c channels to a + edge · pitch.
+// Activates numbers that are then rounded to T. One choice for all of them, and few branches: a
+// switch would become a table of jumps.
+template <class T, int V>
+EDET_DEVICE void activate(float (&x)[V], Activation activation) {
+  if (activation == Activation::swish) {
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] = swish<T>(x[i]);
+  } else if (activation == Activation::hard_swish) {
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] *= clamp(x[i] + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+  } else {
+    const float low = activation == Activation::none ? -INFINITY : 0.0f;
+    const float high = activation == Activation::relu6 ? 6.0f : INFINITY;
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] = clamp(x[i], low, high);
+  }
+}
+template <class T>
+EDET_DEVICE float activate(float x, Activation activation) {
+  float one[1] = {x};
+  activate<T>(one, activation);
+  return one[0];
+}
+
+// Writes the factor of every edge for one of c channels to a + edge · pitch. T: of the maps, whose
+// 16 bits need no exact quotient.
+template <class T>
 EDET_DEVICE void normalise(const EdgeWeights& weights, int edges, int64_t c, int64_t channel,
                            Shared<float> a, int pitch) {
   if (weights.fusion == Fusion::sum) {
@@ -39,12 +72,31 @@ EDET_DEVICE void normalise(const EdgeWeights& weights, int edges, int64_t c, int
     return;
   }
   const bool softmax = weights.fusion == Fusion::softmax;
-  float largest = weight(0);
-  for (int e = 1; e < edges; e++) largest = weight(e) > largest ? weight(e) : largest;
-  const auto part = [&](int e) { return softmax ? exp(weight(e) - largest) : relu(weight(e)); };
+  float first[4] = {};  // on their way together
+  EDET_UNROLL
+  for (int e = 0; e < 4; e++)
+    if (e < edges) first[e] = weight(e);
+  const auto each = [&](const auto& use) {
+    EDET_UNROLL
+    for (int e = 0; e < 4; e++)
+      if (e < edges) use(e, first[e]);
+    for (int e = 4; e < edges; e++) use(e, weight(e));
+  };
+  float largest = first[0];
+  if (softmax) each([&](int, float w) { largest = w > largest ? w : largest; });
+  const auto part = [&](float w) {
+    if (!softmax) return relu(w);
+    if constexpr (sizeof(T) == 2) return ex2_approx((w - largest) * 1.44269504f);
+    return exp(w - largest);
+  };
   float total = softmax ? 0.0f : kFastEpsilon;
-  for (int e = 0; e < edges; e++) total += part(e);
-  for (int e = 0; e < edges; e++) store(a + e * pitch, part(e) / total);
+  each([&](int, float w) { total += part(w); });
+  if constexpr (sizeof(T) == 2) {
+    const float factor = rcp_approx(total);
+    each([&](int e, float w) { store(a + e * pitch, part(w) * factor); });
+  } else {
+    each([&](int e, float w) { store(a + e * pitch, part(w) / total); });
+  }
 }
 
 // V channels of one edge, resized to pixel (y, x) of a map of (h, w); `read`(pixel) gives them at a

@@ -74,9 +74,36 @@ inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
 inline int first_set(uint32_t x) { return __builtin_ctz(x); }
 inline float exp(float x) { return std::exp(x); }
 
+inline float ex2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) {
+  const float y = 1.0f / x;
+  return std::fpclassify(y) == FP_SUBNORMAL ? std::copysign(0.0f, y) : y;
+}
+
+template <class T>
+void unpack(uint32_t pair, float& first, float& second) {
+  first = to_float(T{uint16_t(pair)}), second = to_float(T{uint16_t(pair >> 16)});
+}
+template <class T>
+uint32_t pack(float first, float second) {
+  const T two[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t pair;
+  std::memcpy(&pair, two, sizeof pair);
+  return pair;
+}
+template <class T>
+uint32_t max_nan(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  for (int i = 0; i < 2; i++) x[i] = y[i] > x[i] || y[i] != y[i] ? y[i] : x[i];
+  return pack<T>(x[0], x[1]);
+}
+
 template <class T, int V>
 Vector<T, V> load_constant(const T* p) {
-  static_assert(sizeof(Vector<T, V>) == 16 || V == 1, "an access is 16 bytes or one element");
+  static_assert(sizeof(Vector<T, V>) == 16 || sizeof(Vector<T, V>) == 8 || V == 1,
+                "an access is 8 or 16 bytes or one element");
   emulation::global_access(p, sizeof(Vector<T, V>), emulation::Use::constant);
   Vector<T, V> v;
   std::memcpy(&v, p, sizeof v);
