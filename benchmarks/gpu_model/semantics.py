@@ -235,7 +235,7 @@ _TABLE: dict[str, Callable[[Instruction], Action]] = {
     "MUFU": reals.function,
     **dict.fromkeys(("I2F", "I2FP", "F2I"), reals.convert),
     "F2FP": reals.pack_halves,
-    **dict.fromkeys(("HFMA2", "HMUL2", "HSETP2", "HMNMX2", "HSET2"), reals.halves),
+    **dict.fromkeys(("HFMA2", "HMUL2", "HSETP2", "HMNMX2", "VHMNMX", "HSET2"), reals.halves),
     **dict.fromkeys(("MOV", "UMOV", "R2UR"), _move),
     "CS2R": _clear_pair,
     **dict.fromkeys(("S2R", "S2UR"), _special),

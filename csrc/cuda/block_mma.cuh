@@ -302,6 +302,8 @@ Error by_tiles(const ProductShape& shape, bool few, const Launch& launch) {
   return kInvalidValue;
 }
 
+constexpr int kReserved = 1024;  // bytes of shared memory that CUDA takes of every block's
+
 // How a product's weights are held and its blocks laid out.
 struct ProductGrid {
   bool resident;  // all weights of a slice stay in shared memory, read once per multiprocessor
@@ -315,7 +317,8 @@ Error product_grid(int64_t tiles, int64_t slices, const Device& device, const By
   const bool resident = bytes(true) <= device.shared_bytes;
   const int block_bytes = bytes(resident);
   if (block_bytes > device.shared_bytes) return kInvalidValue;
-  const int64_t held = std::max(1, std::min(Mma::kBlocks, device.shared_bytes / block_bytes));
+  const int64_t held =
+      std::max(1, std::min(Mma::kBlocks, device.multiprocessor_bytes / (block_bytes + kReserved)));
   const int64_t blocks =
       std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
   *result = {resident, block_bytes, Dim3(unsigned(blocks), unsigned(slices))};
@@ -417,23 +420,24 @@ EDET_DEVICE Affine load_affine(const float* scale, const float* shift, int64_t c
 }
 
 // Writes a product by way of shared memory, so that whole 16-byte parts of pixels are stored.
+// factors(column) are scale and shift of a column of the block and the next one.
 // change(x, row, column) makes of scale · sum + shift, in the columns' scales and shifts, the
 // results of two columns; finish(v, to) of a vector of results what is stored there; pixel(row) is
 // the first of its c_out channels, or null. `aligned` when 16 bytes may be written at once.
-template <class Mma, class Change, class Finish, class Pixel>
+template <class Mma, class Factors, class Change, class Finish, class Pixel>
 EDET_DEVICE void store_product(const Mma& product, Shared<typename Mma::Type> stage,
-                               const float* scale, const float* shift, int n, int columns,
-                               int64_t c_out, bool aligned, const Change& change,
-                               const Finish& finish, const Pixel& pixel) {
+                               const Factors& factors, int n, int columns, int64_t c_out,
+                               bool aligned, const Change& change, const Finish& finish,
+                               const Pixel& pixel) {
   using T = typename Mma::Type;
   constexpr int V = kVector<T>;
-  product.each([&](int column) { return load_affine(scale, shift, n + column, c_out, aligned); },
-               [] { sync_threads(); },  // the operands, in whose place the result comes, are read
-               [&](const Affine& f, int row, int column, float first, float second) {
-                 float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
-                 change(x, row, n + column);
-                 store(stage + (row * Mma::kPitchW + column), from_floats<T>(x));
-               });
+  product.each(
+      factors, [] { sync_threads(); },  // the operands, in whose place the result comes, are read
+      [&](const Affine& f, int row, int column, float first, float second) {
+        float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
+        change(x, row, n + column);
+        store(stage + (row * Mma::kPitchW + column), from_floats<T>(x));
+      });
   sync_threads();
   const int real = int(c_out - n < columns ? c_out - n : columns);
   if (aligned) {

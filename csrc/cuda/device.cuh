@@ -18,6 +18,7 @@
 
 #define EDET_DEVICE __device__ __forceinline__
 #include "door.h"
+#include "shared_limit.h"
 
 // A kernel for blocks of at most `threads` threads, of which a multiprocessor holds at least
 // `blocks`.
@@ -410,7 +411,8 @@ constexpr Error kInvalidValue = cudaErrorInvalidValue;
 struct Device {
   int id, capability;  // capability: 90 for 9.0
   int multiprocessors;
-  int shared_bytes;  // that one block may have
+  int shared_bytes;          // that one block may have
+  int multiprocessor_bytes;  // of shared memory, of all blocks that it holds
 };
 inline Error current_device(Device* device) {
   int major = 0, minor = 0;
@@ -423,6 +425,9 @@ inline Error current_device(Device* device) {
   if (error == kSuccess) error = get(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error == kSuccess) {
     error = get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  }
+  if (error == kSuccess) {
+    error = get(&device->multiprocessor_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   }
   device->capability = 10 * major + minor;
   return error;
@@ -461,9 +466,17 @@ inline Error clear(void* data, size_t bytes, Stream stream) {
 template <class Params>
 Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, Stream stream,
              const Params& params, bool pdl = false) {
-  if (shared_bytes > 48 * 1024) {  // what every kernel has without asking
-    const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+  if (shared_bytes > kSharedWithoutAsking) {
+    int device = 0, most = 0;
+    Error error = cudaGetDevice(&device);
+    if (error == kSuccess) {
+      error = allow_most_shared(reinterpret_cast<const void*>(kernel), device, [&] {
+        const Error unknown =
+            cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (unknown != kSuccess) return unknown;
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      });
+    }
     if (error != kSuccess) return error;
   }
   cudaLaunchAttribute attribute{};

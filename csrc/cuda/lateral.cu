@@ -26,7 +26,7 @@ struct Memory {
   int w, bytes;
 };
 template <class Mma>
-constexpr EDET_DEVICE Memory memory_of(int chunks, bool resident) {
+EDET_EVERYWHERE constexpr Memory memory_of(int chunks, bool resident) {
   Memory m{};
   m.w = resident && Mma::kBytesOut > Mma::kBytesA ? Mma::kBytesOut : Mma::kBytesA;
   m.bytes = m.w + Mma::kBytesW * (resident ? chunks : 1);
@@ -83,7 +83,7 @@ EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
   int64_t image = 0;
   uint32_t first_row = 0;
   if (p.gate) {
-    image = p.rows <= UINT32_MAX ? int64_t(uint32_t(row0) / image_rows) : row0 / p.image_rows;
+    image = uint32_t(row0) / image_rows;
     first_row = uint32_t(row0 - image * p.image_rows);
   }
   const bool one_further = image_rows >= Mma::kRows;  // rows of two images at most
@@ -146,8 +146,11 @@ multiply(EDET_PARAMS(Plan) plan) {
     }
     first = false;
     store_product(
-        product, a, to.scale, to.shift, n, columns, to.c_out, plan.aligned_out,
-        [](float (&)[2], int, int) {},
+        product, a,
+        [&](int column) {
+          return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
+        },
+        n, columns, to.c_out, plan.aligned_out, [](float (&)[2], int, int) {},
         [&](auto v, const T* at) {
           constexpr int V = sizeof(v) / sizeof(T);
           if (!p.residual) return v;
@@ -191,6 +194,7 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
 
 Error project(const ProjectionParams& p, Stream stream) {
   if (p.rows * p.c_in == 0) return kSuccess;
+  if (p.gate && p.rows > UINT32_MAX) return kInvalidValue;  // rows are divided in 32 bits
   int64_t widest = 0;
   for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {

@@ -43,8 +43,8 @@ struct Memory {
   int a, w, dw, sums, bytes;
 };
 template <class Mma>
-constexpr EDET_DEVICE Memory memory_of(int height, int kernel, int stride, int c_mid,
-                                       int c_reduced) {
+EDET_EVERYWHERE constexpr Memory memory_of(int height, int kernel, int stride, int c_mid,
+                                           int c_reduced) {
   using T = typename Mma::Type;
   const int rows = (height - 1) * stride + kernel, columns = (kWidth - 1) * stride + kernel;
   Memory m{};
@@ -137,7 +137,8 @@ EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
                                 Shared<float> memory) {
   const int t = thread().x, c = int(p.c_mid), reduced = int(p.c_reduced);
   const Shared<float> mean = memory, hidden = memory + c, part = hidden + reduced;
-  const float scale = 1.0f / float(p.out_h * p.out_w);
+  const float pixels = float(p.out_h * p.out_w);
+  const float scale = sizeof(T) == 2 ? rcp_approx(pixels) : 1.0f / pixels;
   for (int i = t; i < c; i += kProductThreads) {
     const float* sums = p.sums + image * tiles * c + i;
     float sum = 0.0f;

@@ -51,14 +51,16 @@ template <class Mma>
 constexpr int kPatchPixels = (kTileHeight<Mma> + 2) * (kTileWidth + 2);
 
 // Where a block's shared memory holds what, in bytes: tiles, depthwise weights, factors of the
-// edges, the patch, the product's left operand, its weights. All but one are known when it is
-// compiled.
+// edges, scales and shifts, the patch, the product's left operand, its weights. All but one are
+// known when it is compiled.
 template <class Mma>
 struct NodeMemory {
   static constexpr int kFloats = 4 * kChunk<typename Mma::Type>;
   static constexpr int kTiles = 0;  // two, one while the other may still be read
   static constexpr int kDepthwise = kTiles + 2 * 4 * SharedTile::kWords;
-  static constexpr int kFactors = kDepthwise + 9 * kFloats, kPatch = kFactors + kMaxEdges * kFloats;
+  static constexpr int kFactors = kDepthwise + 9 * kFloats;
+  static constexpr int kAffine = kFactors + kMaxEdges * kFloats;
+  static constexpr int kPatch = kAffine + 2 * 4 * Mma::kColumns;
   static constexpr int kLeft = kPatch + kPatchPixels<Mma> * 128;
   static constexpr int kOperands = kLeft + Mma::kBytesA, kResult = kPatch + Mma::kBytesOut;
 
@@ -84,23 +86,76 @@ EDET_DEVICE Vector<float, 4> load_floats(Shared<float> floats, int vector, int g
   return load<4>(floats + (group * (kChunk<T> / (kVector<T> / 4)) + vector * 4));
 }
 
-// Brings the depthwise weights of a chunk to shared memory; `aligned` when 16 bytes may be read at
-// once.
+// What a thread brings of the depthwise weights of a chunk, from channel k on, to shared memory:
+// read when the chunk begins, and stored when its maps have come.
 template <class T>
-EDET_DEVICE void load_depthwise(const float* from, int c, int k, bool aligned, Shared<float> dw) {
-  const auto load = [&](auto width) {
-    constexpr int V = decltype(width)::value;
-    EDET_LOOP
-    for (int i = opaque(thread().x); i < 9 * kChunk<T> / V; i += kProductThreads) {
-      const int tap = i / (kChunk<T> / V), channel = i % (kChunk<T> / V) * V;
-      Vector<float, V> v{};
-      if (k + channel < c) v = load_constant<float, V>(from + tap * c + k + channel);
-      store(dw + (tap * kChunk<T> + float_place<T>(channel)), v);
+class DepthwisePart {
+ public:
+  // `aligned`: 16 bytes may be read at once.
+  EDET_DEVICE DepthwisePart(const float* from, int c, int k, bool aligned) {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int i = opaque(thread().x) + j * kProductThreads;
+      if (i < 9 * kFours) v_[j] = read(from + i / kFours * c, c, k + i % kFours * 4, aligned);
     }
-  };
-  if (aligned) return load(std::integral_constant<int, 4>{});
-  load(std::integral_constant<int, 1>{});
-}
+  }
+  EDET_DEVICE void store_to(Shared<float> dw) const {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int i = opaque(thread().x) + j * kProductThreads;
+      if (i >= 9 * kFours) continue;
+      store(dw + (i / kFours * kChunk<T> + float_place<T>(i % kFours * 4)), v_[j]);
+    }
+  }
+
+ private:
+  static constexpr int kFours = kChunk<T> / 4, kParts = divide_up(9 * kFours, kProductThreads);
+
+  static EDET_DEVICE Vector<float, 4> read(const float* row, int c, int channel, bool aligned) {
+    Vector<float, 4> v{};
+    if (aligned && channel < c) return load_constant<float, 4>(row + channel);
+    EDET_UNROLL
+    for (int i = 0; i < 4; i++)
+      if (channel + i < c) v.value[i] = load_constant<float, 1>(row + channel + i).value[0];
+    return v;
+  }
+
+  Vector<float, 4> v_[kParts];
+};
+
+// Scales and shifts of a tile's columns, in the same way.
+template <class Mma>
+class AffinePart {
+ public:
+  EDET_DEVICE AffinePart(const float* scale, const float* shift, int n, int columns, int c_out) {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int column = opaque(thread().x) + j * kProductThreads;
+      const bool real = column < columns && n + column < c_out;
+      scale_[j] = real ? load_constant<float, 1>(scale + n + column).value[0] : 0.0f;
+      shift_[j] = real ? load_constant<float, 1>(shift + n + column).value[0] : 0.0f;
+    }
+  }
+  EDET_DEVICE void store_to(Shared<float> affine) const {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int column = opaque(thread().x) + j * kProductThreads;
+      if (column >= Mma::kColumns) continue;
+      store(affine + column, scale_[j]);
+      store(affine + (Mma::kColumns + column), shift_[j]);
+    }
+  }
+  // Of two columns.
+  static EDET_DEVICE Affine get(Shared<float> affine, int column) {
+    const Vector<float, 2> scale = load<2>(affine + column);
+    const Vector<float, 2> shift = load<2>(affine + (Mma::kColumns + column));
+    return {{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
+  }
+
+ private:
+  static constexpr int kParts = divide_up(Mma::kColumns, kProductThreads);
+  float scale_[kParts], shift_[kParts];
+};
 
 // Fills the patch: the tile's first pixel is in its second row and column. Outside of the map it is
 // zero, which is what the depthwise convolution pads with. This one is for all maps.
@@ -370,7 +425,8 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
   using T = typename Mma::Type;
   using At = NodeMemory<Mma>;
   const Shared<float> dw = as<float>(memory + At::kDepthwise),
-                      factors = as<float>(memory + At::kFactors);
+                      factors = as<float>(memory + At::kFactors),
+                      affine = as<float>(memory + At::kAffine);
   const Shared<T> patch = as<T>(memory + At::kPatch), a = as<T>(memory + At::kLeft);
   const Shared<T> w = as<T>(memory + At::weights(resident));
   const int c = node.c(), chunks = divide_up(c, kChunk<T>);
@@ -381,25 +437,30 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
   const auto place = [&](int chunk) {
     return w + (resident ? chunk * (Mma::kBytesW / int(sizeof(T))) : 0);
   };
-  if (first && resident) {
-    for (int chunk = 0; chunk < chunks; chunk++) load_chunk(chunk * kChunk<T>, place(chunk));
-  }
+  // What is small is on its way while the weights come, and stored while the maps do.
+  const AffinePart<Mma> affine_part(node.scale(), node.shift(), tile.n(), tile.columns(),
+                                    node.c_out());
   Mma product;
   for (int chunk = 0; chunk < chunks; chunk++) {
     const int k = chunk * kChunk<T>;
     const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-    if (first || chunks > 1) {
-      load_depthwise<T>(node.dw(), c, k, node.aligned_in(), dw);
+    const bool load_dw = first || chunks > 1;
+    DepthwisePart<T> dw_part(node.dw(), load_dw ? c : 0, k, node.aligned_in());
+    if (load_dw && (first || node.weights().per_channel)) {
       const int t = opaque(thread().x);
-      if (t < kChunk<T> && (first || node.weights().per_channel)) {
-        normalise<T>(node.weights(), node.edges(), c, min(k + t, c - 1),
-                     factors + float_place<T>(t), kChunk<T>);
+      const EdgeFactors part(node.weights(), t < kChunk<T> ? node.edges() : 0, c,
+                             min(k + t, c - 1));
+      if (first && resident && chunk == 0) {
+        for (int i = 0; i < chunks; i++) load_chunk(i * kChunk<T>, place(i));
       }
+      if (t < kChunk<T>) part.template store_to<T>(factors + float_place<T>(t), kChunk<T>);
     }
     sync_threads();
     if (!resident) load_chunk(k, w);
     if (chunk == 0) await();
     fuse_patch<Mma>(node, tile, k, depth, factors, patch);
+    if (load_dw) dw_part.store_to(dw);
+    if (chunk == 0) affine_part.store_to(affine);
     sync_threads();
     convolve_patch<Mma>(patch, dw, depth, a);
     sync_threads();
@@ -409,8 +470,9 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
   T* const out =
       static_cast<T*>(node.out()) + ((int64_t(tile.image()) * h + y0) * width + x0) * c_out;
   const auto store = [&](const auto& change) {
-    store_product(product, patch, node.scale(), node.shift(), tile.n(), tile.columns(), c_out,
-                  node.aligned_out(), change, AsItIs{}, [&](int row) -> T* {
+    const auto factors_of = [&](int column) { return AffinePart<Mma>::get(affine, column); };
+    store_product(product, patch, factors_of, tile.n(), tile.columns(), c_out, node.aligned_out(),
+                  change, AsItIs{}, [&](int row) -> T* {
                     const int y = row / kTileWidth, x = row % kTileWidth;
                     if (y0 + y >= h || x0 + x >= width) return nullptr;
                     return out + int64_t(y * width + x) * c_out;

@@ -26,7 +26,9 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
   const int64_t first = int64_t(block().y) * channels;
   for (int i = thread().y * block_size().x + thread().x; i < channels;
        i += block_size().x * block_size().y) {
-    if (first + i < p.c) normalise<T>(p.weights, p.edges, p.c, first + i, a + i, channels);
+    if (first + i < p.c) {
+      EdgeFactors(p.weights, p.edges, p.c, first + i).store_to<T>(a + i, channels);
+    }
   }
   sync_threads();
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <random>
 #include <unordered_map>
 #include <unordered_set>
@@ -641,6 +642,17 @@ std::string kernel_name(const char* function) {
   return last == std::string::npos ? name : name.substr(last + 2);
 }
 
+std::mutex limits_mutex;
+std::unordered_map<const void*, size_t>& shared_limits() {
+  static std::unordered_map<const void*, size_t> limits;
+  return limits;
+}
+size_t shared_limit(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
+  const auto found = shared_limits().find(kernel);
+  return found == shared_limits().end() ? 48 * 1024 : found->second;
+}
+
 // Of a kernel's code in the module's file.
 size_t offset_of(const void* function) {
   Dl_info info{};
@@ -674,6 +686,12 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
     error = launch_.kernel + ": a launch of " + std::to_string(blocks) + " blocks of " +
             std::to_string(threads_) + " threads and " + std::to_string(shared_bytes) +
             " bytes of shared memory";
+    return cudaErrorLaunchFailure;
+  }
+  const size_t limit = shared_limit(*static_cast<const void* const*>(kernel));
+  if (shared_bytes > limit) {
+    error = launch_.kernel + ": " + std::to_string(shared_bytes) +
+            " bytes of shared memory, but the kernel was allowed " + std::to_string(limit);
     return cudaErrorLaunchFailure;
   }
   if (counting) {
@@ -787,6 +805,11 @@ int multiprocessors() { return machine().processors; }
 int most_shared_bytes() { return machine().most_shared; }
 
 cudaError_t clear(void* data, size_t bytes) { return machine().clear(data, bytes); }
+cudaError_t set_shared_limit(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
+  shared_limits()[kernel] = bytes;
+  return cudaSuccess;
+}
 
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                 void (*body)(const void*, const void*), const void* kernel, const void* params,

@@ -91,6 +91,9 @@ void await_launches();  // before this one
 int multiprocessors();
 int architecture();
 int most_shared_bytes();
+// As CUDA's runtime keeps it for all threads of a process: the most dynamic shared memory that a
+// kernel's blocks may have; without it 48 KiB.
+cudaError_t set_shared_limit(const void* kernel, size_t bytes);
 cudaError_t clear(void* data, size_t bytes);
 // `pdl`: it may begin while the launches before it run, which kernels must await.
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
