@@ -45,6 +45,7 @@ struct Plan {
   void* map[kMostMaps];
   Layer layer[kMostLayers];
   uint8_t node_layer[kMostNodes], node_row[kMostNodes];
+  FuseKind node_kind[kMostNodes];
   EdgeWeights weights;
   int weights_pitch;
   Activation pre_activation;
@@ -90,6 +91,7 @@ struct PlanNode {
   }
   EDET_DEVICE Activation pre_activation() const { return plan.pre_activation; }
   EDET_DEVICE Activation post_activation() const { return layer().post_activation; }
+  EDET_DEVICE FuseKind kind() const { return plan.node_kind[node()]; }
   EDET_DEVICE const float* dw() const {
     return layer().dw + (layer().shared ? 0 : row() * 9 * c());
   }
@@ -268,6 +270,11 @@ Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Devi
       plan.weights_pitch = static_cast<int>(node.fusion.weights.values - plan.weights.values);
     plan.aligned_in = plan.aligned_in && c % kVector<T> == 0;
     plan.chunks = std::max(plan.chunks, static_cast<int>(divide_up(c, kChunk<T>)));
+  }
+  for (size_t i = 0; i < graph.nodes.size(); i++) {  // whose layers are all known
+    const FusionParams& fusion = graph.nodes[i].fusion;
+    plan.node_kind[i] = fuse_kind(fusion.dtype, plan.aligned_in, fusion.weights, fusion.activation,
+                                  fusion.edge, fusion.edges, fusion.c, fusion.h, fusion.w);
   }
   plan.claimed = static_cast<uint32_t*>(workspace);
   plan.flags = plan.claimed + 4;
