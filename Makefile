@@ -44,6 +44,11 @@ bench-dropin: $(VENV)-peers/.done build ## time the real effdet before and after
 gpu-check: ## with an NVIDIA GPU: build for it, test, sanitize and time the CUDA kernels; writes gpu-check/
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
+.PHONY: gpu-model
+gpu-model: $(VENV)/.extra-test ## predict the CUDA kernels' times from their machine code; needs nvcc, no GPU
+	@EDET_EMULATION=1 EDET_CUDA=0 $(PY) setup.py --quiet build_ext --inplace
+	PYTHONPATH=.:python $(PY) -m benchmarks.gpu_model $(GPU_MODEL)
+
 lint: $(VENV)/.extra-dev ## check style, types and formatting; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

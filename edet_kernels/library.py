@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .fakes import fake_kernel
+
 FILE_NAME = "libedet_kernels.so"
 
 _BUILD = "run 'make build' (or 'pip install .') in the source tree"
@@ -165,8 +167,6 @@ def has_op(name: str) -> bool:
 
     Or have it with other arguments: the op's fake kernel tells how many it gets today.
     """
-    from .operators import fake_kernel  # not at the top: it asks this module for kernels
-
     if not load() or not hasattr(torch.ops.edet_kernels, name):
         return False
     schema = getattr(torch.ops.edet_kernels, name).default._schema

@@ -1,9 +1,8 @@
 """The operators in ``torch.ops``: how they are called, and what torch.library is told of them.
 
-That is for each a fake kernel, for torch.compile and export, and for those with gradients a
-backward pass. Both are written beside the op in :mod:`edet_kernels.ops`; the decorators here
-collect them, :func:`register` hands them to torch for the operators of a namespace: the compiled
-ones, Triton's.
+That is for each a fake kernel (:mod:`edet_kernels.fakes`), and for those with gradients a backward
+pass. Both are written beside the op in :mod:`edet_kernels.ops`; decorators collect them,
+:func:`register` hands them to torch for the operators of a namespace: the compiled ones, Triton's.
 
 A forward pass saves its inputs and weights only; whatever else the backward pass needs is computed
 again: by kernels where the op has a backward pass by kernels and its device these kernels, else by
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from . import autocast, reference
 from .backend import has_kernel, namespace, triton_serves
+from .fakes import FAKES, empty_gradients
 from .names import MAP_OPS, WORDS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,63 +39,6 @@ def run(op: str, *args: Any) -> Any:
         return function(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return function(*args)
-
-
-# Fake kernels -------------------------------------------------------------------------------------
-
-#: For each operator, forward or backward, its fake kernel.
-_FAKES: dict[str, Callable[..., Any]] = {}
-
-
-def fake(op: str) -> Callable[[F], F]:
-    """Makes a function the fake kernel of ``op``: it gets the arguments of the op's schema."""
-
-    def take(function: F) -> F:
-        _FAKES[op] = function
-        return function
-
-    return take
-
-
-def fake_kernel(op: str) -> Callable[..., Any]:
-    """The fake kernel of ``op``."""
-    return _FAKES[op]
-
-
-def empty_map(
-    like: Tensor, channels: int, height: int, width: int, *, dtype: torch.dtype | None = None
-) -> Tensor:
-    """What a fake kernel returns for a map of the batch, device and, by default, dtype of ``like``.
-
-    As all maps that kernels return it is channels_last.
-    """
-    return torch.empty(
-        (like.shape[0], channels, height, width),
-        dtype=dtype or like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def empty_gradients(grad: Tensor | Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    """The fake kernel of a backward: gradients of ``arguments``, which are those of the forward.
-
-    A map like each map, a float32 tensor like each weight and an empty one for None. Numbers have
-    none; lists of tensors count one by one.
-    """
-    flat = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a])]
-    found = []
-    for t in flat:
-        if t is None:
-            like = grad if isinstance(grad, Tensor) else grad[0]
-            found.append(like.new_empty(0, dtype=torch.float32))
-        elif isinstance(t, Tensor):
-            found.append(
-                empty_map(t, *t.shape[1:])
-                if t.dim() == 4
-                else t.new_empty(t.shape, dtype=torch.float32)
-            )
-    return found
 
 
 # Backward passes ----------------------------------------------------------------------------------
@@ -132,7 +75,7 @@ def backward(
     """
 
     def take(function: F) -> F:
-        _FAKES.setdefault(kernel, empty_gradients)
+        FAKES.setdefault(kernel, empty_gradients)
         _BACKWARDS[op] = Backward(function, kernel, results_kept)
         return function
 
@@ -259,7 +202,7 @@ def _backward(space: str, op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 def register(space: str = "edet_kernels") -> None:
     """Registers all there is for the operators that ``torch.ops`` has under a namespace."""
-    for op, function in _FAKES.items():
+    for op, function in FAKES.items():
         if torch._C._dispatch_has_kernel(f"{space}::{op}"):
             torch.library.register_fake(f"{space}::{op}", function)
     autocast.register(space)

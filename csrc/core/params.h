@@ -64,7 +64,14 @@ struct Edge {
   int64_t h, w;
   Resize resize;
   Window rows, columns;  // of a max pool
-  int source;            // index of the node that computes the map, or −1 for an input of the graph
+  int source;            // of a graph: the node that computes the map; −1 − i for input i
+};
+
+// Edge weights as they are given: (edges) or (edges, C); null for Fusion::sum.
+struct EdgeWeights {
+  Fusion fusion;
+  const float* values;
+  bool per_channel;
 };
 
 // Weighted fusion: activation(Σ coefficient · resize(edge)) as a map (N, h, w, C).
@@ -73,7 +80,8 @@ struct FusionParams {
   int64_t n, c, h, w;
   int edges;
   Edge edge[kMaxEdges];
-  const float* coefficients;  // (edges, C rounded up to kPanel)
+  EdgeWeights weights;        // CUDA
+  const float* coefficients;  // CPU: made of them, (edges, C rounded up to kPanel)
   Activation activation;
   // Of training_node, whose edges are maps with a batch norm to come; null otherwise:
   const float* signs;  // like coefficients: ±1, by which an edge is multiplied before its max pool
@@ -90,6 +98,9 @@ struct NodeParams {
   const float* shift;  // (c_out)
   Activation activation;
   void* out;
+  // Of a graph. A layer's nodes have channels and activation in common, and their weights follow
+  // each other as the layer's rows; or they share dw and pw, as a head's levels do.
+  int layer, row;
 };
 
 // The gradients of a node, or of a weighted fusion alone (node.dw is null). Floats of every pitch

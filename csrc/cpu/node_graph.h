@@ -1,18 +1,10 @@
 // Runs fusion → depthwise → pointwise nodes that read each other's maps, band by band.
 #pragma once
 
-#include <vector>
-
-#include "../core/params.h"
+#include "../core/node_graph.h"
 #include "schedule.h"
 
 namespace edet::cpu {
-
-struct NodeGraph {
-  std::vector<NodeParams> nodes;  // edges' sources come before their readers
-  // For each node, nodes that must be finished first because it overwrites what they read or wrote.
-  std::vector<std::vector<int>> after;
-};
 
 // Floats of scratch that run_node_graph needs; the nodes' data pointers may still be missing.
 int64_t node_graph_scratch(const NodeGraph& graph, const Runtime& runtime);

@@ -45,6 +45,7 @@ struct Plan {
   void* map[kMostMaps];
   Layer layer[kMostLayers];
   uint8_t node_layer[kMostNodes], node_row[kMostNodes];
+  FuseKind node_kind[kMostNodes];
   EdgeWeights weights;
   int weights_pitch;
   Activation pre_activation;
@@ -90,6 +91,7 @@ struct PlanNode {
   }
   EDET_DEVICE Activation pre_activation() const { return plan.pre_activation; }
   EDET_DEVICE Activation post_activation() const { return layer().post_activation; }
+  EDET_DEVICE FuseKind kind() const { return plan.node_kind[node()]; }
   EDET_DEVICE const float* dw() const {
     return layer().dw + (layer().shared ? 0 : row() * 9 * c());
   }
@@ -181,46 +183,48 @@ bifpn(EDET_PARAMS(Plan) plan) {
 
 // A layer much wider than its input, such as a head's prediction, is cut into slices: a block as
 // wide as that would leave the other layers few registers.
-int64_t block_columns(const NodeLayer& layer) {
-  return std::min(layer.c_out, std::max<int64_t>(128, layer.c));
+int64_t block_columns(const NodeParams& node) {
+  return std::min(node.c_out, std::max<int64_t>(128, node.fusion.c));
 }
 
 struct Slices {
   int64_t columns, count;
 };
-Slices slices_of(const NodeLayer& layer, int tiles_n) {
-  const int64_t least = divide_up(layer.c_out, 32 * tiles_n);
-  const int64_t columns = round_up(divide_up(layer.c_out, least), kPanel);
-  return {columns, divide_up(layer.c_out, columns)};
+Slices slices_of(const NodeParams& node, int tiles_n) {
+  const int64_t least = divide_up(node.c_out, 32 * tiles_n);
+  const int64_t columns = round_up(divide_up(node.c_out, least), kPanel);
+  return {columns, divide_up(node.c_out, columns)};
 }
 
 // Whether one launch can hold the graph; then its tiles.
 template <class Operand>
 bool cut(const NodeGraph& graph, const Device& device, GraphPlan* plan) {
-  if (graph.layers.size() > size_t(kMostLayers)) return false;
   int64_t widest = 0, pixels = 0;
-  for (const NodeLayer& layer : graph.layers) widest = std::max(widest, block_columns(layer));
+  for (const NodeParams& node : graph.nodes) {
+    if (node.layer >= kMostLayers || node.row > UINT8_MAX) return false;
+    widest = std::max(widest, block_columns(node));
+  }
   plan->tiles_n = product_shape<Operand>(widest, device.shared_bytes).tiles_n;
-  for (size_t i = 0; i < graph.nodes.size(); i++) {
-    const GraphMap& map = graph.maps[i + static_cast<size_t>(graph.inputs())];
-    const auto layer = static_cast<size_t>(graph.nodes[i].layer);
-    const Slices slices = slices_of(graph.layers[layer], plan->tiles_n);
-    pixels = std::max(pixels, graph.n * map.h * map.w * slices.count);
+  for (const NodeParams& node : graph.nodes) {
+    const FusionParams& fusion = node.fusion;
+    pixels =
+        std::max(pixels, fusion.n * fusion.h * fusion.w * slices_of(node, plan->tiles_n).count);
   }
   // as for a single node: small tiles where the largest node has few
   plan->tiles_m = plan->tiles_n <= 4 && pixels < int64_t(64) * 2 * device.multiprocessors ? 1 : 2;
-  plan->tiles = empty_graph(graph.n, 32 * plan->tiles_m / kTileWidth);
-  for (int i = 0; i < graph.inputs(); i++) {
-    const GraphMap& map = graph.maps[static_cast<size_t>(i)];
+  plan->tiles = empty_graph(graph.nodes[0].fusion.n, 32 * plan->tiles_m / kTileWidth);
+  for (const InputMap& map : graph.inputs) {
     if (!add_input(plan->tiles, map.h, map.w)) return false;
   }
-  for (size_t i = 0; i < graph.nodes.size(); i++) {
-    const GraphNode& node = graph.nodes[i];
-    const GraphMap& map = graph.maps[i + static_cast<size_t>(graph.inputs())];
-    const NodeLayer& layer = graph.layers[static_cast<size_t>(node.layer)];
-    if (node.row > UINT8_MAX || !add_node(plan->tiles, map.h, map.w, node.sources.data(),
-                                          static_cast<int>(node.sources.size()), graph.pool,
-                                          slices_of(layer, plan->tiles_n).count))
+  for (const NodeParams& node : graph.nodes) {
+    const FusionParams& fusion = node.fusion;
+    int sources[kMaxEdges];
+    for (int e = 0; e < fusion.edges; e++) {
+      const int source = fusion.edge[e].source;
+      sources[e] = source < 0 ? -1 - source : plan->tiles.inputs + source;
+    }
+    if (!add_node(plan->tiles, fusion.h, fusion.w, sources, fusion.edges, graph.pool,
+                  slices_of(node, plan->tiles_n).count))
       return false;
   }
   plan->workspace = (plan->tiles.first_tile[plan->tiles.nodes] + 4) * int64_t(sizeof(uint32_t));
@@ -235,33 +239,43 @@ Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Devi
   plan.g = cut_plan.tiles;
   const int tiles = plan.g.first_tile[plan.g.nodes];
   bool aligned_maps = true;
-  for (size_t i = 0; i < graph.maps.size(); i++) {
-    plan.map[i] = graph.maps[i].data;
-    aligned_maps = aligned_maps && is_aligned(graph.maps[i].data);
-  }
+  void** map = plan.map;
+  for (const InputMap& input : graph.inputs) *map++ = const_cast<void*>(input.data);
+  for (const NodeParams& node : graph.nodes) *map++ = node.out;
+  for (const void* const* m = plan.map; m < map; m++) aligned_maps = aligned_maps && is_aligned(*m);
   plan.aligned_in = aligned_maps;
-  for (size_t i = 0; i < graph.layers.size(); i++) {
-    const NodeLayer& layer = graph.layers[i];
-    plan.layer[i] = {layer.dw,
-                     layer.pw,
-                     layer.scale,
-                     layer.shift,
-                     static_cast<int>(layer.c),
-                     static_cast<int>(layer.c_out),
-                     static_cast<int>(slices_of(layer, Mma::kColumns / 32).columns),
-                     layer.post_activation,
-                     layer.shared,
-                     aligned_maps && layer.c_out % kVector<T> == 0};
-    plan.aligned_in = plan.aligned_in && layer.c % kVector<T> == 0;
-    plan.chunks = std::max(plan.chunks, static_cast<int>(divide_up(layer.c, kChunk<T>)));
-  }
+  plan.weights = graph.nodes[0].fusion.weights;
+  plan.pre_activation = graph.nodes[0].fusion.activation;
   for (size_t i = 0; i < graph.nodes.size(); i++) {
-    plan.node_layer[i] = static_cast<uint8_t>(graph.nodes[i].layer);
-    plan.node_row[i] = static_cast<uint8_t>(graph.nodes[i].row);
+    const NodeParams& node = graph.nodes[i];
+    const int64_t c = node.fusion.c;
+    Layer& layer = plan.layer[node.layer];
+    plan.node_layer[i] = static_cast<uint8_t>(node.layer);
+    plan.node_row[i] = static_cast<uint8_t>(node.row);
+    if (node.row == 0) {
+      layer = {node.dw,
+               node.pw,
+               node.scale,
+               node.shift,
+               static_cast<int>(c),
+               static_cast<int>(node.c_out),
+               static_cast<int>(slices_of(node, Mma::kColumns / 32).columns),
+               node.activation,
+               false,
+               aligned_maps && node.c_out % kVector<T> == 0};
+    } else {
+      layer.shared = node.dw == layer.dw;
+    }
+    if (node.row == 1 && plan.weights.values)
+      plan.weights_pitch = static_cast<int>(node.fusion.weights.values - plan.weights.values);
+    plan.aligned_in = plan.aligned_in && c % kVector<T> == 0;
+    plan.chunks = std::max(plan.chunks, static_cast<int>(divide_up(c, kChunk<T>)));
   }
-  plan.weights = graph.weights;
-  plan.weights_pitch = static_cast<int>(graph.weights_pitch);
-  plan.pre_activation = graph.pre_activation;
+  for (size_t i = 0; i < graph.nodes.size(); i++) {  // whose layers are all known
+    const FusionParams& fusion = graph.nodes[i].fusion;
+    plan.node_kind[i] = fuse_kind(fusion.dtype, plan.aligned_in, fusion.weights, fusion.activation,
+                                  fusion.edge, fusion.edges, fusion.c, fusion.h, fusion.w);
+  }
   plan.claimed = static_cast<uint32_t*>(workspace);
   plan.flags = plan.claimed + 4;
   plan.overdue.nanoseconds = static_cast<uint64_t>(seconds * 1e9);
@@ -282,55 +296,35 @@ Error launch_graph(const NodeGraph& graph, const GraphPlan& cut_plan, const Devi
 
 // ---- a launch for each node ----
 
-// Whether a node can be a level of the launch of the nodes from `first` on: a layer's nodes whose
-// only input is a map of their size that none of them computes.
+// Whether a node can be a level of the launch of the nodes from `first` on: a layer's nodes that
+// share its weights and whose only input is a map of their size that none of them computes.
 bool is_level(const NodeGraph& graph, size_t first, size_t node) {
-  const GraphNode& a = graph.nodes[first];
-  const GraphNode& b = graph.nodes[node];
-  if (!graph.layers[static_cast<size_t>(a.layer)].shared || b.layer != a.layer ||
-      b.sources.size() != 1)
-    return false;
-  const auto inputs = static_cast<size_t>(graph.inputs());
-  const auto source = static_cast<size_t>(b.sources[0]);
-  const GraphMap &from = graph.maps[source], &to = graph.maps[inputs + node];
-  return source < inputs + first && from.h == to.h && from.w == to.w;
+  const NodeParams &a = graph.nodes[first], &b = graph.nodes[node];
+  const Edge& edge = b.fusion.edge[0];
+  return b.layer == a.layer && b.dw == a.dw && b.fusion.edges == 1 && edge.resize == Resize::none &&
+         edge.source < static_cast<int>(first);
 }
 
 Error launch_nodes(const NodeGraph& graph, bool pdl, Stream stream) {
-  const auto inputs = static_cast<size_t>(graph.inputs());
   size_t end = 0;
   for (size_t i = 0; i < graph.nodes.size(); i = end) {
-    const GraphNode& node = graph.nodes[i];
-    const NodeLayer& layer = graph.layers[static_cast<size_t>(node.layer)];
+    const NodeParams& node = graph.nodes[i];
     FusionNodeParams p{};
-    p.dtype = graph.dtype;
+    p.dtype = node.fusion.dtype;
     p.tf32 = graph.tf32;
-    p.pre_activation = graph.pre_activation;
-    p.post_activation = layer.post_activation;
-    p.n = graph.n, p.c = layer.c, p.c_out = layer.c_out;
-    p.edges = static_cast<int>(node.sources.size());
-    p.weights = graph.weights;
-    p.weights.values += node.row * graph.weights_pitch;
-    const int row = layer.shared ? 0 : node.row;
-    p.dw = layer.dw + row * 9 * layer.c;
-    p.pw = layer.pw + row * padded(layer.c_out) * layer.c;
+    p.pre_activation = node.fusion.activation;
+    p.post_activation = node.activation;
+    p.n = node.fusion.n, p.c = node.fusion.c, p.c_out = node.c_out;
+    p.edges = node.fusion.edges;
+    p.weights = node.fusion.weights;
+    p.dw = node.dw;
+    p.pw = node.pw;
     for (end = i; end < graph.nodes.size(); end++) {
       if (end > i && (p.levels == kMaxLevels || !is_level(graph, i, i) || !is_level(graph, i, end)))
         break;
-      const GraphNode& level = graph.nodes[end];
-      const GraphMap& to = graph.maps[inputs + end];
-      for (size_t e = 0; e < level.sources.size(); e++) {
-        const GraphMap& from = graph.maps[static_cast<size_t>(level.sources[e])];
-        p.edge[static_cast<size_t>(p.levels) + e] = {from.data,
-                                                     from.h,
-                                                     from.w,
-                                                     resize_kind(from.h, from.w, to.h, to.w),
-                                                     pool_window(from.h, to.h, graph.pool),
-                                                     pool_window(from.w, to.w, graph.pool),
-                                                     -1};
-      }
-      p.level[p.levels++] = {to.h, to.w, layer.scale + level.row * layer.c_out,
-                             layer.shift + level.row * layer.c_out, to.data};
+      const NodeParams& level = graph.nodes[end];
+      std::copy_n(level.fusion.edge, level.fusion.edges, p.edge + p.levels);
+      p.level[p.levels++] = {level.fusion.h, level.fusion.w, level.scale, level.shift, level.out};
     }
     const Error error = fusion_node(p, stream, pdl && i > 0);
     if (error != kSuccess) return error;
@@ -341,17 +335,16 @@ Error launch_nodes(const NodeGraph& graph, bool pdl, Stream stream) {
 }  // namespace
 
 Error plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* plan) {
-  return by_operand(graph.dtype, graph.tf32, [&](auto operand, const Device& device) {
+  const FusionParams& first = graph.nodes[0].fusion;
+  return by_operand(first.dtype, graph.tf32, [&](auto operand, const Device& device) {
     if (wanted) {
       plan->launch = *wanted;
     } else {
-      int64_t bytes = 0;
-      for (size_t i = 0; i < graph.maps.size(); i++) {
-        const size_t node = i - std::min(i, static_cast<size_t>(graph.inputs()));
-        const NodeLayer& layer = graph.layers[static_cast<size_t>(graph.nodes[node].layer)];
-        bytes += graph.n * graph.maps[i].h * graph.maps[i].w * layer.c_out *
-                 (graph.dtype == DType::f32 ? 4 : 2);
-      }
+      int64_t numbers = 0;
+      for (const InputMap& map : graph.inputs) numbers += first.n * map.h * map.w * first.c;
+      for (const NodeParams& node : graph.nodes)
+        numbers += first.n * node.fusion.h * node.fusion.w * node.c_out;
+      const int64_t bytes = numbers * (first.dtype == DType::f32 ? 4 : 2);
       for (const LaunchRule& rule : kLaunchRules) {
         plan->launch = rule.launch;
         if (device.capability >= rule.capability && bytes <= rule.most_bytes) break;
@@ -369,11 +362,12 @@ Error plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* p
 
 Error run_graph(const NodeGraph& graph, const GraphPlan& plan, void* workspace, double seconds,
                 Stream stream) {
-  if (graph.n == 0) return kSuccess;
+  const FusionParams& first = graph.nodes[0].fusion;
+  if (first.n == 0) return kSuccess;
   if (plan.launch != GraphLaunch::persistent) {
     return launch_nodes(graph, plan.launch == GraphLaunch::pdl, stream);
   }
-  return by_operand(graph.dtype, graph.tf32, [&](auto operand, const Device& device) {
+  return by_operand(first.dtype, graph.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
     return by_tiles<Operand>({plan.tiles_n, 1}, plan.tiles_m == 1, [&](auto mma) {
       using Mma = typename decltype(mma)::Type;

@@ -1,50 +1,15 @@
-// Parameters and launchers of graphs of fusion nodes on CUDA: all cells of a BiFPN, all layers of
-// heads; plain enough for a host compiler.
+// How a graph of fusion nodes is launched on CUDA; plain enough for a host compiler.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <string>
-#include <vector>
 
+#include "../core/node_graph.h"
 #include "../core/tile_schedule.h"
 #include "fusion_node.h"
 
 namespace edet::cuda {
-
-// The convolution of nodes: rows of its weights. A layer of a head has a depthwise and a pointwise
-// weight for all rows, and a row of scale and shift for each level.
-struct NodeLayer {
-  int64_t c, c_out;
-  Activation post_activation;
-  bool shared;  // dw and pw have one row
-  const float *dw, *pw, *scale, *shift;
-};
-
-struct GraphMap {
-  int64_t h, w;
-  void* data;  // of a node's map: set after the graph is planned
-};
-
-// post_activation(scale · pw(dw(pre_activation(Σ aᵢ·resize(mapᵢ)))) + shift).
-struct GraphNode {
-  std::vector<int> sources;  // maps: inputs come first, then nodes
-  int layer, row;
-};
-
-struct NodeGraph {
-  DType dtype;
-  bool tf32;  // whether floats may be multiplied as tf32 (from sm_80)
-  int64_t n;
-  Activation pre_activation;
-  Pool pool;
-  EdgeWeights weights;
-  int64_t weights_pitch;  // between the edge weights of a layer's rows
-  std::vector<NodeLayer> layers;
-  std::vector<GraphMap> maps;  // of inputs, then of nodes
-  std::vector<GraphNode> nodes;
-  int inputs() const { return static_cast<int>(maps.size() - nodes.size()); }
-};
 
 // How a graph is launched. `nodes`: a launch for each node, or for each layer of a head on all
 // levels. `pdl`: the same, but each may begin while the one before it runs (programmatic dependent
@@ -61,7 +26,7 @@ struct GraphPlan {
 
 // The launch for a graph on the current device: `wanted`, or where it is null what kLaunchRules in
 // bifpn.cu say. A graph that one launch cannot hold, and pdl on a device without it, become
-// `nodes`.
+// `nodes`. The graph's memory may still be missing.
 cudaError_t plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* plan);
 
 // Launches on `stream`; no map of a node may overlap another. `seconds`: how long a block waits for

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../core/params.h"
+#include "vectors.cuh"
 #include "warp_mma.cuh"
 
 namespace edet::cuda {
@@ -16,9 +17,7 @@ constexpr int kProductThreads = 256;
 // of a warp's 16-byte accesses is served at a time: these 8 lanes touch every bank once.
 template <class T>
 constexpr int kChunk = 128 / int(sizeof(T));
-template <class T>
-constexpr int kVector = 16 / int(sizeof(T));  // channels of a 16-byte access
-constexpr int kVectors = 8;                   // of a chunk
+constexpr int kVectors = 8;  // of a chunk
 // Depth a product's step is a multiple of; operands are padded to it with zeros.
 constexpr int kDepth = 32;
 
@@ -58,19 +57,29 @@ class TensorCoreSums {
     }
   }
 
-  // Calls put(factors(column), row, column, sum, sum of column + 1) for all sums of this thread.
-  template <class Factors, class Put>
-  EDET_DEVICE void each(const Factors& factors, const Put& put) const {
+  // Calls factors(column) for the columns of this thread, then begin(), then for all of its sums
+  // put(factors, row, column, sum, sum of column + 1).
+  template <class Factors, class Begin, class Put>
+  EDET_DEVICE void each(const Factors& factors, const Begin& begin, const Put& put) const {
     const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
+    const auto column = [&](int n) { return (n * 4 + warp / 2) * 8 + lane % 4 * 2; };
+    constexpr int kTogether =
+        kTilesN < 4 ? kTilesN : 4;  // columns whose factors are loaded at once
     EDET_UNROLL
-    for (int n = 0; n < kTilesN; n++) {
-      const int column = (n * 4 + warp / 2) * 8 + lane % 4 * 2;
-      const auto f = factors(column);
+    for (int first = 0; first < kTilesN; first += kTogether) {
+      decltype(factors(0)) f[kTogether];
       EDET_UNROLL
-      for (int m = 0; m < kTilesM; m++) {
-        const int row = (warp % 2 * kTilesM + m) * 16 + lane / 4;
-        put(f, row, column, acc_[m][n][0], acc_[m][n][1]);
-        put(f, row + 8, column, acc_[m][n][2], acc_[m][n][3]);
+      for (int n = 0; n < kTogether; n++) f[n] = factors(column(first + n));
+      if (first == 0) begin();
+      EDET_UNROLL
+      for (int n = 0; n < kTogether; n++) {
+        EDET_UNROLL
+        for (int m = 0; m < kTilesM; m++) {
+          const float (&acc)[4] = acc_[m][first + n];
+          const int row = (warp % 2 * kTilesM + m) * 16 + lane / 4;
+          put(f[n], row, column(first + n), acc[0], acc[1]);
+          put(f[n], row + 8, column(first + n), acc[2], acc[3]);
+        }
       }
     }
   }
@@ -95,7 +104,7 @@ class BlockMma : public ProductTile<Operand, kTilesM, kTilesN>,
   // Adds a (kRows, depth) · w (depth, columns); depth is a multiple of kDepth.
   EDET_DEVICE void mma(Shared<T> a, Shared<T> w, int depth, int columns) {
     constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
-    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
     const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
     const Shared<T> right = w + (lane * kPitchW + warp / 2 * 8);
     EDET_LOOP
@@ -213,8 +222,9 @@ class BlockMma<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTi
     }
   }
 
-  template <class Factors, class Put>
-  EDET_DEVICE void each(const Factors& factors, const Put& put) const {
+  template <class Factors, class Begin, class Put>
+  EDET_DEVICE void each(const Factors& factors, const Begin& begin, const Put& put) const {
+    begin();
     EDET_UNROLL
     for (int n = 0; n < kN; n++) {
       EDET_UNROLL
@@ -292,6 +302,8 @@ Error by_tiles(const ProductShape& shape, bool few, const Launch& launch) {
   return kInvalidValue;
 }
 
+constexpr int kReserved = 1024;  // bytes of shared memory that CUDA takes of every block's
+
 // How a product's weights are held and its blocks laid out.
 struct ProductGrid {
   bool resident;  // all weights of a slice stay in shared memory, read once per multiprocessor
@@ -305,7 +317,8 @@ Error product_grid(int64_t tiles, int64_t slices, const Device& device, const By
   const bool resident = bytes(true) <= device.shared_bytes;
   const int block_bytes = bytes(resident);
   if (block_bytes > device.shared_bytes) return kInvalidValue;
-  const int64_t held = std::max(1, std::min(Mma::kBlocks, device.shared_bytes / block_bytes));
+  const int64_t held =
+      std::max(1, std::min(Mma::kBlocks, device.multiprocessor_bytes / (block_bytes + kReserved)));
   const int64_t blocks =
       std::min(tiles, std::max<int64_t>(1, device.multiprocessors * held / slices));
   *result = {resident, block_bytes, Dim3(unsigned(blocks), unsigned(slices))};
@@ -321,19 +334,33 @@ template <class Mma>
 EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int k, int n,
                               int depth, int columns, Shared<typename Mma::Type> w) {
   using T = typename Mma::Type;
-  const int panels = divide_up(columns, kPanel);
-  for (int i = thread().x; i < depth * panels * 4; i += kProductThreads) {
-    const int quarter = i % 4, panel = i / 4 % panels, row = i / 4 / panels;
-    const int column = panel * kPanel + quarter * 4;
-    Vector<float, 4> v{};
-    if (k + row < c && n + panel * kPanel < c_out) {
-      const int64_t at = (int64_t(n / kPanel + panel) * c + k + row) * kPanel + quarter * 4;
-      v = load_constant<float, 4>(packed + at);
-    }
-    Vector<T, 4> rounded;
+  constexpr int kPanels = Mma::kColumns / kPanel, kTogether = 4;  // loads that are on their way
+  packed += (int64_t(n / kPanel) * c + k) * kPanel;
+  const int rows = int(c - k < depth ? c - k : depth), real = int(c_out - n);
+  EDET_LOOP
+  for (int begin = opaque(thread().x); begin < depth * kPanels * 4;
+       begin += kTogether * kProductThreads) {
+    Vector<float, 4> v[kTogether];
     EDET_UNROLL
-    for (int j = 0; j < 4; j++) rounded.value[j] = Mma::operand(v.value[j]);
-    store(w + (row * Mma::kPitchW + column), rounded);
+    for (int j = 0; j < kTogether; j++) {
+      const int i = begin + j * kProductThreads, quarter = i % 4;
+      const int panel = i / 4 % kPanels, row = i / 4 / kPanels;
+      v[j] = {};
+      if (row < rows && panel * kPanel < min(columns, real)) {
+        v[j] = load_constant<float, 4>(packed + (panel * int(c) + row) * kPanel + quarter * 4);
+      }
+    }
+    EDET_UNROLL
+    for (int j = 0; j < kTogether; j++) {
+      const int i = begin + j * kProductThreads, quarter = i % 4;
+      const int panel = i / 4 % kPanels, row = i / 4 / kPanels;
+      if (row >= depth || panel * kPanel >= columns) continue;
+      if constexpr (Mma::kRounds) {
+        EDET_UNROLL
+        for (int l = 0; l < 4; l++) v[j].value[l] = Mma::operand(v[j].value[l]);
+      }
+      store(w + (row * Mma::kPitchW + panel * kPanel + quarter * 4), from_floats<T>(v[j].value));
+    }
   }
 }
 
@@ -372,10 +399,17 @@ EDET_DEVICE Vector<T, V> as_operands(Vector<T, V> v) {
 struct Affine {
   float scale[2], shift[2];
 };
-// Scale and shift of two columns, of which those from c_out on do not exist.
+// Scale and shift of two columns, of which those from c_out on do not exist; `aligned` when both
+// are read at once.
 EDET_DEVICE Affine load_affine(const float* scale, const float* shift, int64_t column,
-                               int64_t c_out) {
+                               int64_t c_out, bool aligned) {
   Affine f{};
+  if (aligned) {
+    if (column >= c_out) return f;
+    const Vector<float, 2> a = load_constant<float, 2>(scale + column);
+    const Vector<float, 2> b = load_constant<float, 2>(shift + column);
+    return {{a.value[0], a.value[1]}, {b.value[0], b.value[1]}};
+  }
   EDET_UNROLL
   for (int i = 0; i < 2; i++) {
     if (column + i >= c_out) break;
@@ -386,39 +420,55 @@ EDET_DEVICE Affine load_affine(const float* scale, const float* shift, int64_t c
 }
 
 // Writes a product by way of shared memory, so that whole 16-byte parts of pixels are stored.
-// change(value, row, column) makes of scale · sum + shift, in the columns' scales and shifts, the
-// result; pixel(row) is the first of its c_out channels, or null. `aligned` when 16 bytes may be
-// written at once.
-template <class Mma, class Change, class Pixel>
+// factors(column) are scale and shift of a column of the block and the next one.
+// change(x, row, column) makes of scale · sum + shift, in the columns' scales and shifts, the
+// results of two columns; finish(v, to) of a vector of results what is stored there; pixel(row) is
+// the first of its c_out channels, or null. `aligned` when 16 bytes may be written at once.
+template <class Mma, class Factors, class Change, class Finish, class Pixel>
 EDET_DEVICE void store_product(const Mma& product, Shared<typename Mma::Type> stage,
-                               const float* scale, const float* shift, int n, int columns,
-                               int64_t c_out, bool aligned, const Change& change,
+                               const Factors& factors, int n, int columns, int64_t c_out,
+                               bool aligned, const Change& change, const Finish& finish,
                                const Pixel& pixel) {
   using T = typename Mma::Type;
-  sync_threads();  // the operands, in whose place the result comes, are no longer read
-  product.each([&](int column) { return load_affine(scale, shift, n + column, c_out); },
-               [&](const Affine& f, int row, int column, float first, float second) {
-                 Vector<T, 2> v;
-                 v.value[0] = change(f.scale[0] * first + f.shift[0], row, n + column);
-                 v.value[1] = change(f.scale[1] * second + f.shift[1], row, n + column + 1);
-                 store(stage + (row * Mma::kPitchW + column), v);
-               });
+  constexpr int V = kVector<T>;
+  product.each(
+      factors, [] { sync_threads(); },  // the operands, in whose place the result comes, are read
+      [&](const Affine& f, int row, int column, float first, float second) {
+        float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
+        change(x, row, n + column);
+        store(stage + (row * Mma::kPitchW + column), from_floats<T>(x));
+      });
   sync_threads();
   const int real = int(c_out - n < columns ? c_out - n : columns);
   if (aligned) {
-    const int vectors = real / kVector<T>;
-    for (int i = thread().x; i < Mma::kRows * vectors; i += kProductThreads) {
-      const int row = i / vectors, column = i % vectors * kVector<T>;
+    constexpr int kAcross = Mma::kColumns / V;
+    EDET_LOOP
+    for (int i = opaque(thread().x); i < Mma::kRows * kAcross; i += kProductThreads) {
+      const int row = i / kAcross, column = i % kAcross * V;
+      if (column >= real) continue;
       T* const to = pixel(row);
-      if (to) store(to + n + column, load<kVector<T>>(stage + (row * Mma::kPitchW + column)));
+      if (!to) continue;
+      store(to + n + column,
+            finish(load<V>(stage + (row * Mma::kPitchW + column)), to + n + column));
     }
   } else {
-    for (int i = thread().x; i < Mma::kRows * real; i += kProductThreads) {
-      const int row = i / real, column = i % real;
+    EDET_LOOP
+    for (int i = opaque(thread().x); i < Mma::kRows * Mma::kColumns; i += kProductThreads) {
+      const int row = i / Mma::kColumns, column = i % Mma::kColumns;
+      if (column >= real) continue;
       T* const to = pixel(row);
-      if (to) store(to + n + column, get(stage + (row * Mma::kPitchW + column)));
+      if (!to) continue;
+      store(to + n + column,
+            finish(load<1>(stage + (row * Mma::kPitchW + column)), to + n + column));
     }
   }
 }
+// Stores a vector of results as it is.
+struct AsItIs {
+  template <class T, int V>
+  EDET_DEVICE Vector<T, V> operator()(const Vector<T, V>& v, const T*) const {
+    return v;
+  }
+};
 
 }  // namespace edet::cuda

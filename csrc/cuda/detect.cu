@@ -40,11 +40,11 @@ struct SelectParams {
   Found* found;    // (passes, n): before each pass
 };
 
-constexpr EDET_DEVICE int bits_below(const SelectParams& s, int pass) {
+EDET_EVERYWHERE constexpr int bits_below(const SelectParams& s, int pass) {
   const int left = s.order_bits + s.index_bits - kDigit * (pass + 1);
   return left > 0 ? left : 0;
 }
-constexpr EDET_DEVICE int bits_of(const SelectParams& s, int pass) {
+EDET_EVERYWHERE constexpr int bits_of(const SelectParams& s, int pass) {
   const int left = s.order_bits + s.index_bits - kDigit * pass;
   return left < kDigit ? left : kDigit;
 }

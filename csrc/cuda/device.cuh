@@ -18,6 +18,7 @@
 
 #define EDET_DEVICE __device__ __forceinline__
 #include "door.h"
+#include "shared_limit.h"
 
 // A kernel for blocks of at most `threads` threads, of which a multiprocessor holds at least
 // `blocks`.
@@ -113,6 +114,62 @@ EDET_DEVICE int first_set(uint32_t x) { return __ffs(int(x)) - 1; }  // of a num
 
 // e^x to 2 units in the last place, infinities and NaN included.
 EDET_DEVICE float exp(float x) { return expf(x); }
+// 2^x and 1/x to 2 units in the last place, infinities and NaN included; subnormal numbers are
+// zero.
+EDET_DEVICE float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+EDET_DEVICE float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two neighbouring 16-bit numbers, the first in the low half of a word, as floats.
+template <class T>
+EDET_DEVICE void unpack(uint32_t pair, float& first, float& second) {
+  if constexpr (std::is_same_v<T, f16>) {
+    __half2 halves;
+    memcpy(&halves, &pair, 4);
+    const float2 two = __half22float2(halves);
+    first = two.x, second = two.y;
+  } else {
+    first = bits_float(pair << 16), second = bits_float(pair & 0xffff0000u);
+  }
+}
+template <class T>
+EDET_DEVICE uint32_t pack(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, f16>) {
+    const __half2 halves = __floats2half2_rn(first, second);
+    memcpy(&pair, &halves, 4);
+  } else {
+    const __nv_bfloat162 halves = __floats2bfloat162_rn(first, second);
+    memcpy(&pair, &halves, 4);
+  }
+  return pair;
+}
+// The larger of each two, NaN where either is.
+template <class T>
+EDET_DEVICE uint32_t max_nan(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  using Pair = std::conditional_t<std::is_same_v<T, f16>, __half2, __nv_bfloat162>;
+  Pair x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmax2_nan(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+#else
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  for (int i = 0; i < 2; i++) x[i] = y[i] > x[i] || y[i] != y[i] ? y[i] : x[i];
+  return pack<T>(x[0], x[1]);
+#endif
+}
 
 // Reads what nothing writes during the launch (through the read-only cache).
 template <class T, int V>
@@ -121,8 +178,11 @@ EDET_DEVICE Vector<T, V> load_constant(const T* p) {
   if constexpr (sizeof(v) == 16) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(p));
     memcpy(&v, &bits, sizeof(v));
+  } else if constexpr (sizeof(v) == 8) {
+    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
+    memcpy(&v, &bits, sizeof(v));
   } else {
-    static_assert(V == 1, "an access is 16 bytes or one element");
+    static_assert(V == 1, "an access is 8 or 16 bytes or one element");
     v.value[0] = __ldg(p);
   }
   return v;
@@ -351,7 +411,8 @@ constexpr Error kInvalidValue = cudaErrorInvalidValue;
 struct Device {
   int id, capability;  // capability: 90 for 9.0
   int multiprocessors;
-  int shared_bytes;  // that one block may have
+  int shared_bytes;          // that one block may have
+  int multiprocessor_bytes;  // of shared memory, of all blocks that it holds
 };
 inline Error current_device(Device* device) {
   int major = 0, minor = 0;
@@ -364,6 +425,9 @@ inline Error current_device(Device* device) {
   if (error == kSuccess) error = get(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error == kSuccess) {
     error = get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  }
+  if (error == kSuccess) {
+    error = get(&device->multiprocessor_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   }
   device->capability = 10 * major + minor;
   return error;
@@ -402,9 +466,17 @@ inline Error clear(void* data, size_t bytes, Stream stream) {
 template <class Params>
 Error launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, Stream stream,
              const Params& params, bool pdl = false) {
-  if (shared_bytes > 48 * 1024) {  // what every kernel has without asking
-    const Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+  if (shared_bytes > kSharedWithoutAsking) {
+    int device = 0, most = 0;
+    Error error = cudaGetDevice(&device);
+    if (error == kSuccess) {
+      error = allow_most_shared(reinterpret_cast<const void*>(kernel), device, [&] {
+        const Error unknown =
+            cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (unknown != kSuccess) return unknown;
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      });
+    }
     if (error != kSuccess) return error;
   }
   cudaLaunchAttribute attribute{};

@@ -1,7 +1,7 @@
 // What kernels that fuse maps share: factors of the edges, resizing, activations.
 #pragma once
 
-#include "device.cuh"
+#include "vectors.cuh"
 #include "weighted_fusion.h"
 
 namespace edet::cuda {
@@ -12,40 +12,111 @@ EDET_DEVICE float clamp(float x, float low, float high) {
   return x < low ? low : x > high ? high : x;
 }
 
-EDET_DEVICE float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::swish: return x / (1.0f + exp(-x));
-    case Activation::relu: return relu(x);
-    case Activation::relu6: return clamp(x, 0.0f, 6.0f);
-    case Activation::hard_swish: return x * (clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));
-    case Activation::none: break;
+constexpr float kLog2E = 1.44269504f;
+
+// 1/(1 + e^−x). For results of type T: approximate where they have 16 bits.
+template <class T>
+EDET_DEVICE float sigmoid(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return rcp_approx(1.0f + ex2_approx(x * -kLog2E));
+  } else {
+    return 1.0f / (1.0f + exp(-x));
   }
-  return x;
+}
+template <class T>
+EDET_DEVICE float swish(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return x * sigmoid<T>(x);
+  } else {
+    return x / (1.0f + exp(-x));
+  }
 }
 
-// Writes the factor of every edge for one of c channels to a + edge · pitch.
-EDET_DEVICE void normalise(const EdgeWeights& weights, int edges, int64_t c, int64_t channel,
-                           Shared<float> a, int pitch) {
-  if (weights.fusion == Fusion::sum) {
-    for (int e = 0; e < edges; e++) store(a + e * pitch, 1.0f);
-    return;
+// Activates numbers that are then rounded to T. One choice for all of them, and few branches: a
+// switch would become a table of jumps.
+template <class T, int V>
+EDET_DEVICE void activate(float (&x)[V], Activation activation) {
+  if (activation == Activation::swish) {
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] = swish<T>(x[i]);
+  } else if (activation == Activation::hard_swish) {
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] *= clamp(x[i] + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f);
+  } else {
+    const float low = activation == Activation::none ? -INFINITY : 0.0f;
+    const float high = activation == Activation::relu6 ? 6.0f : INFINITY;
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] = clamp(x[i], low, high);
   }
-  const auto weight = [&](int e) {
-    const int64_t i = weights.per_channel ? e * c + channel : e;
-    return load_constant<float, 1>(weights.values + i).value[0];
-  };
-  if (weights.fusion == Fusion::unbounded) {
-    for (int e = 0; e < edges; e++) store(a + e * pitch, weight(e));
-    return;
-  }
-  const bool softmax = weights.fusion == Fusion::softmax;
-  float largest = weight(0);
-  for (int e = 1; e < edges; e++) largest = weight(e) > largest ? weight(e) : largest;
-  const auto part = [&](int e) { return softmax ? exp(weight(e) - largest) : relu(weight(e)); };
-  float total = softmax ? 0.0f : kFastEpsilon;
-  for (int e = 0; e < edges; e++) total += part(e);
-  for (int e = 0; e < edges; e++) store(a + e * pitch, part(e) / total);
 }
+template <class T>
+EDET_DEVICE float activate(float x, Activation activation) {
+  float one[1] = {x};
+  activate<T>(one, activation);
+  return one[0];
+}
+
+// The weights of a node's edges for one of c channels: read at once, long before they are used.
+class EdgeFactors {
+ public:
+  EDET_DEVICE EdgeFactors(const EdgeWeights& weights, int edges, int64_t c, int64_t channel)
+      : weights_(weights), edges_(edges), c_(c), channel_(channel) {
+    if (weights.fusion == Fusion::sum) return;
+    EDET_UNROLL
+    for (int e = 0; e < kFirst; e++)
+      if (e < edges) first_[e] = weight(e);
+  }
+
+  // Writes the factor of each edge to a + edge · pitch. T: of the maps, whose 16 bits need no exact
+  // quotient.
+  template <class T>
+  EDET_DEVICE void store_to(Shared<float> a, int pitch) const {
+    const Fusion fusion = weights_.fusion;
+    if (fusion == Fusion::sum) {
+      for (int e = 0; e < edges_; e++) store(a + e * pitch, 1.0f);
+      return;
+    }
+    if (fusion == Fusion::unbounded) {
+      return each([&](int e, float w) { store(a + e * pitch, w); });
+    }
+    const bool softmax = fusion == Fusion::softmax;
+    float largest = first_[0];
+    if (softmax) each([&](int, float w) { largest = w > largest ? w : largest; });
+    const auto part = [&](float w) {
+      if (!softmax) return relu(w);
+      if constexpr (sizeof(T) == 2) return ex2_approx((w - largest) * kLog2E);
+      return exp(w - largest);
+    };
+    float total = softmax ? 0.0f : kFastEpsilon;
+    each([&](int, float w) { total += part(w); });
+    if constexpr (sizeof(T) == 2) {
+      const float factor = rcp_approx(total);
+      each([&](int e, float w) { store(a + e * pitch, part(w) * factor); });
+    } else {
+      each([&](int e, float w) { store(a + e * pitch, part(w) / total); });
+    }
+  }
+
+ private:
+  static constexpr int kFirst = 3;  // more edges than that are read when they are used
+
+  EDET_DEVICE float weight(int e) const {
+    const int64_t i = weights_.per_channel ? e * c_ + channel_ : e;
+    return load_constant<float, 1>(weights_.values + i).value[0];
+  }
+  template <class Use>
+  EDET_DEVICE void each(const Use& use) const {
+    EDET_UNROLL
+    for (int e = 0; e < kFirst; e++)
+      if (e < edges_) use(e, first_[e]);
+    for (int e = kFirst; e < edges_; e++) use(e, weight(e));
+  }
+
+  const EdgeWeights weights_;
+  const int edges_;
+  const int64_t c_, channel_;
+  float first_[kFirst] = {};
+};
 
 // V channels of one edge, resized to pixel (y, x) of a map of (h, w); `read`(pixel) gives them at a
 // pixel of the edge's image.

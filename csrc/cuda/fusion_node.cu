@@ -22,6 +22,7 @@ struct Plan {
   int columns;    // of a block
   bool resident;  // all weights of the slice stay in shared memory
   bool aligned_in, aligned_out;
+  FuseKind kind;  // of all levels
 };
 
 // A level of the launch, as its tiles see it.
@@ -41,6 +42,7 @@ struct LevelNode {
   EDET_DEVICE const EdgeWeights& weights() const { return plan.p.weights; }
   EDET_DEVICE Activation pre_activation() const { return plan.p.pre_activation; }
   EDET_DEVICE Activation post_activation() const { return plan.p.post_activation; }
+  EDET_DEVICE FuseKind kind() const { return plan.kind; }
   EDET_DEVICE const float* dw() const { return plan.p.dw; }
   EDET_DEVICE const float* pw() const { return plan.p.pw; }
   EDET_DEVICE const float* scale() const { return level().scale; }
@@ -101,6 +103,13 @@ Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& devic
   plan.first_tile[p.levels] = static_cast<int>(tiles);
   for (int e = 0; e < p.edges * p.levels; e++) {
     plan.aligned_in = plan.aligned_in && is_aligned(p.edge[e].data);
+  }
+  plan.kind = fuse_kind(p.dtype, plan.aligned_in, p.weights, p.pre_activation, p.edge, p.edges, p.c,
+                        p.level[0].h, p.level[0].w);
+  for (int l = 1; l < p.levels; l++) {
+    if (fuse_kind(p.dtype, plan.aligned_in, p.weights, p.pre_activation, p.edge + l, 1, p.c,
+                  p.level[l].h, p.level[l].w) != plan.kind)
+      plan.kind = FuseKind::any;
   }
   const int chunks = static_cast<int>(divide_up(p.c, kChunk<T>));
   ProductGrid blocks{};

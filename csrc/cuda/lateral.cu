@@ -26,12 +26,49 @@ struct Memory {
   int w, bytes;
 };
 template <class Mma>
-constexpr EDET_DEVICE Memory memory_of(int chunks, bool resident) {
+EDET_EVERYWHERE constexpr Memory memory_of(int chunks, bool resident) {
   Memory m{};
   m.w = resident && Mma::kBytesOut > Mma::kBytesA ? Mma::kBytesOut : Mma::kBytesA;
   m.bytes = m.w + Mma::kBytesW * (resident ? chunks : 1);
   if (m.bytes < Mma::kBytesOut) m.bytes = Mma::kBytesOut;
   return m;
+}
+
+// A vector of a pixel times the gates of its channels, of which `c` are left; `aligned` when 16
+// bytes of them may be read at once.
+template <class T, int V>
+EDET_DEVICE Vector<T, V> times(const Vector<T, V>& v, const float* gate, int c, bool aligned) {
+  float x[V], factor[V] = {};
+  to_floats(v, x);
+  if (aligned) {
+    EDET_UNROLL
+    for (int j = 0; j < V; j += 4) {
+      const Vector<float, 4> four = load_constant<float, 4>(gate + j);
+      EDET_UNROLL
+      for (int i = 0; i < 4; i++) factor[j + i] = four.value[i];
+    }
+  } else {
+    EDET_UNROLL
+    for (int j = 0; j < V; j++)
+      if (j < c) factor[j] = load_constant<float, 1>(gate + j).value[0];
+  }
+  EDET_UNROLL
+  for (int j = 0; j < V; j++) x[j] *= factor[j];
+  return from_floats<T>(x);
+}
+
+template <class T, int V>
+EDET_DEVICE Vector<T, V> sum_of(const Vector<T, V>& a, const Vector<T, V>& b) {
+  if constexpr (V == 1) {
+    return {{from_float<T>(to_float(a.value[0]) + to_float(b.value[0]))}};
+  } else {
+    float x[V], y[V];
+    to_floats(a, x);
+    to_floats(b, y);
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] += y[i];
+    return from_floats<T>(x);
+  }
 }
 
 // Rows [row0, row0 + kRows) and channels [k, k + depth) of the input; zeros where there are none.
@@ -41,6 +78,16 @@ EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
   using T = typename Mma::Type;
   constexpr int V = kVector<T>;
   const ProjectionParams& p = plan.p;
+  // whose gates: the image of the first row, and the row in it
+  const uint32_t image_rows = uint32_t(p.image_rows);
+  int64_t image = 0;
+  uint32_t first_row = 0;
+  if (p.gate) {
+    image = uint32_t(row0) / image_rows;
+    first_row = uint32_t(row0 - image * p.image_rows);
+  }
+  const bool one_further = image_rows >= Mma::kRows;  // rows of two images at most
+  EDET_UNROLL
   for (int i = thread().x; i < Mma::kRows * kVectors; i += kProductThreads) {
     const int vector = i % kVectors, row = i / kVectors, channel = k + vector * V;
     if (vector * V >= depth) continue;
@@ -54,13 +101,10 @@ EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
     Vector<T, V> v{};
     if (real) v = load_pixel(from, p.c_in - channel, plan.aligned_in);
     if (real && p.gate) {
-      const float* gate = p.gate + (row0 + row) / p.image_rows * p.c_in + channel;
-      EDET_UNROLL
-      for (int j = 0; j < V; j++) {
-        if (channel + j >= p.c_in) break;
-        const float factor = load_constant<float, 1>(gate + j).value[0];
-        v.value[j] = from_float<T>(factor * to_float(v.value[j]));
-      }
+      const uint32_t local = first_row + uint32_t(row);
+      const uint32_t next = local < image_rows ? 0 : one_further ? 1 : local / image_rows;
+      v = times(v, p.gate + (image + next) * p.c_in + channel, int(p.c_in) - channel,
+                plan.aligned_in);
     }
     store(to, as_operands<Mma>(v));
   }
@@ -102,13 +146,17 @@ multiply(EDET_PARAMS(Plan) plan) {
     }
     first = false;
     store_product(
-        product, a, to.scale, to.shift, n, columns, to.c_out, plan.aligned_out,
-        [&](float x, int row, int column) {
-          if (p.residual && row0 + row < p.rows && column < to.c_out) {
-            const T* from = static_cast<const T*>(p.residual) + (row0 + row) * to.c_out + column;
-            x += to_float(load_constant<T, 1>(from).value[0]);
-          }
-          return from_float<T>(x);
+        product, a,
+        [&](int column) {
+          return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
+        },
+        n, columns, to.c_out, plan.aligned_out, [](float (&)[2], int, int) {},
+        [&](auto v, const T* at) {
+          constexpr int V = sizeof(v) / sizeof(T);
+          if (!p.residual) return v;
+          const T* const from =
+              static_cast<const T*>(p.residual) + (at - static_cast<const T*>(to.out));
+          return sum_of(v, load_constant<T, V>(from));
         },
         [&](int row) -> T* {
           if (row0 + row >= p.rows) return nullptr;
@@ -146,6 +194,7 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
 
 Error project(const ProjectionParams& p, Stream stream) {
   if (p.rows * p.c_in == 0) return kSuccess;
+  if (p.gate && p.rows > UINT32_MAX) return kInvalidValue;  // rows are divided in 32 bits
   int64_t widest = 0;
   for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {

@@ -29,6 +29,7 @@ struct Plan {
   int height;        // of a tile
   int across, down;  // tiles of an image
   int chunks;        // of middle channels
+  int inverse;       // ⌈2^16 / columns of a patch⌉: division of its few pixels
   int* counters;     // (n): blocks that are done
   bool aligned_in, aligned_mid;
 };
@@ -42,8 +43,8 @@ struct Memory {
   int a, w, dw, sums, bytes;
 };
 template <class Mma>
-constexpr EDET_DEVICE Memory memory_of(int height, int kernel, int stride, int c_mid,
-                                       int c_reduced) {
+EDET_EVERYWHERE constexpr Memory memory_of(int height, int kernel, int stride, int c_mid,
+                                           int c_reduced) {
   using T = typename Mma::Type;
   const int rows = (height - 1) * stride + kernel, columns = (kWidth - 1) * stride + kernel;
   Memory m{};
@@ -70,7 +71,8 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left
   const T* const input = static_cast<const T*>(p.input) + image * p.h * p.w * p.c_in;
   // a pixel of the patch in the input, or none
   const auto source = [&](int pixel) -> int64_t {
-    const int y = top + pixel / columns, x = left + pixel % columns;
+    const int row = pixel * plan.inverse >> 16;
+    const int y = top + row, x = left + pixel - row * columns;
     const bool inside = pixel < pixels && y >= 0 && y < p.h && x >= 0 && x < p.w;
     return inside ? int64_t(y) * p.w + x : -1;
   };
@@ -112,14 +114,17 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left
     }
     product.each(
         [&](int column) {
-          return load_affine(p.expand_scale, p.expand_shift, first + column, p.c_mid);
+          return load_affine(p.expand_scale, p.expand_shift, first + column, p.c_mid,
+                             plan.aligned_mid);
         },
+        [] {},
         [&](const Affine& f, int row, int column, float one, float two) {
           if (row0 + row >= pixels) return;
           Vector<T, 2> v{};
           if (source(row0 + row) >= 0) {
-            v.value[0] = from_float<T>(activate(f.scale[0] * one + f.shift[0], p.activation));
-            v.value[1] = from_float<T>(activate(f.scale[1] * two + f.shift[1], p.activation));
+            float x[2] = {f.scale[0] * one + f.shift[0], f.scale[1] * two + f.shift[1]};
+            activate<T>(x, p.activation);
+            v = from_floats<T>(x);
           }
           store(patch + ((row0 + row) * kMiddle + column), v);
         });
@@ -127,11 +132,13 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int top, int left
 }
 
 // The gate of one image, from the sums of all its tiles, by one block. Weights are packed.
+template <class T>
 EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
                                 Shared<float> memory) {
   const int t = thread().x, c = int(p.c_mid), reduced = int(p.c_reduced);
   const Shared<float> mean = memory, hidden = memory + c, part = hidden + reduced;
-  const float scale = 1.0f / float(p.out_h * p.out_w);
+  const float pixels = float(p.out_h * p.out_w);
+  const float scale = sizeof(T) == 2 ? rcp_approx(pixels) : 1.0f / pixels;
   for (int i = t; i < c; i += kProductThreads) {
     const float* sums = p.sums + image * tiles * c + i;
     float sum = 0.0f;
@@ -155,7 +162,7 @@ EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
     if (first == 0 && column < reduced) {
       float total = load_constant<float, 1>(p.reduce_bias + column).value[0];
       for (int i = 0; i < kProductThreads / kPanel; i++) total += get(part + (i * kPanel + j));
-      store(hidden + column, activate(total, p.activation));
+      store(hidden + column, activate<T>(total, p.activation));
     }
     sync_threads();
   }
@@ -165,7 +172,7 @@ EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int tiles,
       const int64_t at = (int64_t(i / kPanel) * reduced + k) * kPanel + i % kPanel;
       sum += get(hidden + k) * load_constant<float, 1>(p.excite + at).value[0];
     }
-    store(p.gate + image * c + i, 1.0f / (1.0f + exp(-sum)));
+    store(p.gate + image * c + i, sigmoid<T>(sum));
   }
 }
 
@@ -205,7 +212,13 @@ expand(EDET_PARAMS(Plan) plan) {
 
   const int vector = thread().x % kAcross, group = thread().x / kAcross;
   const int channel = first + vector * V;
-  float total[V] = {};
+  float total[V] = {}, scale[V], shift[V];
+  EDET_UNROLL
+  for (int j = 0; j < V; j += 2) {
+    const Affine f = load_affine(p.dw_scale, p.dw_shift, channel + j, c_mid, plan.aligned_mid);
+    scale[j] = f.scale[0], scale[j + 1] = f.scale[1];
+    shift[j] = f.shift[0], shift[j + 1] = f.shift[1];
+  }
   for (int pixel = group; pixel < plan.height * kWidth; pixel += kGroups) {
     const int y = pixel / kWidth, x = pixel % kWidth;
     if (y0 + y >= p.out_h || x0 + x >= p.out_w || channel >= c_mid) continue;
@@ -223,17 +236,12 @@ expand(EDET_PARAMS(Plan) plan) {
         }
       }
     }
-    Vector<T, V> result;
     EDET_UNROLL
-    for (int j = 0; j < V; j += 2) {
-      const Affine f = load_affine(p.dw_scale, p.dw_shift, channel + j, c_mid);
-      EDET_UNROLL
-      for (int i = 0; i < 2; i++) {
-        const float value = activate(f.scale[i] * sum[j + i] + f.shift[i], p.activation);
-        total[j + i] += value;
-        result.value[j + i] = from_float<T>(value);
-      }
-    }
+    for (int j = 0; j < V; j++) sum[j] = scale[j] * sum[j] + shift[j];
+    activate<T>(sum, p.activation);
+    EDET_UNROLL
+    for (int j = 0; j < V; j++) total[j] += sum[j];
+    const Vector<T, V> result = from_floats<T>(sum);
     // Params name it for the CPU, whose middle is float
     T* to = reinterpret_cast<T*>(p.mid) + ((image * p.out_h + y0 + y) * p.out_w + x0 + x) * c_mid +
             channel;
@@ -266,7 +274,7 @@ expand(EDET_PARAMS(Plan) plan) {
   const bool mine = get(last) != 0;
   global_fence();
   sync_threads();
-  if (mine) squeeze_excite(p, image, tiles, as<float>(memory));
+  if (mine) squeeze_excite<T>(p, image, tiles, as<float>(memory));
 }
 
 template <class T>
@@ -276,6 +284,7 @@ Plan plan_of(const MbconvParams& p) {
   plan.height = tile_height(sizeof(T), p.stride);
   plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
   plan.down = static_cast<int>(divide_up(p.out_h, plan.height));
+  plan.inverse = divide_up(1 << 16, static_cast<int>((kWidth - 1) * p.stride + p.kernel));
   plan.chunks = static_cast<int>(divide_up(p.c_mid, kMiddle));
   plan.aligned_in = p.c_in % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p.input) % 16 == 0;
   plan.aligned_mid = p.c_mid % kVector<T> == 0;  // the middle is a buffer of its own

@@ -51,14 +51,16 @@ template <class Mma>
 constexpr int kPatchPixels = (kTileHeight<Mma> + 2) * (kTileWidth + 2);
 
 // Where a block's shared memory holds what, in bytes: tiles, depthwise weights, factors of the
-// edges, the patch, the product's left operand, its weights. All but one are known when it is
-// compiled.
+// edges, scales and shifts, the patch, the product's left operand, its weights. All but one are
+// known when it is compiled.
 template <class Mma>
 struct NodeMemory {
   static constexpr int kFloats = 4 * kChunk<typename Mma::Type>;
   static constexpr int kTiles = 0;  // two, one while the other may still be read
   static constexpr int kDepthwise = kTiles + 2 * 4 * SharedTile::kWords;
-  static constexpr int kFactors = kDepthwise + 9 * kFloats, kPatch = kFactors + kMaxEdges * kFloats;
+  static constexpr int kFactors = kDepthwise + 9 * kFloats;
+  static constexpr int kAffine = kFactors + kMaxEdges * kFloats;
+  static constexpr int kPatch = kAffine + 2 * 4 * Mma::kColumns;
   static constexpr int kLeft = kPatch + kPatchPixels<Mma> * 128;
   static constexpr int kOperands = kLeft + Mma::kBytesA, kResult = kPatch + Mma::kBytesOut;
 
@@ -84,11 +86,82 @@ EDET_DEVICE Vector<float, 4> load_floats(Shared<float> floats, int vector, int g
   return load<4>(floats + (group * (kChunk<T> / (kVector<T> / 4)) + vector * 4));
 }
 
-// Fills the patch: the tile's first pixel is in its second row and column. Outside of the
-// map it is zero, which is what the depthwise convolution pads with.
+// What a thread brings of the depthwise weights of a chunk, from channel k on, to shared memory:
+// read when the chunk begins, and stored when its maps have come.
+template <class T>
+class DepthwisePart {
+ public:
+  // `aligned`: 16 bytes may be read at once.
+  EDET_DEVICE DepthwisePart(const float* from, int c, int k, bool aligned) {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int i = opaque(thread().x) + j * kProductThreads;
+      if (i < 9 * kFours) v_[j] = read(from + i / kFours * c, c, k + i % kFours * 4, aligned);
+    }
+  }
+  EDET_DEVICE void store_to(Shared<float> dw) const {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int i = opaque(thread().x) + j * kProductThreads;
+      if (i >= 9 * kFours) continue;
+      store(dw + (i / kFours * kChunk<T> + float_place<T>(i % kFours * 4)), v_[j]);
+    }
+  }
+
+ private:
+  static constexpr int kFours = kChunk<T> / 4, kParts = divide_up(9 * kFours, kProductThreads);
+
+  static EDET_DEVICE Vector<float, 4> read(const float* row, int c, int channel, bool aligned) {
+    Vector<float, 4> v{};
+    if (aligned && channel < c) return load_constant<float, 4>(row + channel);
+    EDET_UNROLL
+    for (int i = 0; i < 4; i++)
+      if (channel + i < c) v.value[i] = load_constant<float, 1>(row + channel + i).value[0];
+    return v;
+  }
+
+  Vector<float, 4> v_[kParts];
+};
+
+// Scales and shifts of a tile's columns, in the same way.
+template <class Mma>
+class AffinePart {
+ public:
+  EDET_DEVICE AffinePart(const float* scale, const float* shift, int n, int columns, int c_out) {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int column = opaque(thread().x) + j * kProductThreads;
+      const bool real = column < columns && n + column < c_out;
+      scale_[j] = real ? load_constant<float, 1>(scale + n + column).value[0] : 0.0f;
+      shift_[j] = real ? load_constant<float, 1>(shift + n + column).value[0] : 0.0f;
+    }
+  }
+  EDET_DEVICE void store_to(Shared<float> affine) const {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int column = opaque(thread().x) + j * kProductThreads;
+      if (column >= Mma::kColumns) continue;
+      store(affine + column, scale_[j]);
+      store(affine + (Mma::kColumns + column), shift_[j]);
+    }
+  }
+  // Of two columns.
+  static EDET_DEVICE Affine get(Shared<float> affine, int column) {
+    const Vector<float, 2> scale = load<2>(affine + column);
+    const Vector<float, 2> shift = load<2>(affine + (Mma::kColumns + column));
+    return {{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
+  }
+
+ private:
+  static constexpr int kParts = divide_up(Mma::kColumns, kProductThreads);
+  float scale_[kParts], shift_[kParts];
+};
+
+// Fills the patch: the tile's first pixel is in its second row and column. Outside of the map it is
+// zero, which is what the depthwise convolution pads with. This one is for all maps.
 template <class Mma, class Node>
-EDET_DEVICE void fuse_patch(const Node& node, const SharedTile& tile, int k, int depth,
-                            Shared<float> factors, Shared<typename Mma::Type> patch) {
+EDET_DEVICE void fuse_any(const Node& node, const SharedTile& tile, int k, int depth,
+                          Shared<float> factors, Shared<typename Mma::Type> patch) {
   using T = typename Mma::Type;
   constexpr int V = kVector<T>;
   const int c = node.c(), h = node.h(), w = node.w(), edges = node.edges();
@@ -121,14 +194,177 @@ EDET_DEVICE void fuse_patch(const Node& node, const SharedTile& tile, int k, int
           }
         }
       }
+      activate<T>(sum, node.pre_activation());
       EDET_UNROLL
       for (int j = 0; j < V; j++) {
-        const float fused = activate(sum[j], node.pre_activation());
-        result.value[j] = from_float<T>(channel + j < c ? fused : 0.0f);
+        result.value[j] = from_float<T>(channel + j < c ? sum[j] : 0.0f);
       }
     }
     store(patch + (pixel * kChunk<T> + vector * V), result);
   }
+}
+
+// ---- nodes of a kind that is known when the kernel is compiled ----
+
+// Edges of the node's size at most, which come first.
+EDET_EVERYWHERE constexpr int same_edges(FuseKind kind) { return kind == FuseKind::up ? 2 : 1; }
+// Vectors that a pixel reads of the last edge, if that one is resized.
+EDET_EVERYWHERE constexpr int resized_taps(FuseKind kind) {
+  return kind == FuseKind::up ? 9 : kind == FuseKind::down ? 1 : 0;
+}
+
+// The maps of a tile, at the channels of one thread, in which each pixel has an offset of 32 bits.
+template <class T, FuseKind kKind>
+class PatchReader {
+ public:
+  static constexpr int V = kVector<T>, kSame = same_edges(kKind), kTaps = resized_taps(kKind);
+  // Of one pixel: all loads can be on their way before the first is used.
+  struct Item {
+    Words same[kSame], tap[kTaps > 0 ? kTaps : 1];
+  };
+
+  template <class Node>
+  EDET_DEVICE PatchReader(const Node& node, int image, int channel)
+      : c_(node.c()), h_(node.h()), w_(node.w()), both_(node.edges() > 2) {
+    const int64_t pixels = int64_t(image) * h_ * w_;
+    EDET_UNROLL
+    for (int e = 0; e < kSame; e++) {
+      if (e && !both_) break;
+      same_[e] = static_cast<const T*>(node.edge(e).data) + pixels * c_ + channel;
+    }
+    if constexpr (kTaps > 0) {
+      const auto& edge = node.edge(node.edges() - 1);
+      const int h = int(edge.h), w = int(edge.w);
+      edge_w_ = w, last_y_ = h - 1, last_x_ = w - 1;
+      before_y_ = int(edge.rows.before), before_x_ = int(edge.columns.before);
+      resized_ = static_cast<const T*>(edge.data) + int64_t(image) * h * w * c_ + channel;
+    }
+  }
+
+  EDET_DEVICE bool inside(int y, int x) const {
+    return uint32_t(y) < uint32_t(h_) && uint32_t(x) < uint32_t(w_);
+  }
+
+  // Of a pixel outside of the map, the nearest one inside.
+  EDET_DEVICE Item load(int y, int x) const {
+    y = min(max(y, 0), h_ - 1), x = min(max(x, 0), w_ - 1);
+    Item item;
+    EDET_UNROLL
+    for (int e = 0; e < kSame; e++) {
+      item.same[e] = e == 0 || both_ ? at(same_[e], y * w_ + x) : Words{};
+    }
+    if constexpr (kKind == FuseKind::down) {
+      item.tap[0] = at(resized_, y / 2 * edge_w_ + x / 2);
+    } else if constexpr (kTaps == 9) {
+      const int top = 2 * y - before_y_, left = 2 * x - before_x_;
+      EDET_UNROLL
+      for (int i = 0; i < 3; i++) {
+        // a tap outside of the map is one of the window's inside: a maximum may count it twice
+        const int row = min(max(top + i, 0), last_y_) * edge_w_;
+        EDET_UNROLL
+        for (int j = 0; j < 3; j++) {
+          const int column = min(max(left + j, 0), last_x_);
+          item.tap[i * 3 + j] = at(resized_, row + column);
+        }
+      }
+    }
+    return item;
+  }
+
+  // Σ factor · edge, activated.
+  static EDET_DEVICE Words fuse(Item& item, const float (&factor)[kSame + 1]) {
+    if constexpr (kKind == FuseKind::one) return item.same[0];
+    float sum[V] = {}, x[V];
+    EDET_UNROLL
+    for (int e = 0; e <= kSame; e++) {
+      if (e == kSame) {
+        EDET_UNROLL
+        for (int i = 1; i < kTaps; i++) item.tap[0] = max_nan<T>(item.tap[0], item.tap[i]);
+      }
+      to_floats<T>(e < kSame ? item.same[e] : item.tap[0], x);
+      EDET_UNROLL
+      for (int j = 0; j < V; j++) sum[j] = e ? sum[j] + factor[e] * x[j] : factor[e] * x[j];
+    }
+    EDET_UNROLL
+    for (int j = 0; j < V; j++) sum[j] = swish<T>(sum[j]);
+    return to_words<T>(sum);
+  }
+
+ private:
+  EDET_DEVICE Words at(const T* map, int pixel) const {
+    return load_written<uint32_t, 4>(words(map + pixel * c_));
+  }
+
+  int c_, h_, w_;
+  bool both_;  // edges of the node's size
+  int edge_w_ = 0, last_y_ = 0, last_x_ = 0, before_y_ = 0, before_x_ = 0;
+  const T* same_[kSame];
+  const T* resized_ = nullptr;
+};
+
+// As fuse_patch.
+template <class Mma, FuseKind kKind, class Node>
+EDET_DEVICE void fuse_known(const Node& node, const SharedTile& tile, int k, int depth,
+                            Shared<float> factors, Shared<typename Mma::Type> patch) {
+  using T = typename Mma::Type;
+  using Reader = PatchReader<T, kKind>;
+  constexpr int V = kVector<T>, kStep = kProductThreads / kVectors;
+  constexpr int kItems = divide_up(kPatchPixels<Mma>, kStep);
+  // pixels of a thread whose loads are on their way together
+  constexpr int kTogether = kKind == FuseKind::up ? 1 : kItems;
+  // what follows from the thread alone is not kept from tile to tile: registers are scarce
+  const int t = opaque(thread().x), vector = t % kVectors, channel = k + vector * V;
+  if (vector * V >= depth) return;
+  const bool real = channel < node.c();
+  const Reader reader(node, tile.image(), real ? channel : 0);
+  float factor[Reader::kSame + 1] = {};
+  if constexpr (kKind != FuseKind::one) {
+    EDET_UNROLL
+    for (int e = 0; e <= Reader::kSame; e++) {
+      // the last edge's comes last; one that is not there adds nothing
+      const int edge = e < Reader::kSame ? e : node.edges() - 1;
+      if (e < node.edges() - 1 || e == Reader::kSame) factor[e] = get(factors + edge * kChunk<T>);
+    }
+  }
+  const int y0 = tile.y0() - 1, x0 = tile.x0() - 1, first = t / kVectors;
+  EDET_LOOP
+  for (int begin = 0; begin < kItems; begin += kTogether) {
+    typename Reader::Item item[kTogether];
+    EDET_UNROLL
+    for (int i = 0; i < kTogether; i++) {  // the last pixel twice costs less than a branch
+      const int pixel = min(first + (begin + i) * kStep, kPatchPixels<Mma> - 1);
+      item[i] = reader.load(y0 + pixel / (kTileWidth + 2), x0 + pixel % (kTileWidth + 2));
+    }
+    EDET_UNROLL
+    for (int i = 0; i < kTogether; i++) {
+      const int pixel = first + (begin + i) * kStep;
+      if (pixel < kPatchPixels<Mma>) {
+        const int y = y0 + pixel / (kTileWidth + 2), x = x0 + pixel % (kTileWidth + 2);
+        Words result = Reader::fuse(item[i], factor);
+        if (!real || !reader.inside(y, x)) result = Words{};
+        store(as<uint32_t>(patch + (pixel * kChunk<T> + vector * V)), result);
+      }
+    }
+  }
+}
+
+// Fills the patch by the way that is right for the node.
+template <class Mma, class Node>
+EDET_DEVICE void fuse_patch(const Node& node, const SharedTile& tile, int k, int depth,
+                            Shared<float> factors, Shared<typename Mma::Type> patch) {
+  if constexpr (sizeof(typename Mma::Type) == 2) {
+    const FuseKind kind = node.kind();
+    if (kind == FuseKind::down) {
+      return fuse_known<Mma, FuseKind::down>(node, tile, k, depth, factors, patch);
+    }
+    if (kind == FuseKind::up) {
+      return fuse_known<Mma, FuseKind::up>(node, tile, k, depth, factors, patch);
+    }
+    if (kind == FuseKind::one) {
+      return fuse_known<Mma, FuseKind::one>(node, tile, k, depth, factors, patch);
+    }
+  }
+  fuse_any<Mma>(node, tile, k, depth, factors, patch);
 }
 
 // Convolves the patch into the product's left operand: a thread computes one vector of channels of
@@ -138,18 +374,18 @@ EDET_DEVICE void convolve_patch(Shared<typename Mma::Type> patch, Shared<float> 
                                 Shared<typename Mma::Type> a) {
   using T = typename Mma::Type;
   constexpr int V = kVector<T>, kDown = Mma::kRows / 32;
-  const int vector = thread().x % kVectors, x = thread().x / kVectors % kTileWidth;
-  const int y = thread().x / (kVectors * kTileWidth) * kDown;
+  const int t = opaque(thread().x), vector = t % kVectors, x = t / kVectors % kTileWidth;
+  const int y = t / (kVectors * kTileWidth) * kDown;
   if (vector * V >= depth) return;
   float sum[kDown][V] = {};
   // the loads of three columns at once would leave no registers
   EDET_LOOP
   for (int dx = 0; dx < 3; dx++) {
-    Vector<T, V> column[kDown + 2];
+    float column[kDown + 2][V];
     EDET_UNROLL
     for (int r = 0; r < kDown + 2; r++) {
       const int pixel = (y + r) * (kTileWidth + 2) + x + dx;
-      column[r] = load<V>(patch + (pixel * kChunk<T> + vector * V));
+      to_floats(load<V>(patch + (pixel * kChunk<T> + vector * V)), column[r]);
     }
     EDET_UNROLL
     for (int dy = 0; dy < 3; dy++) {
@@ -160,7 +396,7 @@ EDET_DEVICE void convolve_patch(Shared<typename Mma::Type> patch, Shared<float> 
         for (int r = 0; r < kDown; r++) {
           EDET_UNROLL
           for (int j = 0; j < 4; j++) {
-            sum[r][group * 4 + j] += w.value[j] * to_float(column[r + dy].value[group * 4 + j]);
+            sum[r][group * 4 + j] += w.value[j] * column[r + dy][group * 4 + j];
           }
         }
       }
@@ -168,9 +404,11 @@ EDET_DEVICE void convolve_patch(Shared<typename Mma::Type> patch, Shared<float> 
   }
   EDET_UNROLL
   for (int r = 0; r < kDown; r++) {
-    Vector<T, V> result;
-    EDET_UNROLL
-    for (int j = 0; j < V; j++) result.value[j] = Mma::operand(sum[r][j]);
+    if constexpr (Mma::kRounds) {
+      EDET_UNROLL
+      for (int j = 0; j < V; j++) sum[r][j] = Mma::operand(sum[r][j]);
+    }
+    const Vector<T, V> result = from_floats<T>(sum[r]);
     store(a + (((y + r) * kTileWidth + x) * Mma::kPitchA + vector * V), result);
   }
 }
@@ -179,15 +417,16 @@ EDET_DEVICE void convolve_patch(Shared<typename Mma::Type> patch, Shared<float> 
 // that the slice needs stay there. await() returns when the inputs may be read, for all threads
 // after a barrier of its own; weights, which nothing waits for, are loaded before. A node says what
 // it is made of: c(), c_out(), h(), w(), edges(), edge(e), weights(), pre_activation(),
-// post_activation(), dw(), pw(), scale(), shift(), out(), aligned_in() and aligned_out(), from the
-// kernel's parameters, which cost no registers.
+// post_activation(), kind(), dw(), pw(), scale(), shift(), out(), aligned_in() and aligned_out(),
+// from the kernel's parameters, which cost no registers.
 template <class Mma, class Node, class Await>
 EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<char> memory,
                               bool first, bool resident, const Await& await) {
   using T = typename Mma::Type;
   using At = NodeMemory<Mma>;
   const Shared<float> dw = as<float>(memory + At::kDepthwise),
-                      factors = as<float>(memory + At::kFactors);
+                      factors = as<float>(memory + At::kFactors),
+                      affine = as<float>(memory + At::kAffine);
   const Shared<T> patch = as<T>(memory + At::kPatch), a = as<T>(memory + At::kLeft);
   const Shared<T> w = as<T>(memory + At::weights(resident));
   const int c = node.c(), chunks = divide_up(c, kChunk<T>);
@@ -198,48 +437,50 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
   const auto place = [&](int chunk) {
     return w + (resident ? chunk * (Mma::kBytesW / int(sizeof(T))) : 0);
   };
-  if (first && resident) {
-    for (int chunk = 0; chunk < chunks; chunk++) load_chunk(chunk * kChunk<T>, place(chunk));
-  }
+  // What is small is on its way while the weights come, and stored while the maps do.
+  const AffinePart<Mma> affine_part(node.scale(), node.shift(), tile.n(), tile.columns(),
+                                    node.c_out());
   Mma product;
   for (int chunk = 0; chunk < chunks; chunk++) {
     const int k = chunk * kChunk<T>;
     const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-    if (first || chunks > 1) {
-      EDET_LOOP
-      for (int i = thread().x; i < 9 * kChunk<T>; i += kProductThreads) {
-        const int tap = i / kChunk<T>, channel = i % kChunk<T>;
-        const float value =
-            k + channel < c ? load_constant<float, 1>(node.dw() + tap * c + k + channel).value[0]
-                            : 0.0f;
-        store(dw + (tap * kChunk<T> + float_place<T>(channel)), value);
+    const bool load_dw = first || chunks > 1;
+    DepthwisePart<T> dw_part(node.dw(), load_dw ? c : 0, k, node.aligned_in());
+    if (load_dw && (first || node.weights().per_channel)) {
+      const int t = opaque(thread().x);
+      const EdgeFactors part(node.weights(), t < kChunk<T> ? node.edges() : 0, c,
+                             min(k + t, c - 1));
+      if (first && resident && chunk == 0) {
+        for (int i = 0; i < chunks; i++) load_chunk(i * kChunk<T>, place(i));
       }
-      if (thread().x < kChunk<T> && (first || node.weights().per_channel)) {
-        const int channel = min(k + int(thread().x), c - 1);
-        normalise(node.weights(), node.edges(), c, channel, factors + float_place<T>(thread().x),
-                  kChunk<T>);
-      }
+      if (t < kChunk<T>) part.template store_to<T>(factors + float_place<T>(t), kChunk<T>);
     }
     sync_threads();
     if (!resident) load_chunk(k, w);
     if (chunk == 0) await();
     fuse_patch<Mma>(node, tile, k, depth, factors, patch);
+    if (load_dw) dw_part.store_to(dw);
+    if (chunk == 0) affine_part.store_to(affine);
     sync_threads();
     convolve_patch<Mma>(patch, dw, depth, a);
     sync_threads();
     product.mma(a, place(chunk), depth, tile.columns());
   }
-  store_product(
-      product, patch, node.scale(), node.shift(), tile.n(), tile.columns(), node.c_out(),
-      node.aligned_out(),
-      [&](float x, int, int) { return from_float<T>(activate(x, node.post_activation())); },
-      [&](int row) -> T* {
-        const int y = tile.y0() + row / kTileWidth, x = tile.x0() + row % kTileWidth;
-        const int h = node.h(), w = node.w();
-        if (y >= h || x >= w) return nullptr;
-        return static_cast<T*>(node.out()) +
-               ((int64_t(tile.image()) * h + y) * w + x) * node.c_out();
-      });
+  const int h = node.h(), width = node.w(), c_out = node.c_out(), y0 = tile.y0(), x0 = tile.x0();
+  T* const out =
+      static_cast<T*>(node.out()) + ((int64_t(tile.image()) * h + y0) * width + x0) * c_out;
+  const auto store = [&](const auto& change) {
+    const auto factors_of = [&](int column) { return AffinePart<Mma>::get(affine, column); };
+    store_product(product, patch, factors_of, tile.n(), tile.columns(), c_out, node.aligned_out(),
+                  change, AsItIs{}, [&](int row) -> T* {
+                    const int y = row / kTileWidth, x = row % kTileWidth;
+                    if (y0 + y >= h || x0 + x >= width) return nullptr;
+                    return out + int64_t(y * width + x) * c_out;
+                  });
+  };
+  const Activation activation = node.post_activation();
+  if (activation == Activation::none) return store([](float (&)[2], int, int) {});
+  store([&](float (&x)[2], int, int) { activate<T>(x, activation); });
 }
 
 }  // namespace edet::cuda

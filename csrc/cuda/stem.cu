@@ -87,16 +87,14 @@ convolve(EDET_PARAMS(Plan) plan) {
           for (int j = 0; j < 4; j++) sum[group * 4 + j] += in * w.value[j];
         }
       }
-      Vector<T, V> result;
       EDET_UNROLL
       for (int j = 0; j < V; j += 2) {
-        const Affine f = load_affine(p.scale, p.shift, channel + j, p.c_out);
+        const Affine f = load_affine(p.scale, p.shift, channel + j, p.c_out, plan.aligned);
         EDET_UNROLL
-        for (int k = 0; k < 2; k++) {
-          result.value[j + k] =
-              from_float<T>(activate(f.scale[k] * sum[j + k] + f.shift[k], p.activation));
-        }
+        for (int k = 0; k < 2; k++) sum[j + k] = f.scale[k] * sum[j + k] + f.shift[k];
       }
+      activate<T>(sum, p.activation);
+      const Vector<T, V> result = from_floats<T>(sum);
       T* to = static_cast<T*>(p.out) + ((n * p.out_h + y) * p.out_w + x) * p.c_out + channel;
       if (plan.aligned) {
         store(to, result);

@@ -26,7 +26,9 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
   const int64_t first = int64_t(block().y) * channels;
   for (int i = thread().y * block_size().x + thread().x; i < channels;
        i += block_size().x * block_size().y) {
-    if (first + i < p.c) normalise(p.weights, p.edges, p.c, first + i, a + i, channels);
+    if (first + i < p.c) {
+      EdgeFactors(p.weights, p.edges, p.c, first + i).store_to<T>(a + i, channels);
+    }
   }
   sync_threads();
 
@@ -61,8 +63,9 @@ fuse(EDET_PARAMS(WeightedFusionParams) p) {
       } else {
         for (int e = 0; e < p.edges; e++) add(e, read(e));
       }
+      activate<T>(sum, p.activation);
       Vector<T, V> result;
-      for (int i = 0; i < V; i++) result.value[i] = from_float<T>(activate(sum[i], p.activation));
+      for (int i = 0; i < V; i++) result.value[i] = from_float<T>(sum[i]);
       store(out + pixel * p.c, result);
     }
   }

@@ -11,13 +11,6 @@ namespace edet::cuda {
 // memory offsets have 64.
 constexpr int64_t kMostSide = 65535;
 
-// Edge weights as they are given: (edges) or (edges, C); null for Fusion::sum.
-struct EdgeWeights {
-  Fusion fusion;
-  const float* values;
-  bool per_channel;
-};
-
 // activation(Σ aᵢ·resize(edgeᵢ)) as a map (N, h, w, C). All pointers are to the device's memory.
 struct WeightedFusionParams {
   DType dtype;

@@ -13,6 +13,7 @@
 
 #define EDET_DEVICE inline
 #include "../cuda/door.h"
+#include "../cuda/shared_limit.h"
 
 #define EDET_KERNEL(threads, blocks) void
 #define EDET_PARAMS(type) const type&
@@ -74,9 +75,36 @@ inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
 inline int first_set(uint32_t x) { return __builtin_ctz(x); }
 inline float exp(float x) { return std::exp(x); }
 
+inline float ex2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) {
+  const float y = 1.0f / x;
+  return std::fpclassify(y) == FP_SUBNORMAL ? std::copysign(0.0f, y) : y;
+}
+
+template <class T>
+void unpack(uint32_t pair, float& first, float& second) {
+  first = to_float(T{uint16_t(pair)}), second = to_float(T{uint16_t(pair >> 16)});
+}
+template <class T>
+uint32_t pack(float first, float second) {
+  const T two[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t pair;
+  std::memcpy(&pair, two, sizeof pair);
+  return pair;
+}
+template <class T>
+uint32_t max_nan(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  for (int i = 0; i < 2; i++) x[i] = y[i] > x[i] || y[i] != y[i] ? y[i] : x[i];
+  return pack<T>(x[0], x[1]);
+}
+
 template <class T, int V>
 Vector<T, V> load_constant(const T* p) {
-  static_assert(sizeof(Vector<T, V>) == 16 || V == 1, "an access is 16 bytes or one element");
+  static_assert(sizeof(Vector<T, V>) == 16 || sizeof(Vector<T, V>) == 8 || V == 1,
+                "an access is 8 or 16 bytes or one element");
   emulation::global_access(p, sizeof(Vector<T, V>), emulation::Use::constant);
   Vector<T, V> v;
   std::memcpy(&v, p, sizeof v);
@@ -309,10 +337,11 @@ struct Device {
   int id, capability;
   int multiprocessors;
   int shared_bytes;
+  int multiprocessor_bytes;
 };
 inline Error current_device(Device* device) {
   *device = {0, emulation::architecture(), emulation::multiprocessors(),
-             emulation::most_shared_bytes()};
+             emulation::most_shared_bytes(), emulation::most_shared_bytes() + 1024};
   return kSuccess;
 }
 
@@ -327,13 +356,21 @@ inline Error clear(void* data, size_t bytes, Stream) { return emulation::clear(d
 template <class Params>
 Error launch(void (*kernel)(const Params&), Dim3 grid, Dim3 block, size_t shared_bytes, Stream,
              const Params& params, bool pdl = false) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kSharedWithoutAsking) {
+    // a device is known by what it gives a block: tests change it
+    const int most = emulation::most_shared_bytes();
+    const Error error = allow_most_shared(
+        function, most, [&] { return emulation::set_shared_limit(function, size_t(most)); });
+    if (error != kSuccess) return error;
+  }
   const auto extent = [](Dim3 d) { return emulation::Extent{int(d.x), int(d.y), int(d.z)}; };
   return emulation::run(
       __PRETTY_FUNCTION__, extent(grid), extent(block), shared_bytes, pdl,
       [](const void* kernel, const void* params) {
         (*static_cast<void (*const*)(const Params&)>(kernel))(*static_cast<const Params*>(params));
       },
-      &kernel, &params);
+      &kernel, &params, sizeof(Params));
 }
 
 }  // namespace edet::cuda

@@ -1,10 +1,12 @@
 // Fibers of the blocks that run together, their schedule, and what is watched while they run.
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <random>
 #include <unordered_map>
 #include <unordered_set>
@@ -199,7 +201,7 @@ class Machine {
   // of the host thread
   uint64_t seed = 0;
   int processors = 4, most_shared = 227 * 1024, architecture = 90, resident = 1;
-  bool counting = false;
+  bool counting = false, dry = false;
   std::vector<Launch> launches;
   std::string error;
   std::vector<Range> ranges;
@@ -209,7 +211,9 @@ class Machine {
   Extent block_extent{}, grid_extent{};
 
   cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
-                  void (*body)(const void*, const void*), const void* kernel, const void* params);
+                  void (*body)(const void*, const void*), const void* kernel, const void* params,
+                  size_t params_bytes);
+  cudaError_t clear(void* data, size_t bytes);
   [[noreturn]] void fail(const std::string& what);
   void barrier(int line);
   void together(int line, void* mine, void (*meet)(void**, int));
@@ -638,9 +642,38 @@ std::string kernel_name(const char* function) {
   return last == std::string::npos ? name : name.substr(last + 2);
 }
 
+std::mutex limits_mutex;
+std::unordered_map<const void*, size_t>& shared_limits() {
+  static std::unordered_map<const void*, size_t> limits;
+  return limits;
+}
+size_t shared_limit(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
+  const auto found = shared_limits().find(kernel);
+  return found == shared_limits().end() ? 48 * 1024 : found->second;
+}
+
+// Of a kernel's code in the module's file.
+size_t offset_of(const void* function) {
+  Dl_info info{};
+  if (!dladdr(function, &info)) return 0;
+  return static_cast<size_t>(static_cast<const char*>(function) -
+                             static_cast<const char*>(info.dli_fbase));
+}
+
+cudaError_t Machine::clear(void* data, size_t bytes) {
+  if (!dry) std::memset(data, 0, bytes);
+  if (dry && counting) {
+    launches.emplace_back();
+    launches.back().kernel = "memset";
+    launches.back().bytes_written = static_cast<int64_t>(bytes);
+  }
+  return cudaSuccess;
+}
+
 cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                          void (*body)(const void*, const void*), const void* kernel,
-                         const void* params) {
+                         const void* params, size_t params_bytes) {
   error.clear();
   launch_ = {};
   launch_.kernel = kernel_name(name);
@@ -654,6 +687,21 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
             std::to_string(threads_) + " threads and " + std::to_string(shared_bytes) +
             " bytes of shared memory";
     return cudaErrorLaunchFailure;
+  }
+  const size_t limit = shared_limit(*static_cast<const void* const*>(kernel));
+  if (shared_bytes > limit) {
+    error = launch_.kernel + ": " + std::to_string(shared_bytes) +
+            " bytes of shared memory, but the kernel was allowed " + std::to_string(limit);
+    return cudaErrorLaunchFailure;
+  }
+  if (counting) {
+    launch_.function = offset_of(*static_cast<const void* const*>(kernel));
+    launch_.params.assign(static_cast<const char*>(params), params_bytes);
+    launch_.grid = grid, launch_.block = block, launch_.pdl = pdl;
+  }
+  if (dry) {
+    if (counting) launches.push_back(launch_);
+    return cudaSuccess;
   }
   const auto places = static_cast<size_t>(std::min<int64_t>(resident, blocks));
   if (!make_stacks(places * static_cast<size_t>(threads_))) {
@@ -721,6 +769,8 @@ void count_launches(bool on) {
 const std::vector<Launch>& launches() { return machine().launches; }
 const std::string& last_error() { return machine().error; }
 
+void set_dry(bool on) { machine().dry = on; }
+bool dry() { return machine().dry; }
 void set_resident(int blocks) { machine().resident = std::max(blocks, 1); }
 
 void know_memory(const void* data, size_t bytes, bool writable) {
@@ -754,14 +804,17 @@ int architecture() { return machine().architecture; }
 int multiprocessors() { return machine().processors; }
 int most_shared_bytes() { return machine().most_shared; }
 
-cudaError_t clear(void* data, size_t bytes) {
-  std::memset(data, 0, bytes);
+cudaError_t clear(void* data, size_t bytes) { return machine().clear(data, bytes); }
+cudaError_t set_shared_limit(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
+  shared_limits()[kernel] = bytes;
   return cudaSuccess;
 }
 
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
-                void (*body)(const void*, const void*), const void* kernel, const void* params) {
-  return machine().run(name, grid, block, shared_bytes, pdl, body, kernel, params);
+                void (*body)(const void*, const void*), const void* kernel, const void* params,
+                size_t params_bytes) {
+  return machine().run(name, grid, block, shared_bytes, pdl, body, kernel, params, params_bytes);
 }
 
 }  // namespace edet::emulation

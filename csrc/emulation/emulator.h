@@ -15,10 +15,14 @@ struct Extent {
   int x, y, z;
 };
 
-// What one launch did. A kernel is named by its source; sectors are 32 bytes long, each counted
-// once per block, as if every block had a first-level cache of its own.
+// What one launch was and did. A kernel is named by its source; sectors are 32 bytes long, each
+// counted once per block, as if every block had a first-level cache of its own.
 struct Launch {
   std::string kernel;
+  std::size_t function = 0;  // where the module has the kernel's code, for `nm`
+  std::string params;        // the bytes of its parameters
+  Extent grid{}, block{};
+  bool pdl = false;
   int64_t blocks = 0, shared_bytes = 0;
   int64_t bytes_read = 0, bytes_written = 0;      // that threads asked for
   int64_t sectors_read = 0, sectors_written = 0;  // that blocks asked for
@@ -33,6 +37,10 @@ void set_device(int multiprocessors, int shared_bytes, int architecture);
 // How many blocks run together, in turns; those of a launch follow each other where it is 1.
 void set_resident(int blocks);
 void count_launches(bool on);  // begins a new list, or ends counting
+// Whether launches are listed but not run, and no memory is touched: for shapes that no host could
+// compute.
+void set_dry(bool on);
+bool dry();
 const std::vector<Launch>& launches();
 const std::string& last_error();
 
@@ -83,10 +91,13 @@ void await_launches();  // before this one
 int multiprocessors();
 int architecture();
 int most_shared_bytes();
+// As CUDA's runtime keeps it for all threads of a process: the most dynamic shared memory that a
+// kernel's blocks may have; without it 48 KiB.
+cudaError_t set_shared_limit(const void* kernel, size_t bytes);
 cudaError_t clear(void* data, size_t bytes);
 // `pdl`: it may begin while the launches before it run, which kernels must await.
 cudaError_t run(const char* name, Extent grid, Extent block, size_t shared_bytes, bool pdl,
                 void (*body)(const void* kernel, const void* params), const void* kernel,
-                const void* params);
+                const void* params, size_t params_bytes);
 
 }  // namespace edet::emulation

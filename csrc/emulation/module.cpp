@@ -128,7 +128,13 @@ py::list launches() {
   py::list list;
   for (const emulation::Launch& l : emulation::launches()) {
     py::dict d;
+    const auto extent = [](emulation::Extent e) { return py::make_tuple(e.x, e.y, e.z); };
     d["kernel"] = l.kernel;
+    d["function"] = l.function;
+    d["params"] = py::bytes(l.params);
+    d["grid"] = extent(l.grid);
+    d["block"] = extent(l.block);
+    d["pdl"] = l.pdl;
     d["blocks"] = l.blocks;
     d["shared_bytes"] = l.shared_bytes;
     d["bytes_read"] = l.bytes_read;
@@ -150,7 +156,9 @@ PYBIND11_MODULE(edet_emulation, m) {
   m.def("set_resident", &emulation::set_resident, py::arg("blocks"),
         "How many blocks of a launch run together; 1 at first.");
   m.def("count_launches", &emulation::count_launches, "Begins a new list, or ends counting.");
-  m.def("launches", &launches, "What each launch since then did.");
+  m.def("set_dry", &emulation::set_dry, py::arg("on"),
+        "Whether launches are listed but not run, and no memory is touched.");
+  m.def("launches", &launches, "What each launch since then was and did.");
   m.def("reverse", &reverse, py::arg("numbers"), py::arg("threads"), py::arg("fault") = "none");
   m.def("product", &product, py::arg("a"), py::arg("b"), py::arg("d"), py::arg("type"));
   m.def("warp", &warp, py::arg("numbers"));

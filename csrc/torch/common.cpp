@@ -57,16 +57,20 @@ Tensor channels_last(const Tensor& map) {
   return torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
 }
 
-Tensors graph_inputs(const Tensors& inputs) {
+const Tensors& checked_maps(const Tensors& inputs) {
   STD_TORCH_CHECK(!inputs.empty(), "inputs must be a non-empty list of maps");
-  Tensors maps;
   for (const Tensor& x : inputs) {
     STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == inputs[0].size(0) &&
                         x.size(1) == inputs[0].size(1) &&
                         x.scalar_type() == inputs[0].scalar_type(),
                     "inputs must be maps (N, C, H, W) of one batch, channel count and dtype");
-    maps.push_back(channels_last(x));
   }
+  return inputs;
+}
+
+Tensors graph_inputs(const Tensors& inputs) {
+  Tensors maps;
+  for (const Tensor& x : checked_maps(inputs)) maps.push_back(channels_last(x));
   return maps;
 }
 
@@ -135,18 +139,22 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
                            const Tensors& squeeze, const Tensors& project, int64_t stride,
                            const Ints& padding, const Ints& size, int64_t activation, bool residual,
                            const WeightReader& weight) {
-  STD_TORCH_CHECK(expand.empty() || expand.size() == 3, "expand must be [] or three tensors");
+  // AOTInductor's packages hand an empty list on as None, so that one empty tensor means none too
+  const auto none = [](const Tensors& parts) {
+    return parts.empty() || (parts.size() == 1 && parts[0].numel() == 0);
+  };
+  const bool expands = !none(expand), squeezes = !none(squeeze);
+  STD_TORCH_CHECK(!expands || expand.size() == 3, "expand must be [] or three tensors");
   STD_TORCH_CHECK(depthwise.size() == 3 && project.size() == 3,
                   "depthwise and project must be three tensors each");
-  STD_TORCH_CHECK(squeeze.empty() || squeeze.size() == 4, "squeeze must be [] or four tensors");
+  STD_TORCH_CHECK(!squeezes || squeeze.size() == 4, "squeeze must be [] or four tensors");
   MbconvParams p{};
   p.dtype = map_dtype(input);
   p.n = input.size(0), p.c_in = input.size(1), p.h = input.size(2), p.w = input.size(3);
   p.c_mid = depthwise[1].numel();
   p.c_out = project[1].numel();
   STD_TORCH_CHECK(p.c_mid >= 1 && p.c_out >= 1, "depthwise and project must have channels");
-  STD_TORCH_CHECK(!expand.empty() || p.c_mid == p.c_in, "depthwise must have ", p.c_in,
-                  " channels");
+  STD_TORCH_CHECK(expands || p.c_mid == p.c_in, "depthwise must have ", p.c_in, " channels");
   const int64_t taps = depthwise[0].numel() / p.c_mid;
   STD_TORCH_CHECK(taps == 9 || taps == 25, "the depthwise kernel must be 3×3 or 5×5, got ", taps,
                   " taps");
@@ -171,7 +179,7 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
                   "a residual needs an output of the input's shape");
 
   const auto packed = [](int64_t out, int64_t in) { return padded(out) * in; };
-  if (!expand.empty()) {
+  if (expands) {
     p.expand = weight(expand[0], packed(p.c_mid, p.c_in), "expand[0]");
     p.expand_scale = weight(expand[1], p.c_mid, "expand[1]");
     p.expand_shift = weight(expand[2], p.c_mid, "expand[2]");
@@ -179,7 +187,7 @@ MbconvParams mbconv_params(const Tensor& input, const Tensors& expand, const Ten
   p.dw = weight(depthwise[0], taps * p.c_mid, "depthwise[0]");
   p.dw_scale = weight(depthwise[1], p.c_mid, "depthwise[1]");
   p.dw_shift = weight(depthwise[2], p.c_mid, "depthwise[2]");
-  if (!squeeze.empty()) {
+  if (squeezes) {
     p.c_reduced = squeeze[1].numel();
     p.reduce = weight(squeeze[0], packed(p.c_reduced, p.c_mid), "squeeze[0]");
     p.reduce_bias = weight(squeeze[1], p.c_reduced, "squeeze[1]");

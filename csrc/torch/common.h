@@ -32,7 +32,9 @@ DType map_dtype(const Tensor& map);
 // The map with NHWC bytes: itself, or a copy when its strides are others.
 Tensor channels_last(const Tensor& map);
 
-// The maps laid out so, checked to agree in batch, channels and dtype.
+// The maps, one at least, checked to agree in batch, channels and dtype.
+const Tensors& checked_maps(const Tensors& inputs);
+// The same, laid out so.
 Tensors graph_inputs(const Tensors& inputs);
 
 // The (height, width) or (top, left) that `value` must be.

@@ -94,7 +94,7 @@ void* CudaCall::scratch(int64_t bytes) {
   Tensor t = torch::stable::empty({&bytes, 1}, torch::headeronly::ScalarType::Byte, std::nullopt,
                                   like_.device());
 #ifdef EDET_EMULATION
-  std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
+  if (!emulation::dry()) std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
 #endif
   return write(t);
 }

@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import reference
 from ..autocast import autocast_dtype, cast
 from ..backend import runs_reference
+from ..fakes import empty_map, fake
 from ..names import POOLS, Size
-from ..operators import empty_map, fake, for_reference, run
+from ..operators import for_reference, run
 from ..packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
 from .checks import (
     check_maps,
@@ -196,10 +197,20 @@ def _check_mbconv(
     return kernel
 
 
-def _packed(parts: Sequence[Tensor] | None) -> list[Tensor]:
-    """Pointwise weights and the vectors that follow them, for the operator; none of None."""
-    tensors = [as_packed_pointwise(t) if t.dim() == 4 else t for t in parts or ()]
+def _packed(parts: Sequence[Tensor] | None, like: Tensor) -> list[Tensor]:
+    """Pointwise weights and the vectors that follow them, for the operator.
+
+    For None one empty tensor: an AOTInductor package would hand an empty list on as None.
+    """
+    if parts is None:
+        return [like.new_empty(0, dtype=torch.float32)]
+    tensors = [as_packed_pointwise(t) if t.dim() == 4 else t for t in parts]
     return [t.float() for t in tensors]
+
+
+def _part(tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The inverse of :func:`_packed`, as far as None goes."""
+    return None if not tensors or tensors[0].numel() == 0 else tensors
 
 
 def mbconv(
@@ -258,10 +269,10 @@ def mbconv(
     return run(
         "mbconv",
         input,
-        _packed(expand),
+        _packed(expand, depthwise[1]),
         [as_packed_depthwise(depthwise[0]).float(), *(t.float() for t in depthwise[1:])],
-        _packed(squeeze),
-        _packed(project),
+        _packed(squeeze, depthwise[1]),
+        _packed(project, depthwise[1]),
         stride,
         pads,
         size,
@@ -289,4 +300,4 @@ def _fake_mbconv(
 def _mbconv_for_reference(given: dict[str, Any]) -> dict[str, Any]:
     kernel = 3 if given["depthwise"][0].shape[0] == 9 else 5
     given = _padding(given, given["input"], kernel, given["stride"])
-    return {**given, "expand": given["expand"] or None, "squeeze": given["squeeze"] or None}
+    return {**given, "expand": _part(given["expand"]), "squeeze": _part(given["squeeze"])}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import runs_reference
-from ..operators import fake, run
+from ..fakes import fake
+from ..operators import run
 from .checks import check_maps, check_weight, numbers_of, refuse_gradients, shape_of
 
 

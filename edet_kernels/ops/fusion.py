@@ -13,8 +13,9 @@ from torch import Tensor
 from .. import reference
 from ..autocast import cast
 from ..backend import runs_reference
+from ..fakes import empty_map, fake
 from ..names import MAX_EDGES, Size
-from ..operators import backward, empty_map, fake, for_reference, run
+from ..operators import backward, for_reference, run
 from ..packing import PANEL, as_packed_depthwise, as_packed_pointwise
 from .checks import (
     check_edges,

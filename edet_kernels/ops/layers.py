@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import reference
 from ..autocast import cast
 from ..backend import runs_reference
+from ..fakes import empty_map, fake
 from ..names import MAX_EDGES
-from ..operators import backward, empty_map, fake, run
+from ..operators import backward, run
 from ..packing import as_packed_depthwise, as_packed_pointwise
 from .checks import (
     check_levels,

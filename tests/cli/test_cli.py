@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import edet
 import edet_kernels
 from edet.cli import app
+from edet.models.pretrained import PRETRAINED
 
 MODEL = "tf_efficientdet_lite0"
 
@@ -199,7 +200,7 @@ def test_predict_mistakes(photos, tmp_path):
         (("missing.jpg", *weights), ["missing.jpg does not exist"]),
         (("none/*.jpg", *weights), ["no file matches none/*.jpg"]),
         (("empty", *weights), ["folder empty holds no images or videos"]),
-        ((photos,), ["--checkpoint FILE is required"]),
+        ((photos, "-m", MODEL), ["--checkpoint FILE is required"]),
         ((photos, "-c", "bad.pth", *weights), ["exclude each other"]),
         ((photos, "-m", "tf_efficientdet_d9", *weights), ["d9", "did you mean", "_d7"]),
         ((photos, "-c", "missing.pth"), ["missing.pth"]),
@@ -243,7 +244,8 @@ def test_device_that_is_not_there(photos):
 def test_models_lists_every_name():
     result = edet_("models")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == edet.list_models()
+    names = [line.split()[0] for line in result.stdout.splitlines()[1:]]
+    assert names == [*edet.list_models(), *PRETRAINED]
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 

@@ -138,7 +138,6 @@ def main() -> int:
     options = parser.parse_args()
     chosen = names if options.target == "all" else (options.target,)
     if options.here is not None:
-        sys.path.insert(0, os.fspath(Path(__file__).parent))
         corpus = options.here / "corpus" if options.corpus is None else options.corpus / chosen[0]
         corpus.mkdir(parents=True, exist_ok=True)
         flags = [

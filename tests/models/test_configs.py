@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 import edet
-from edet.models.configs import get_config
+from edet.models.configs import checked_size, get_config
 
 # size, width, cells, head repeats, levels, fusion, anchor scale, backbone
 TABLE = {
@@ -104,3 +106,28 @@ def test_unknown_name_gives_the_nearest_ones() -> None:
 def test_impossible_changes(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         edet.create_model("tf_efficientdet_d0", **changes)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(96, np.int64(96), np.uint8(96), torch.tensor(96), (96, 96), [96, 96]),
+        *(torch.Size((96, 96)), np.array([96, 96]), torch.tensor([96, 96]), (np.int32(96), 96)),
+    ],
+    ids=repr,
+)
+def test_kinds_of_image_sizes(size):
+    config = edet.create_model("tf_efficientdet_lite0", width=8, cells=1, image_size=size).config
+    assert config.image_size == (96, 96)
+    assert [type(n) for n in config.image_size] == [int, int]
+    assert checked_size(size) == (96, 96)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -1, 96.0, (96.0, 96.0), np.float32(96), True, None, "96", (96,), (96, 96, 3), (96, 0), {}],
+    ids=repr,
+)
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match="image_size must be two positive integers, got"):
+        checked_size(size)

@@ -13,9 +13,15 @@ import torch
 
 import drawn_shapes
 import edet
+import edet_kernels
 from edet.models.described import read_training
 from edet.training.datasets import open_dataset
 from edet.training.processes import distributed
+
+#: Where the processes find the packages.
+PACKAGES = os.pathsep.join(
+    str(Path(str(p.__file__)).resolve().parents[1]) for p in (edet, edet_kernels)
+)
 
 SCRIPT = """
 import os, sys, torch, edet
@@ -68,7 +74,7 @@ def launch(root: Path, folder: str, mode: str = "new", processes: int = 2) -> An
     (root / "script.py").write_text(SCRIPT)
     runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(runner if processes > 1 else []), "script.py", folder, mode]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGES}
     return subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -164,15 +164,15 @@ def _read_file(path: Path, name: str) -> np.ndarray[Any, Any]:
 _STRIP = 256
 
 
-def _unit_range(pixels: Tensor, name: str) -> Tensor:
-    """``pixels`` as float32, checked to lie in [0, 1]."""
+def _unit_range(pixels: Tensor, name: str, rounding: float) -> Tensor:
+    """``pixels`` as float32, checked to lie in [0, 1] but for a ``rounding``, as of a resize."""
     low, high = (float(x) for x in pixels.aminmax())
-    if not (low >= 0 and high <= 1):  # also catches NaN
+    if not (low >= -rounding and high <= 1 + rounding):  # also catches NaN
         raise ImageError(
-            f"{name} of a float dtype must have values in [0, 1], got {low:g} to {high:g}: "
+            f"{name} of a float dtype must have values in [0, 1], got {low:.8g} to {high:.8g}: "
             "divide by the maximum, or pass uint8"
         )
-    return pixels.float()
+    return pixels.float() if low >= 0 and high <= 1 else pixels.float().clamp(0, 1)
 
 
 def _to_rgb(pixels: Tensor) -> Tensor:
@@ -189,6 +189,11 @@ def _to_rgb(pixels: Tensor) -> Tensor:
         strip = colour * alpha + white * (1 - alpha)
         out.copy_(strip.round() if white == 255 else strip)
     return blended
+
+
+def _advice(shape: Sequence[int], channels: int, call: str) -> str:
+    """What to do with a shape whose channels are in another place, if they are."""
+    return f": {call} it" if len(shape) == 3 and shape[channels] in (1, 3, 4) else ""
 
 
 def load_image(image: ImageLike, name: str = "image") -> Tensor:
@@ -229,11 +234,12 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
             f"{name} must be a path, a PIL image, a NumPy array or a tensor, got {_describe(image)}"
         )
 
+    rounding = 0.0
     if isinstance(pixels, Tensor):
         if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
             raise ImageError(
                 f"{name} must be (C, H, W) with 1, 3 or 4 channels when it is a tensor, "
-                f"got {_describe(pixels)}" + (": permute(2, 0, 1) it" if pixels.ndim == 3 else "")
+                f"got {_describe(pixels)}" + _advice(pixels.shape, 2, "permute(2, 0, 1)")
             )
         pixels = pixels.detach()
     else:
@@ -242,11 +248,12 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
         if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
             raise ImageError(
                 f"{name} must be (H, W) or (H, W, C) with 1, 3 or 4 channels when it is an array, "
-                f"got {_describe(image)}" + (": transpose(1, 2, 0) it" if pixels.ndim == 3 else "")
+                f"got {_describe(image)}" + _advice(pixels.shape, 0, "transpose(1, 2, 0)")
             )
-        if pixels.dtype == np.uint16:
+        if pixels.dtype.newbyteorder("=") == np.uint16:
             pixels = pixels.astype(np.float32) / 65535
         elif pixels.dtype.kind == "f":
+            rounding = float(np.finfo(pixels.dtype).eps)
             pixels = pixels.astype(np.float32)
         elif pixels.dtype != np.uint8:
             raise ImageError(f"{name} must be uint8, uint16 or float, got {_describe(image)}")
@@ -259,5 +266,6 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
     if pixels.dtype != torch.uint8:
         if not pixels.is_floating_point():
             raise ImageError(f"{name} must be uint8 or float, got {_describe(image)}")
-        pixels = _unit_range(pixels, name)
+        rounding = max(rounding, torch.finfo(pixels.dtype).eps)
+        pixels = _unit_range(pixels, name, 4 * rounding)
     return _to_rgb(pixels)

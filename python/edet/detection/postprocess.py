@@ -16,6 +16,25 @@ from .anchors import model_anchors
 SCORE_THRESHOLDS = {"hard": 0.0, "gaussian": 0.001}
 
 
+def _made(
+    anchors: Tensor | ModelConfig, image_size: tuple[int, int] | None, outputs: Sequence[Tensor]
+) -> Tensor:
+    """The anchors themselves, or those of a config."""
+    if isinstance(anchors, Tensor):
+        if image_size is not None:
+            raise ValueError("image_size must be None with anchors that are made already")
+    elif not isinstance(anchors, ModelConfig):
+        raise TypeError(
+            f"anchors must be a tensor or a model's config, got {type(anchors).__name__}"
+        )
+    elif image_size is None:
+        raise ValueError("image_size must be the (H, W) of the network's input with a config")
+    else:
+        device = outputs[0].device if outputs else "cpu"
+        return model_anchors(anchors, image_size, device=device)
+    return anchors
+
+
 def postprocess(
     class_outputs: Sequence[Tensor],
     box_outputs: Sequence[Tensor],
@@ -66,18 +85,7 @@ def postprocess(
         ValueError, TypeError: outputs, anchors, sizes or scales do not fit one another; see also
             :func:`edet_kernels.detect`.
     """
-    if isinstance(anchors, Tensor):
-        if image_size is not None:
-            raise ValueError("image_size must be None with anchors that are made already")
-    elif not isinstance(anchors, ModelConfig):
-        raise TypeError(
-            f"anchors must be a tensor or a model's config, got {type(anchors).__name__}"
-        )
-    elif image_size is None:
-        raise ValueError("image_size must be the (H, W) of the network's input with a config")
-    else:
-        device = class_outputs[0].device if class_outputs else "cpu"
-        anchors = model_anchors(anchors, image_size, device=device)
+    anchors = _made(anchors, image_size, class_outputs)
     batch = class_outputs[0].shape[0] if class_outputs else 0
     for name, given in (("sizes", sizes), ("scales", scales)):
         if given is not None and len(given) != batch:

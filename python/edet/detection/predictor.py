@@ -18,6 +18,7 @@ from edet_kernels.backend import choose, current_backend
 from ..fused import cuda_graph as graph
 from ..fused.module import FrozenModel
 from ..fused.plan import CallList, Plans, Stage
+from ..models.configs import checked_size
 from ..models.described import is_checkpoint, load_described
 from ..models.efficientdet import EfficientDet
 from ..models.factory import create_model
@@ -101,7 +102,8 @@ class Predictor:
         sigma: width of the decay of ``gaussian``.
         max_detections: most objects per image.
         class_agnostic: boxes of all classes suppress each other, not only those of one class.
-        image_size: (H, W) of the network's input; the model's own when None.
+        image_size: (H, W) of the network's input, or one number for both; the model's own when
+            None.
         class_names: names of labels 1, 2, …, or label to name; COCO's for 90 classes when None.
         batch_size: images that go through the network at once.
         max_plans: shapes that are kept planned.
@@ -124,7 +126,7 @@ class Predictor:
         sigma: float = 0.5,
         max_detections: int = 100,
         class_agnostic: bool = False,
-        image_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
         class_names: Mapping[int, str] | Sequence[str] | None = None,
         batch_size: int = 8,
         max_plans: int = 16,
@@ -167,7 +169,7 @@ class Predictor:
         elif checkpoint is not None:
             raise ValueError("checkpoint must be None when model is not a name: load it first")
         config = model.config
-        self.image_size = _checked_size(config.image_size if image_size is None else image_size)
+        self.image_size = checked_size(config.image_size if image_size is None else image_size)
         self.label_names = label_map(class_names, config.num_classes)
         self.score_threshold = score_threshold
         self.nms = nms
@@ -179,6 +181,10 @@ class Predictor:
         if device is not None or dtype is not None:  # which thaws a frozen model
             model.to(device=device, dtype=dtype)
         self.model = model.eval()
+        self._begin(max_plans)
+
+    def _begin(self, max_plans: int) -> None:
+        """Freezes the model, without any plan or figure so far."""
         self._frozen = FrozenModel(self.model)
         self._lock = threading.Lock()
         # a shape without a plan was seen once
@@ -186,22 +192,32 @@ class Predictor:
         self._recorder = Recorder()
         self._prepare()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The model and the options: a copy, or a pickle in another process, plans by itself."""
+        kept = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "network"}
+        return {**kept, "max_plans": self.max_plans}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        max_plans = state.pop("max_plans")
+        vars(self).update(state)
+        self._begin(max_plans)
+
     @overload
     def __call__(
         self,
         images: list[Any] | tuple[Any, ...],
         *,
-        image_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ) -> list[Detections]: ...
     @overload
     def __call__(
-        self, images: ImageLike, *, image_size: tuple[int, int] | None = None
+        self, images: ImageLike, *, image_size: int | tuple[int, int] | None = None
     ) -> Detections: ...
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike],
         *,
-        image_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ) -> Detections | list[Detections]:
         """Detects objects in one image or in each of a list (or of a 4-dimensional batch).
 
@@ -216,7 +232,7 @@ class Predictor:
             ImageError (a ValueError), TypeError, FileNotFoundError: an image that cannot be used.
             ValueError: the model was put into training mode, or a bad ``image_size``.
         """
-        size = self.image_size if image_size is None else _checked_size(image_size)
+        size = self.image_size if image_size is None else checked_size(image_size)
         many, single = as_list(images)
         self._refresh()
         results: list[Detections] = []
@@ -232,7 +248,7 @@ class Predictor:
         self,
         images: Iterable[ImageLike],
         *,
-        image_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
         workers: int = 2,
     ) -> Iterator[Prediction]:
         """Detects objects in one image after the other, reading ahead of the network.
@@ -254,7 +270,7 @@ class Predictor:
         """
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
-        size = self.image_size if image_size is None else _checked_size(image_size)
+        size = self.image_size if image_size is None else checked_size(image_size)
         self._refresh()
         return self._stream(images, size, workers)
 
@@ -278,7 +294,7 @@ class Predictor:
         size: tuple[int, int] | None = None,
         batch_size: int = 1,
         *,
-        image_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Plans batches of ``batch_size`` images, so that the first ones take no longer.
 
@@ -288,7 +304,7 @@ class Predictor:
             batch_size: images at once.
             image_size: (H, W) of the network's input; the predictor's own when None.
         """
-        height, width = _checked_size(size or image_size or self.image_size)
+        height, width = checked_size(size or image_size or self.image_size)
         if not 1 <= batch_size <= self.batch_size:
             raise ValueError(f"batch_size must be 1 to {self.batch_size}, got {batch_size}")
         for _ in range(2):
@@ -408,10 +424,3 @@ class Predictor:
         if any(choice.backend == "reference" for choice in choices):
             return None
         return graph.Graph(row, inputs, self._pool)
-
-
-def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"image_size must be two positive integers (H, W), got {size}")
-    height, width = size
-    return height, width

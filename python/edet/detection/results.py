@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +37,8 @@ class Detection(NamedTuple):
 class Detections:
     """The objects of one image, best first.
 
-    ``len``, iteration and indexing work: an integer gives a :class:`Detection`, a slice, a mask or
-    a tensor of indices gives :class:`Detections`.
+    ``len``, iteration and indexing work: an integer of any kind gives a :class:`Detection`;
+    a slice, a mask, a list, array or tensor of indices gives :class:`Detections`.
 
     Attributes:
         boxes: (N, 4) float x1, y1, x2, y2 in pixels of the original, upright image.
@@ -79,6 +82,11 @@ class Detections:
         return (Detection(tuple(box), score, label, name) for box, score, label, name in rows)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, np.ndarray) and index.ndim:
+            index = torch.from_numpy(np.ascontiguousarray(index))
+        if not isinstance(index, bool) and not getattr(index, "ndim", 0):
+            with suppress(TypeError):  # a slice, a list, a single truth value
+                index = operator.index(index)
         if isinstance(index, int):
             box, label = tuple(self.boxes[index].tolist()), int(self.labels[index])
             score = float(self.scores[index])

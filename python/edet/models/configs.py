@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 from edet_kernels.names import FUSIONS
 
@@ -11,6 +13,25 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Pixels in −1…1: the AdvProp and lite checkpoints.
 HALF = (0.5, 0.5, 0.5)
+
+
+def checked_size(size: Any, name: str = "image_size") -> tuple[int, int]:
+    """(H, W), of two integers of any kind or of one for both.
+
+    Raises:
+        ValueError: not one or two positive integers; a float is none, whole or not.
+    """
+    one = hasattr(size, "__index__") and not getattr(size, "ndim", 0)  # arrays have it too
+    given = (size, size) if one else size
+    try:
+        height, width = (operator.index(n) for n in given)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1 or isinstance(size, bool):
+        raise ValueError(
+            f"{name} must be two positive integers, got {given!r}: (H, W), or one number for both"
+        )
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -71,10 +92,7 @@ class ModelConfig:
                 raise ValueError(f"{field} must be an integer ≥ 1, got {value!r}")
         if not isinstance(self.head_repeats, int) or self.head_repeats < 0:
             raise ValueError(f"head_repeats must be an integer ≥ 0, got {self.head_repeats!r}")
-        if len(self.image_size) != 2 or not all(
-            isinstance(n, int) and n > 0 for n in self.image_size
-        ):
-            raise ValueError(f"image_size must be two positive integers, got {self.image_size!r}")
+        object.__setattr__(self, "image_size", checked_size(self.image_size))
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {self.fusion!r}")
         if not 1 <= self.min_level < self.max_level:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from .checkpoints import load_checkpoint
-from .configs import get_config
+from .configs import checked_size, get_config
 from .described import read_description
 from .efficientdet import EfficientDet
 from .pretrained import pretrained_file
@@ -52,9 +52,8 @@ def create_model(
         ValueError: unknown name (the message gives the nearest ones) or an impossible value.
         edet.CheckpointError: the checkpoint does not fit.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     changes = {
-        "image_size": size,
+        "image_size": None if image_size is None else checked_size(image_size),
         "fusion": fusion,
         "width": width,
         "cells": cells,

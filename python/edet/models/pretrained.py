@@ -7,7 +7,7 @@ from pathlib import Path
 _FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
 #: Their names, and what they find. Beside each file of weights lies its model card, NAME.md.
-PRETRAINED = {"edet_lite0_person": "people in photographs of everyday scenes"}
+PRETRAINED = {"edet_lite0_person": "people in photographs"}
 
 
 def pretrained_file(name: str) -> Path | None:

@@ -261,7 +261,10 @@ class Trainer:
             return images
         parameter = next(self.model.parameters())
         config = self.model.config
-        mean, std = (torch.tensor(v, device=images.device) for v in (config.mean, config.std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=images.device)
+            for v in (config.mean, config.std)
+        )
         return normalise_pixels(images, mean, std, parameter.dtype)
 
     def _backward(self, images: Tensor, targets: Targets) -> Losses:
@@ -270,7 +273,8 @@ class Trainer:
         shared = isinstance(forward, DistributedDataParallel)
         processes = process_group()[1] if shared else 1
         positives = targets.positives.sum()
-        normaliser = (summed(positives) if shared else positives) + 1.0
+        # 1.0 would have the default dtype
+        normaliser = (summed(positives) if shared else positives).float() + 1
         self.optimizer.zero_grad()
         parts = images.chunk(self.accumulate)
         sizes = [len(part) for part in parts]

@@ -1,0 +1,192 @@
+"""Which kernels a model launches, with which blocks and parameters: what the launchers say.
+
+The emulation's launchers run in its dry mode, which lists launches and touches no memory, so that
+D7 at batch 64 needs neither a GPU nor the memory of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu_model.sass import ROOT, plain_name
+from benchmarks.gpu_model.work import Work, works_of
+
+Extent = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launchers ask of a GPU."""
+
+    capability: int
+    multiprocessors: int
+    shared_bytes: int  # that one block may have
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, or a memset, whose kernel has no name."""
+
+    kernel: str
+    grid: Extent
+    block: Extent
+    shared_bytes: int
+    params: bytes
+    pdl: bool
+    pointers: bytes  # the parameters without what differs from run to run
+
+
+@dataclass
+class Call:
+    """One call of an op.
+
+    Attributes:
+        op: its name.
+        part: of the model: backbone, bifpn, heads.
+        launches: what it launched.
+        works: what each launch must at least do.
+        shape: of the first map.
+    """
+
+    op: str
+    part: str
+    launches: list[Launch]
+    works: list[Work]
+    shape: tuple[int, ...]
+
+
+@functools.cache
+def emulation() -> Any:
+    """The module edet_emulation of the newest build.
+
+    Raises:
+        RuntimeError: it is not built.
+    """
+    built = sorted(ROOT.glob("build/*/edet_emulation.so"), key=lambda path: path.stat().st_mtime)
+    if not built:
+        raise RuntimeError(
+            "needs the emulation of the CUDA kernels: EDET_EMULATION=1 python setup.py build_ext "
+            "--inplace"
+        )
+    path = os.environ.get("EDET_EMULATED") or str(built[-1])
+    spec = importlib.util.spec_from_file_location("edet_emulation", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from edet_kernels import autocast, autograd, fake
+
+    for registers in (fake, autocast, autograd):
+        registers.register("edet_emulation")
+    return module
+
+
+@functools.cache
+def _names() -> dict[int, str]:
+    """The emulation's kernels by where their code is."""
+    listing = subprocess.run(
+        ["nm", "-C", emulation().__file__], capture_output=True, text=True, check=True
+    ).stdout
+    found = {}
+    for line in listing.splitlines():
+        if match := re.match(r"([0-9a-f]+) [tTwW] (.*edet::cuda::.*)", line):
+            found[int(match[1], 16)] = plain_name(match[2])
+    return found
+
+
+def _launch(raw: dict[str, Any]) -> Launch:
+    if raw["kernel"] == "memset":
+        return Launch("", (0, 0, 0), (0, 0, 0), 0, b"", False, b"")
+    params = bytes(raw["params"])
+    words = [params[i : i + 8] for i in range(0, len(params), 8)]
+    # addresses of this process differ from run to run; whether one is null matters
+    same = b"".join(
+        b"a" if w[5:] == b"\x7f\0\0" or (w[6:] == b"\0\0" and w[5]) else w for w in words
+    )
+    return Launch(_names()[raw["function"]], raw["grid"], raw["block"], raw["shared_bytes"], params,
+                  raw["pdl"], same)  # fmt: skip
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the ops that are called, with what each launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.part = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        module = emulation()
+        module.count_launches(True)
+        result = func(*args, **(kwargs or {}))
+        launches = [_launch(raw) for raw in module.launches()]
+        if launches:
+            op = str(func).split(".")[1]
+            works = iter(works_of(op, args, result))
+            done = [next(works) if launch.kernel else Work() for launch in launches]
+            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            self.calls.append(Call(op, self.part, launches, done, tuple(first.shape)))
+        return result
+
+
+@contextmanager
+def dry(device: Device, launch: str = "auto") -> Iterator[None]:
+    """Ops of :mod:`edet_kernels` list their CUDA launches on a device, and compute nothing."""
+    module = emulation()
+    namespaces: Any = torch.ops
+    before = namespaces.edet_kernels
+    environment = {name: os.environ.get(name) for name in ("EDET_BACKEND", "EDET_CUDA_LAUNCH")}
+    os.environ.update(EDET_BACKEND="cpu", EDET_CUDA_LAUNCH=launch)
+    namespaces.edet_kernels = namespaces.edet_emulation
+    module.set_device(device.multiprocessors, device.shared_bytes, device.capability)
+    module.set_dry(True)
+    try:
+        yield
+    finally:
+        module.set_dry(False)
+        module.count_launches(False)
+        namespaces.edet_kernels = before
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def of_model(
+    name: str, batch: int, device: Device, launch: str = "auto", dtype: torch.dtype = torch.float16
+) -> list[Call]:
+    """The calls of a model's network on uint8 images of its size, in order.
+
+    Args:
+        name: of the model, ``tf_efficientdet_d0``.
+        batch: images.
+        device: what launchers are told.
+        launch: ``EDET_CUDA_LAUNCH``.
+        dtype: of the maps.
+    """
+    import edet
+
+    model: Any = edet.create_model(name).eval().to(dtype)
+    h, w = model.config.image_size
+    recorder = Recorder()
+    images = torch.empty(batch, 3, h, w, dtype=torch.uint8)
+    with torch.inference_mode(), dry(device, launch), recorder:
+        recorder.part = "backbone"
+        maps = model.backbone.forward_pixels(images, *(torch.ones(3) for _ in range(2)))
+        recorder.part = "bifpn"
+        pyramid = model.fpn(maps)
+        recorder.part = "heads"
+        model.class_net(pyramid)
+        model.box_net(pyramid)
+    return recorder.calls

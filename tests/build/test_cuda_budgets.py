@@ -1,0 +1,136 @@
+"""Budgets of the compiled CUDA kernels for float16, on sm_90, without a GPU: what the machine code
+of a fusion node issues for a vector of 8 channels, and what it must not contain.
+
+Blocks are traced by the gauge (docs/gpu-model.md); a budget is what was reached, and a tenth.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_model import launches, predict, rates, sass, timing  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+#: A division of floats in full precision, a jump by table, a call.
+FORBIDDEN = {"FCHK", "BRX", "CALL"}
+#: Conversions, of which an integer division has two.
+CONVERSIONS = {"I2F", "F2I"}
+WARPS = 8
+#: Warp instructions for each vector of 8 channels of a pixel (32 of them, one for each lane).
+DEPTHWISE, EPILOGUE = 180, 150
+FUSED = {"one": 60, "down": 120, "up": 240}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    if sass.find_compiler() is None or sass.find_disassembler() is None:
+        pytest.skip("needs nvcc and nvdisasm")
+    return predict.Kernels(90, ROOT / "build" / "gpu-model")
+
+
+def launch_of(kind, size, batch=1):
+    """The launch of a node of 64 channels, of a kind that its kernel is compiled for."""
+    if not list(ROOT.glob("build/*/edet_emulation.so")) and not os.environ.get("EDET_EMULATED"):
+        pytest.skip("needs the emulation: EDET_EMULATION=1 python setup.py build_ext --inplace")
+    sizes = {"one": [size], "down": [size, size // 2], "up": [size, size, 2 * size]}[kind]
+    maps = [torch.empty(batch, 64, side, side, dtype=torch.half)
+            .to(memory_format=torch.channels_last) for side in sizes]  # fmt: skip
+    ones = torch.ones(64)
+    weights = (torch.empty(9, 64), torch.empty(4, 64, 16), ones, ones)
+    recorder = launches.Recorder()
+    with launches.dry(rates.gpu("H100").device), recorder:
+        if kind == "one":
+            torch.ops.edet_kernels.separable_conv(maps, *weights, 1)
+        else:
+            edges = torch.ones(len(maps))
+            torch.ops.edet_kernels.fusion_node(maps, edges, *weights, [size, size], 0, 0, 1, 0)
+    ((call,),) = [recorder.calls]
+    return call.launches[0]
+
+
+@pytest.fixture(scope="module")
+def traced(kernels):
+    """Traces of a block in the middle of a map, of one tile."""
+    known = {}
+
+    def trace(kind, size):
+        if (kind, size) not in known:
+            launch = launch_of(kind, size)
+            found = kernels[launch.kernel]
+            known[kind, size] = found, launch, predict.trace_launch(found, launch)[0]
+        return known[kind, size]
+
+    return trace
+
+
+# maps of few tiles, of 4×8 pixels, and of many, of 8×8
+kinds = pytest.mark.parametrize("kind", FUSED)
+sizes = pytest.mark.parametrize("size", [64, 192])
+
+
+@pytest.mark.parametrize("name", ["node"])
+def test_no_slow_code(kernels, name):
+    """In the whole code of the kernels for 16-bit maps, and so in their tile loops."""
+    kernels.__getitem__(f"{name}<BlockMma<f16, 1, 2>>")
+    found = {kernel: code for kernel, code in kernels._read.items() if kernel.startswith(name)}
+    assert len(found) >= 6
+    for kernel, code in found.items():
+        assert not FORBIDDEN & {at.op for at in code.code}, kernel
+
+
+@kinds
+@sizes
+def test_instructions_of_a_vector(traced, kind, size):
+    kernel, launch, traces = traced(kind, size)
+    counts = predict.phases(kernel, traces)
+    rows = 4 if "1, 2" in launch.kernel else 8
+    patch, pixels = (rows + 2) * 10 * 8 / 32, rows * 8 * 8 / 32  # vectors of a tile, by the warp
+    fused = counts["fuse"] + counts.get("activation", 0)
+    assert fused / patch <= FUSED[kind]
+    assert counts["depthwise"] / pixels <= DEPTHWISE * (1 if rows == 4 else 0.8)
+    assert counts["epilogue"] / pixels <= EPILOGUE
+
+
+@kinds
+@sizes
+def test_no_division_of_integers_for_a_vector(traced, kind, size):
+    kernel, _, traces = traced(kind, size)
+    executed = Counter(
+        kernel.code[i].op
+        for trace in traces
+        for i in trace.code
+        if predict.phase_of(kernel.code[i].functions)
+        in ("fuse", "depthwise", "product", "epilogue")
+    )
+    assert not CONVERSIONS & set(executed)
+
+
+@kinds
+@sizes
+def test_loads_in_flight(traced, kind, size):
+    """A thread waits for none of its map's vectors before 8, or all, are on their way."""
+    kernel, _, traces = traced(kind, size)
+    for trace in traces[: WARPS - 1]:
+        code = [kernel.code[i] for i in trace.code]
+        loads = sum(at.op == "LDG" and "fuse_known" in at.functions for at in code)
+        assert loads
+        assert timing.loads_in_flight(kernel, trace, "fuse_known") >= min(8, loads)
+
+
+@sizes
+def test_two_blocks_fit_a_multiprocessor(traced, size):
+    for kind in FUSED:
+        kernel, launch, _ = traced(kind, size)
+        for name in ("H100", "A100"):
+            gpu = rates.gpu(name)
+            assert timing.resident_blocks(kernel, 256, launch.shared_bytes, gpu) >= 2
