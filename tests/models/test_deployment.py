@@ -143,6 +143,52 @@ def test_aotinductor_package(predictor: nn.Module, tmp_path: Path) -> None:
         images = torch.randn(2, 3, 64, 96)
 
 
+class Block(nn.Module):
+    """An inverted residual block without expansion and squeeze-excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.ParameterList([torch.randn(8, 1, 3, 3), torch.rand(8), torch.randn(8)])
+        self.project = nn.ParameterList([torch.randn(8, 8, 1, 1), torch.rand(8), torch.randn(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return edet_kernels.mbconv(x, None, list(self.depthwise), None, list(self.project))
+
+
+@torch.no_grad()
+def test_parts_that_are_none_in_a_package(tmp_path: Path) -> None:
+    """AOTInductor hands an empty list on as None."""
+    block, x = Block().requires_grad_(False), torch.randn(1, 8, 6, 5)
+    with edet_kernels.backend("cpu"):
+        program = torch.export.export(block, (x,))
+        expected = block(x)
+    [node] = [n for n in program.graph.nodes if "mbconv" in str(n.target)]
+    assert all(argument != [] for argument in node.args)
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "block.pt2")
+    )
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_dynamic_height_or_width_is_refused_at_export(strict: bool) -> None:
+    size = {"width": 16, "cells": 1, "head_repeats": 1, "num_classes": 3}
+    model = edet.create_model("tf_efficientdet_d0", **size, backbone=Backbone()).eval()
+    images, dynamic = torch.randn(2, 3, 64, 96), torch.export.Dim.DYNAMIC
+    words = "fixed_height_and_width" if strict else "must have a fixed height and width"
+    for axes in ({2: dynamic}, {0: dynamic, 2: dynamic, 3: dynamic}):
+        with torch.no_grad(), pytest.raises(Exception, match=words):
+            torch.export.export(model, (images,), dynamic_shapes={"images": axes}, strict=strict)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (images,), dynamic_shapes={"images": {0: dynamic}}, strict=strict
+        )
+        images = torch.randn(5, 3, 64, 96)
+        for found, wanted in zip(program.module()(images), model(images), strict=True):
+            for x, y in zip(found, wanted, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_onnx_keeps_the_asymmetric_padding(predictor: Predictor, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")

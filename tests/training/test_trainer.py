@@ -366,3 +366,13 @@ def test_targets_of_images_without_objects() -> None:
     anchors = torch.tensor([[0.0, 0, 8, 8]])
     found = assign_targets(anchors, [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)])
     assert found.labels.tolist() == [[-1]]
+
+
+def test_models_that_are_frozen() -> None:
+    model = small_model()
+    edet.Predictor(model)  # freezes it, which training undoes
+    assert all(p.requires_grad for p in Trainer(model, steps=3, batch_size=2).model.parameters())
+    average = MovingAverage(model).model
+    with pytest.raises(ValueError, match="got none that requires a gradient, as in a moving"):
+        Trainer(average, steps=3, batch_size=2)
+    Trainer(average.requires_grad_(), steps=3, batch_size=2)

@@ -152,6 +152,33 @@ def _exports_layers() -> bool:
 _exports_layers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _has_fixed_height_and_width(_: int) -> bool:
+    """True; what the strict exporter makes of its argument is a number, so that it refuses others.
+
+    To it a dynamic size looks like an integer.
+    """
+    return True
+
+
+_has_fixed_height_and_width._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_exported_size(name: str, x: Tensor) -> None:
+    """Checks that the height and width of ``x`` are numbers where torch.export records layers.
+
+    Raises:
+        ValueError: they are dynamic. The layers decide by sizes how to resize and pad, so that the
+            exporter would solve equations for minutes and make a program for one size.
+    """
+    if not torch.compiler.is_exporting() or not _exports_layers():
+        return
+    if any(isinstance(n, torch.SymInt) or not _has_fixed_height_and_width(n) for n in x.shape[-2:]):
+        raise ValueError(
+            f"{name} must have a fixed height and width in torch.export, got dynamic ones: export "
+            "one program for each size (the number of images may be dynamic)"
+        )
+
+
 class PackedModule(nn.Module):
     """A module with two ways to compute the same: differentiable layers, and fused ops.
 

@@ -14,7 +14,7 @@ from edet_kernels.autocast import autocast_dtype
 
 from ..fused.cells import Node, graph_of
 from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
-from ..fused.module import PackedModule, planned
+from ..fused.module import PackedModule, check_exported_size, planned
 from ..fused.packed import PackedNodes, pack_nodes
 from ..fused.sources import own_weight
 from .batch_norm import SharedBatchNorm2d, normalise, training_maps
@@ -412,6 +412,8 @@ class BiFPN(PackedModule):
             TypeError, ValueError: ``maps`` are not what ``in_channels`` says.
         """
         check_maps(maps, self.in_channels, own_weight(self))
+        for i, x in enumerate(maps):
+            check_exported_size(f"maps[{i}]", x)
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in maps]
         while len(sizes) < self.levels:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))

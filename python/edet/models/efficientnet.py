@@ -15,7 +15,7 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
 from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
-from ..fused.module import PackedModule, planned
+from ..fused.module import PackedModule, check_exported_size, planned
 from ..fused.packed import PackedBackbone, pack_backbone
 from ..fused.sources import own_weight
 from .batch_norm import SharedBatchNorm2d
@@ -327,6 +327,7 @@ class EfficientNet(PackedModule):
             layout = " (channels last? use images.permute(0, 3, 1, 2))"
             hint = layout if images.dim() == 4 and images.shape[-1] == 3 else ""
             raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}{hint}")
+        check_exported_size("images", images)
         if 0 in images.shape[2:]:
             raise ValueError(f"images must have at least one pixel, got {tuple(images.shape)}")
         weight = own_weight(self)

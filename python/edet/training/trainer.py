@@ -121,6 +121,11 @@ class Trainer:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.batch_size, self.freeze = model, batch_size, tuple(freeze)
         self._set_modes()  # before the processes agree on which gradients to exchange
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "model must have parameters to train, got none that requires a gradient, as in a "
+                "moving average: call model.requires_grad_()"
+            )
         if forward is None and process_group()[1] > 1:
             forward = distributed(model)
         self.forward = model if forward is None else forward
