@@ -30,8 +30,8 @@ def _check_nms(
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise ValueError(f"{name} must be a positive integer below 2³¹, got {value!r}")
 
 
 def nms(
