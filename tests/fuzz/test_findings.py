@@ -72,3 +72,12 @@ def test_counts_beyond_what_is_held(name, value):
     maps = [torch.zeros(1, 4, 2, 2)]
     with pytest.raises(ValueError, match=f"{name} must be a positive integer below"):
         edet_kernels.detect(maps, maps, torch.zeros(4, 4), **{name: value})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_box_outputs_on_another_device(backend):
+    """torch's RuntimeError from inside the reference; a kernel would have read the other memory."""
+    maps = [torch.zeros(1, 4, 2, 2)]
+    other = [x.to("meta") for x in maps]
+    with edet_kernels.backend(backend), pytest.raises(ValueError, match="box_outputs must be on c"):
+        edet_kernels.detect(maps, other, torch.zeros(4, 4))
