@@ -117,9 +117,9 @@ def dw_shapes(channels: int) -> list[tuple[int, ...]]:
 
 def out_channels(scale: Tensor) -> int:
     """C_out, the length of ``scale``, checked."""
-    if not isinstance(scale, Tensor) or scale.dim() != 1:
+    if not isinstance(scale, Tensor) or scale.dim() != 1 or len(scale) == 0:
         got = shape_of(scale) if isinstance(scale, Tensor) else type(scale).__name__
-        raise ValueError(f"scale must be (C_out,), got {got}")
+        raise ValueError(f"scale must be (C_out,) with C_out at least 1, got {got}")
     return scale.shape[0]
 
 

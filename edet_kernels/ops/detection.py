@@ -31,8 +31,8 @@ def _check_nms(
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise ValueError(f"{name} must be a positive integer below 2³¹, got {value!r}")
 
 
 def nms(
@@ -143,6 +143,11 @@ def _check_heads(
     """Checks that head outputs, anchors and limits are of one pyramid."""
     check_maps("class_outputs", class_outputs)
     check_maps("box_outputs", box_outputs)
+    if box_outputs[0].device != class_outputs[0].device:
+        raise ValueError(
+            f"box_outputs must be on {class_outputs[0].device} like class_outputs, got "
+            f"{box_outputs[0].device}"
+        )
     regressions = box_outputs[0].shape[1]
     cell_anchors = regressions // 4
     if regressions % 4 or class_outputs[0].shape[1] % cell_anchors:

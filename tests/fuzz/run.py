@@ -114,6 +114,7 @@ def fuzz(name: str, folder: Path, corpus: Path, flags: list[str]) -> None:
 
         Image.init()  # all formats
     import torch
+    import torch._dynamo  # torch imports it late, which tries the temporary folder
 
     torch.set_num_threads(1)
     target = targets.TARGETS[name]

@@ -52,3 +52,32 @@ def test_a_dtype_that_is_none(dtype):
     image, vector = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.ones(2)
     with pytest.raises(TypeError, match="dtype must be a float dtype or None"):
         edet_kernels.stem(image, torch.ones(2, 3, 3, 3), vector, vector, dtype=dtype)
+
+
+def test_no_channels():
+    """A kernel gave an empty map, the reference torch's RuntimeError about its weight."""
+    image, none = torch.zeros(1, 3, 4, 4), torch.ones(0)
+    for backend in ("auto", "reference"):
+        with (
+            edet_kernels.backend(backend),
+            pytest.raises(ValueError, match=r"scale must be \(C_out,\) with C_out at least 1"),
+        ):
+            edet_kernels.stem(image, torch.ones(0, 3, 3, 3), none, none)
+
+
+@pytest.mark.parametrize("name", ["max_detections", "max_candidates"])
+@pytest.mark.parametrize("value", [2**31, 2**63])
+def test_counts_beyond_what_is_held(name, value):
+    """torch's RuntimeError about the operator's schema."""
+    maps = [torch.zeros(1, 4, 2, 2)]
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer below"):
+        edet_kernels.detect(maps, maps, torch.zeros(4, 4), **{name: value})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_box_outputs_on_another_device(backend):
+    """torch's RuntimeError from inside the reference; a kernel would have read the other memory."""
+    maps = [torch.zeros(1, 4, 2, 2)]
+    other = [x.to("meta") for x in maps]
+    with edet_kernels.backend(backend), pytest.raises(ValueError, match="box_outputs must be on c"):
+        edet_kernels.detect(maps, other, torch.zeros(4, 4))
