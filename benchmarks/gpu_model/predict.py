@@ -157,6 +157,11 @@ def trace_last(kernel: Kernel, launch: Launch, images: int) -> list[Trace] | Non
     return block.run()
 
 
+def trace_tile(kernel: Kernel, launch: Launch) -> list[Trace]:
+    """Traces of the block in the middle of a launch that takes one tile and no more."""
+    return _block(kernel, launch, launch.grid[0] // 2, _ENDLESS).run()
+
+
 def trace_launch(kernel: Kernel, launch: Launch) -> tuple[list[Trace], list[Trace] | None, int]:
     """Traces of a block with one tile and of one with two, and the most tiles of a block.
 
@@ -165,7 +170,7 @@ def trace_launch(kernel: Kernel, launch: Launch) -> tuple[list[Trace], list[Trac
     grid = launch.grid[0]
     if not _takes_turns(kernel):
         return _block(kernel, launch, grid // 2, grid).run(), None, 1
-    one = _block(kernel, launch, grid // 2, _ENDLESS).run()
+    one = trace_tile(kernel, launch)
     longest = max(len(trace.code) for trace in one)
     try:
         return _block(kernel, launch, grid // 2, grid).run(most=longest * 5 // 2), None, 1

@@ -87,12 +87,24 @@ def _head(args: Sequence[Any], result: Any) -> list[Work]:
     return works
 
 
+def _one_launch(args: Sequence[Any], result: Any) -> list[Work]:
+    """A node, or a separable convolution on all levels."""
+    maps = args[0]
+    outs = result if isinstance(result, (list, tuple)) else [result]
+    c, c_out, element = maps[0].shape[1], outs[0].shape[1], maps[0].element_size()
+    pixels = sum(out.shape[0] * out.shape[2] * out.shape[3] for out in outs)
+    other, operations = _separable(c, c_out, pixels, element)
+    return [Work(_size(*maps) + other, operations)]
+
+
 _OPS: dict[str, Callable[[Sequence[Any], Any], list[Work]]] = {
     "stem": _stem,
     "mbconv": _mbconv,
     "lateral": _lateral,
     "bifpn": _bifpn,
     "head": _head,
+    "fusion_node": _one_launch,
+    "separable_conv": _one_launch,
 }
 
 
