@@ -84,10 +84,9 @@ def emulation() -> Any:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from edet_kernels import autocast, autograd, fake
+    from edet_kernels import operators
 
-    for registers in (fake, autocast, autograd):
-        registers.register("edet_emulation")
+    operators.register("edet_emulation")
     return module
 
 
