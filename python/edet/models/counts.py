@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..fused.module import PackedModule
 from .efficientdet import EfficientDet
 
 
@@ -60,13 +61,16 @@ def count_macs(model: EfficientDet, image_size: tuple[int, int] | None = None) -
         *(image_size or model.config.image_size),
         device="meta",
         dtype=next(iter(parameters.values())).dtype,
-        requires_grad=True,  # so that the layers run which the hooks are on
     )
     training = [module for module in model.modules() if module.training]
+    fused = [m for m in model.modules() if isinstance(m, PackedModule) and "fused" not in vars(m)]
+    for packed in fused:
+        packed.fused = False  # the layers run, which the hooks are on; what is packed stays
     try:
-        with torch.enable_grad():
-            torch.func.functional_call(model.eval(), meta, (images,))
+        torch.func.functional_call(model.eval(), meta, (images,))
     finally:
+        for packed in fused:
+            del packed.fused
         for module in training:
             module.training = True
         for handle in hooks:
