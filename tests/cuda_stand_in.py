@@ -119,6 +119,7 @@ class _Cuda:
     @contextmanager
     def graph(self, graph, pool, capture_error_mode):
         assert pool == (0, 1) and capture_error_mode == "thread_local"
+        assert _Cuda.capturing is None, "a device is synchronised as a capture begins"
         _Cuda.capturing = graph
         with _Capture(graph):
             yield

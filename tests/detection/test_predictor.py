@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -442,6 +443,22 @@ def test_a_shape_is_captured_once(small, monkeypatch):
     assert (stats.memory_mib, stats.peak_memory_mib) == (1, 3)
     for latency in stats.latency.values():
         assert latency.p50 > 0
+
+
+def test_captures_take_turns(monkeypatch):
+    cuda_stand_in.install(monkeypatch)
+
+    def slow(values):
+        time.sleep(0.02)
+        return [values[0] + 1]
+
+    def make(start):
+        inputs = [torch.full((3,), start)]
+        return graph.Graph([slow], inputs, (0, 1))(inputs)[0][0]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(make, [0.0, 1.0, 2.0, 3.0]))
+    assert [x.tolist() for x in results] == [[1.0] * 3, [2.0] * 3, [3.0] * 3, [4.0] * 3]
 
 
 def test_pre_processing_is_in_the_graph(small, monkeypatch):

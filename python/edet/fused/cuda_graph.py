@@ -5,6 +5,7 @@ Not measured on a GPU: the tests run it on a stand-in for ``torch.cuda``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from .plan import Stage
 
 #: The door to CUDA.
 cuda: Any = torch.cuda
+
+#: Held while a graph is made: a capture begins by synchronising the device, which ends that of
+#: another thread.
+_making = threading.Lock()
 
 #: Runs before the capture, in which libraries choose their kernels and caches are filled.
 WARM_UP = 2
@@ -41,6 +46,11 @@ class Graph:
     def __init__(self, stages: Sequence[Stage], inputs: list[Tensor], pool: Any) -> None:
         self._stages = stages  # and with them the tensors that they hold: the graph has addresses
         self._inputs = [torch.empty_like(x).copy_(x) for x in inputs]
+        with _making:
+            self._capture(pool)
+
+    def _capture(self, pool: Any) -> None:
+        stages = self._stages
         stream, side = cuda.current_stream(), cuda.Stream()
         side.wait_stream(stream)
         with cuda.stream(side):
