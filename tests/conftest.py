@@ -33,7 +33,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Small models on many threads spend their time waiting, minutes of it on a busy machine."""
     threads = torch.get_num_threads()

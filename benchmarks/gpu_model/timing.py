@@ -124,6 +124,7 @@ def _issue(state: _State, at: Decoded, time: float, done: float, branch: int, re
     state.ready = time + at.stall + branch
 
 
+# Long: one clock, whose state its steps share.
 def simulate(kernel: Kernel, blocks: list[list[Trace]], gpu: Gpu, memory: str = "l2") -> float:
     """Cycles until the blocks that begin together on one multiprocessor have ended.
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <random>
 #include <unordered_map>
@@ -643,13 +644,14 @@ std::string kernel_name(const char* function) {
 }
 
 std::mutex limits_mutex;
-std::unordered_map<const void*, size_t>& shared_limits() {
-  static std::unordered_map<const void*, size_t> limits;
+// Of each kernel on each device, which the most that it gives a block stands for.
+std::map<std::pair<const void*, int>, size_t>& shared_limits() {
+  static std::map<std::pair<const void*, int>, size_t> limits;
   return limits;
 }
-size_t shared_limit(const void* kernel) {
+size_t shared_limit(const void* kernel, int device) {
   const std::lock_guard<std::mutex> lock(limits_mutex);
-  const auto found = shared_limits().find(kernel);
+  const auto found = shared_limits().find({kernel, device});
   return found == shared_limits().end() ? 48 * 1024 : found->second;
 }
 
@@ -688,7 +690,7 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
             " bytes of shared memory";
     return cudaErrorLaunchFailure;
   }
-  const size_t limit = shared_limit(*static_cast<const void* const*>(kernel));
+  const size_t limit = shared_limit(*static_cast<const void* const*>(kernel), most_shared);
   if (shared_bytes > limit) {
     error = launch_.kernel + ": " + std::to_string(shared_bytes) +
             " bytes of shared memory, but the kernel was allowed " + std::to_string(limit);
@@ -807,7 +809,7 @@ int most_shared_bytes() { return machine().most_shared; }
 cudaError_t clear(void* data, size_t bytes) { return machine().clear(data, bytes); }
 cudaError_t set_shared_limit(const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> lock(limits_mutex);
-  shared_limits()[kernel] = bytes;
+  shared_limits()[{kernel, machine().most_shared}] = bytes;
   return cudaSuccess;
 }
 

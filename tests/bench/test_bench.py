@@ -215,11 +215,14 @@ def test_set_batch_norms_scales_every_layer():
 def test_demo_without_a_checkpoint(tmp_path, capsys):
     assert demo.main(["--output", str(tmp_path / "demo"), "--rounds", "1"]) == 0
     text = capsys.readouterr().out
-    assert "the weights are random" in text
+    assert "tf_efficientdet_d0 with random weights" in text
     assert "Agreement with the float64 reference" in text
-    names = {"bench.json", "bench.png", "input.png"}
+    names = {"bench.json", "bench.png", "detections.json", "detections.png"}
     assert {p.name for p in (tmp_path / "demo").iterdir()} == names
     assert all(str(tmp_path / "demo" / name) in text for name in names)
+    assert "Found by edet_lite0_person: <Detections in 512x600: 1 person" in text
+    found = json.loads((tmp_path / "demo" / "detections.json").read_text())
+    assert [x["name"] for x in found["detections"]] == ["person"]
 
 
 @pytest.mark.slow
@@ -232,7 +235,7 @@ def test_demo_with_a_checkpoint(tmp_path, capsys):
     assert demo.main(arguments) == 0
     text = capsys.readouterr().out
     assert "random" not in text
-    assert "Found: <Detections in 512x600" in text
+    assert "Found by tf_efficientdet_d0: <Detections in 512x600" in text
     found = json.loads((tmp_path / "detections.json").read_text())
     assert len(found["detections"]) == 100
     with Image.open(tmp_path / "detections.png") as picture:

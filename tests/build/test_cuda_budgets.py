@@ -7,17 +7,15 @@ Blocks are traced by the gauge (docs/gpu-model.md); a budget is what was reached
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from benchmarks.gpu_model import launches, predict, rates, sass, timing
 
-from benchmarks.gpu_model import launches, predict, rates, sass, timing  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
