@@ -385,7 +385,7 @@ def maps(results):
 def test_expanded_maps(backend, op):
     call = backend.sample(op, batch=1)
     batch_of_3 = map_tree(lambda x: x.expand(3, -1, -1, -1), call.maps)
-    if backend.name == "triton":
+    if backend.name == "triton" and not torch.cuda.is_available():
         # the interpreter multiplies by NumPy, whose sums depend on where in a tile a row stands
         replace(call, maps=batch_of_3).check(torch.float32)
         return

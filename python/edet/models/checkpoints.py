@@ -125,6 +125,11 @@ def _format_reason(path: Path, error: Exception) -> str:
 
 
 def read_file(path: Path) -> Any:
+    """All that a ``.safetensors`` file, or one of ``torch.save``, holds; no code of it is run.
+
+    Raises:
+        CheckpointError: it is damaged, of another format, or holds more than tensors and values.
+    """
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "safetensors")
         try:
