@@ -61,7 +61,7 @@ class Trainer:
     is written. It is counted in ``skipped``, and a warning names its images.
 
     Args:
-        model: it is put into training mode.
+        model: it is put into training mode, and its weights in ``channels_last`` order.
         steps: in all; None when :meth:`fit` is to count them.
         batch_size: images of a step over all processes; scales the learning rate of SGD.
         learning_rate: the highest; 0.16·batch_size/128 for SGD and 3e-4 for AdamW when None.
@@ -119,6 +119,8 @@ class Trainer:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        # images run through the network channel by channel last; weights of another order are copied
+        model.to(memory_format=torch.channels_last)
         self.model, self.batch_size, self.freeze = model, batch_size, tuple(freeze)
         self._set_modes()  # before the processes agree on which gradients to exchange
         if not any(p.requires_grad for p in model.parameters()):
