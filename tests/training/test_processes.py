@@ -26,6 +26,7 @@ PACKAGES = os.pathsep.join(
 SCRIPT = """
 import os, sys, torch, edet
 from edet.training import Trainer, evaluate, open_dataset, start_processes
+from edet.training.processes import gathered
 from torch import distributed as dist
 
 torch.set_num_threads(1)
@@ -62,10 +63,26 @@ if dist.is_initialized():
     others = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(others, flat)
     assert all(torch.equal(x, flat) for x in others)
-    figures = [None] * dist.get_world_size()
-    dist.all_gather_object(figures, str(history.evaluation and history.evaluation.figures))
+    figures = gathered(str(history.evaluation and history.evaluation.figures))
     assert len(set(figures)) == 1
     dist.destroy_process_group()
+"""
+
+
+#: Ends at once after its last exchange; gloo's threads get the interpreter's lock only at the end.
+LAST_EXCHANGE = """
+import sys, torch, edet
+from edet.training.processes import from_first, gathered, start_processes, summed
+
+start_processes(torch.device("cpu"))
+sys.setswitchinterval(100)
+rank = gathered("a" * 1000)[0] and torch.distributed.get_rank()
+last = {
+    "sum": lambda: int(summed(torch.ones(3)).sum()) == 6,
+    "gather": lambda: gathered(["x" * rank, rank]) == [["", 0], ["x", 1]],
+    "first": lambda: from_first({"rank": rank}) == {"rank": 0},
+}
+assert last[sys.argv[1]]()
 """
 
 
@@ -148,6 +165,20 @@ def test_one_process_that_is_stopped_stops_all(root: Path) -> None:
     assert stopped.returncode == 0, stopped.stderr
     # asked for after the third step, agreed on in the fourth
     assert read_training(root / "stopped/last.pt")["trainer"]["step_count"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["sum", "gather", "first"])
+def test_processes_may_end_right_after_an_exchange(tmp_path: Path, last: str) -> None:
+    (tmp_path / "ends.py").write_text(LAST_EXCHANGE)
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGES}
+    for _ in range(2):
+        command = [*runner, str(tmp_path / "ends.py"), last]
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_without_processes() -> None:

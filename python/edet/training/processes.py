@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models.batch_norm import SharedBatchNorm2d
 from ..models.efficientdet import EfficientDet
+
+#: Statistics are shared by the norms themselves; the argument has a new name since torch 2.13.
+_SYNC = "forward_sync_buffers"
+_NEW = _SYNC in inspect.signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {_SYNC if _NEW else "broadcast_buffers": False}
 
 
 def process_group() -> tuple[int, int]:
@@ -67,33 +77,54 @@ def distributed(model: EfficientDet) -> DistributedDataParallel:
     device = next(model.parameters()).device
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return DistributedDataParallel(model, device_ids=[device.index], broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=[device.index], **_OWN_BUFFERS)
     _share_norms(model)
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, **_OWN_BUFFERS)
+
+
+def _exchange(function: Callable[..., Any], output: Tensor | list[Tensor], *inputs: Tensor) -> None:
+    """Runs an exchange, and waits until no other thread refers to its tensors.
+
+    Gloo's threads let go of a tensor a little after the call has returned, for which they need the
+    interpreter's lock: a process that is ending by then would be aborted.
+    """
+    tensors = [*([output] if isinstance(output, Tensor) else output), *inputs]
+    before = [sys.getrefcount(x) for x in tensors]
+    function(output, *inputs)
+    deadline = time.monotonic() + 1
+    while tensors[0].device.type == "cpu" and time.monotonic() < deadline:
+        if all(sys.getrefcount(x) <= n for x, n in zip(tensors, before, strict=True)):
+            return
+        time.sleep(1e-4)
 
 
 def summed(values: Tensor) -> Tensor:
     """The sum of ``values`` over the processes."""
     if process_group()[1] > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        _exchange(dist.all_reduce, values)
     return values
 
 
 def gathered(value: Any) -> list[Any]:
-    """The ``value`` of each process, in every process."""
+    """The ``value`` of each process, in every process; anything that can be pickled."""
     _, count = process_group()
     if count == 1:
         return [value]
-    values: list[Any] = [None] * count
-    dist.all_gather_object(values, value)
-    return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    length = torch.tensor([len(data)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(count)]
+    _exchange(dist.all_gather, lengths, length)
+    sizes = [int(n) for n in lengths]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    shares = [torch.empty_like(padded) for _ in range(count)]
+    _exchange(dist.all_gather, shares, padded)
+    pairs = zip(shares, sizes, strict=True)
+    return [pickle.loads(bytes(share[:n].cpu().numpy())) for share, n in pairs]
 
 
 def from_first(value: Any) -> Any:
     """The ``value`` of the first process, in every process."""
-    if process_group()[1] == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+    return gathered(value if process_group()[0] == 0 else None)[0]
