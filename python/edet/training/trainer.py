@@ -120,7 +120,7 @@ class Trainer:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         # the order in which maps run through the network: convolutions copy weights of another
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self.batch_size, self.freeze = model, batch_size, tuple(freeze)
         self._set_modes()  # before the processes agree on which gradients to exchange
         if not any(p.requires_grad for p in model.parameters()):
