@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,15 @@ from torch import Tensor
 import edet
 from edet.demo import photograph
 from edet.preprocess import letterbox, load_image
+
+PAGE = Path(__file__).parents[1] / "docs/deployment.md"
+
+
+def documented(part: str) -> str:
+    """The one indented block of code on the page of deployment that holds ``part``."""
+    blocks = re.findall(r"^\n((?:    .*\n|\n)+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    [block] = [block for block in blocks if part in block]
+    return textwrap.dedent(block)
 
 
 def pictures() -> list[Tensor]:

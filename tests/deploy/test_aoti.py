@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import edet
 import edet_kernels
 from edet.bench.variants import random_model
 from edet_kernels import library
-from exported_calls import assert_detections, inputs, pictures
+from exported_calls import assert_detections, documented, inputs, pictures
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("boxes", "scores", "labels", "counts")
@@ -56,6 +59,17 @@ def test_lite0(person: Path, predictor: edet.Predictor) -> None:
     check(person, predictor)
 
 
+def test_the_page_shows_how(
+    person: Path, predictor: edet.Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "person.pt2").symlink_to(person)
+    names: dict[str, Any] = inputs(pictures(), predictor.image_size, [128] * 3)
+    exec(documented("aoti_load_package("), names)
+    found = {name: names[name] for name in NAMES}
+    assert_detections(found, predictor, pictures(), exact=True)
+
+
 def test_d0(tmp_path: Path) -> None:
     with torch.no_grad():
         model = random_model("tf_efficientdet_d0", torch.randn(1, 3, 128, 128))
@@ -70,12 +84,12 @@ def test_d0(tmp_path: Path) -> None:
 
 
 def test_a_program_in_cpp(person: Path, predictor: edet.Predictor, tmp_path: Path) -> None:
-    folder = Path(torch.__file__).parent
+    # the page's command, but for the place of what it makes and the time that it takes
+    [command] = re.findall(r"^g\+\+ .*\\\n.*$", documented("g++"), re.MULTILINE)
     program = tmp_path / "detect"
-    build = ["g++", "-std=c++20", ROOT / "examples/detect.cpp", "-o", program]
-    build += [f"-I{folder}/include", f"-L{folder}/lib", f"-Wl,-rpath,{folder}/lib"]
-    build += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run(build, check=True)
+    command = command.replace("-O2", "-O0").replace("-o detect", f"-o {program}")
+    folder = str(Path(torch.__file__).parent)
+    subprocess.run(command, shell=True, check=True, cwd=ROOT, env={**os.environ, "TORCH": folder})
     built = Path(edet_kernels.__file__).parent / "libedet_kernels.so"
     for i, picture in enumerate(pictures()):
         file = tmp_path / f"{i}.ppm"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import edet
-from exported_calls import assert_detections, inputs, pictures
+from exported_calls import assert_detections, documented, inputs, pictures
 from small_models import small_model
 
 NAMES = ("boxes", "scores", "labels", "counts")
@@ -70,7 +70,7 @@ def test_a_failure_leaves_the_old_file(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # exporters warn about themselves
-def test_a_program_of_torch_export(tmp_path: Path) -> None:
+def test_a_program_of_torch_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = edet.Predictor("edet_lite0_person", image_size=128, score_threshold=0.1)
     path = tmp_path / "person.pt2"
     edet.export(predictor, path, format="torch")
@@ -85,6 +85,12 @@ def test_a_program_of_torch_export(tmp_path: Path) -> None:
         images = pictures()[:count]
         found = module(**inputs(images, predictor.image_size, fill))
         assert_detections(dict(zip(NAMES, found, strict=True)), predictor, images)
+    monkeypatch.chdir(tmp_path)
+    path.rename("program.pt2")
+    names: dict[str, Any] = inputs(pictures(), predictor.image_size, fill)
+    exec(documented("torch.export.load("), names)
+    assert names["names"] == {"1": "person"}
+    assert_detections({name: names[name] for name in NAMES}, predictor, pictures())
     given = inputs(pictures(), (160, 128), fill)
     with pytest.raises(AssertionError, match=r"Guard failed: images\.size\(\)\[2\] == 128"):
         module(**given)

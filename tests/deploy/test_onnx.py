@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import edet
-from exported_calls import assert_detections, fed, pictures
+from exported_calls import assert_detections, documented, fed, pictures
 from small_models import small_model
 
 onnx = pytest.importorskip("onnx")
@@ -105,6 +107,24 @@ def test_another_size_is_refused_by_the_runtime(person: Path) -> None:
     given = {"images": np.zeros((1, 3, 160, 128), np.uint8), "sizes": np.array([[160, 128]])}
     with pytest.raises(Exception, match=r"invalid dimensions for input: images"):
         opened.run(None, given)
+
+
+def test_the_page_shows_how(
+    person: Path, predictor: edet.Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "person.onnx").symlink_to(person)
+    names: dict[str, Any] = {}
+    for picture in pictures():
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save("street.jpg", quality=95)
+        expected = predictor("street.jpg")
+        for part in ("onnxruntime.InferenceSession", "import openvino"):
+            exec(documented(part), names)
+            # Pillow rounds a pixel's value in another place
+            assert names["counts"].tolist() == [len(expected)]
+            found = torch.from_numpy(names["boxes"][0][: len(expected)])
+            torch.testing.assert_close(found, expected.boxes, rtol=0, atol=1.0)
 
 
 def operators(path: Path) -> set[str]:
