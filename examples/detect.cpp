@@ -1,6 +1,6 @@
 // Finds objects in a picture with a package of `edet export --format aoti`; no Python is needed.
 //
-//     ./detect detector.pt2 libedet_kernels.so picture.ppm
+//     ./detect detector.pt2 ./libedet_kernels.so picture.ppm
 //
 // prints label, score and x1 y1 x2 y2 of each object. docs/deployment.md has the command that
 // builds it.

@@ -49,6 +49,17 @@ def test_options_beside_a_predictor_are_refused(tmp_path: Path) -> None:
         edet.export(edet.Predictor(small_model()), tmp_path / "x.onnx", image_size=64)
 
 
+def test_a_missing_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> None:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(FileNotFoundError, match=r"aoti needs a C\+\+ compiler: install g\+\+"):
+        edet.export(small_model(), tmp_path / "x.pt2", format="aoti")
+
+
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_a_failure_leaves_the_old_file(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

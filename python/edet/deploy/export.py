@@ -74,7 +74,7 @@ def export(
         TypeError: options beside a predictor, or no model.
         edet_kernels.BackendError: ``aoti`` without the op library.
         ImportError: ``onnx`` without its packages.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or ``aoti`` without a C++ compiler.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -87,6 +87,8 @@ def export(
     check_target(path)
     if format == "onnx":
         require("onnxscript", "onnx")
+    elif format == "aoti":
+        _check_compiler()
     predictor = _predictor(model, options)
     if format == "onnx":
         _check_onnx(predictor, postprocess)
@@ -114,6 +116,16 @@ def _predictor(
     if isinstance(model, EfficientDet):
         model = copy.deepcopy(model)  # a predictor freezes it
     return Predictor(model, **options)
+
+
+def _check_compiler() -> None:
+    """Checks that AOTInductor can compile."""
+    from torch._inductor import cpp_builder, exc  # takes seconds
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise FileNotFoundError("aoti needs a C++ compiler: install g++, or set CXX") from error
 
 
 def _check_onnx(predictor: Predictor, postprocess: bool) -> None:
