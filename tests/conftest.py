@@ -14,7 +14,7 @@ import edet
 from edet_kernels.testing.numeric import check_network, relative_difference
 
 #: Folders of tests that run whole models: the rooms of ``edet``.
-ROOMS = {"bench", "cli", "detection", "dropin", "fused", "models", "training"}
+ROOMS = {"bench", "cli", "deploy", "detection", "dropin", "fused", "models", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from . import (
     training,
     video,
 )
+from .deploy import export
 from .detection.images import ImageError
 from .detection.predictor import Prediction, Predictor
 from .detection.results import Detections
@@ -48,6 +49,7 @@ __all__ = [
     "describe",
     "draw",
     "evaluate",
+    "export",
     "layers",
     "list_models",
     "load_backbone",

@@ -124,7 +124,13 @@ def test_a_circle_is_seen():
 
 #: The rooms of edet from the ground up; rooms on one floor do not know each other. Below them are
 #: EXTRAS, above them what has no room: the package's own face, faces of modules, layers, the demo.
-FLOORS = (("fused",), ("models", "dropin"), ("detection",), ("training", "bench"), ("cli",))
+FLOORS = (
+    ("fused",),
+    ("models", "dropin"),
+    ("detection",),
+    ("training", "bench", "deploy"),
+    ("cli",),
+)
 EXTRAS = ("edet.extras", "edet.files")
 EDET = {module_name(path): path for path in sorted((ROOT / "python/edet").rglob("*.py"))}
 OWN = [path for path in PYTHON if "tests" not in path.parts and path.name != "setup.py"]

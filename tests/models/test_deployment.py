@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import edet
 import edet_kernels
 from edet.detection.anchors import generate_anchors
 from edet.detection.postprocess import postprocess
+from exported_calls import documented
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -71,13 +70,6 @@ def assert_same(found: Results, expected: Results) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
 
 
-def documented(number: int) -> str:
-    """An indented block of code on the page."""
-    page = (Path(__file__).parents[2] / "docs/deployment.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^\n((?:    .*\n|\n)+)", page, re.MULTILINE)
-    return textwrap.dedent(blocks[number])
-
-
 @pytest.mark.parametrize(
     ("name", "anchors"),
     [
@@ -95,10 +87,10 @@ def test_the_documented_way_from_images_to_boxes(name: str, anchors: dict[str, f
     with torch.no_grad():
         expected = postprocess(*model(images), generate_anchors((96, 160), **anchors))
     names = {"torch": torch, "edet_kernels": edet_kernels, "model": model, "images": images}
-    exec(documented(0), names)
+    exec(documented("def predict"), names)
     with torch.no_grad():
         assert_same(names["predict"](images), expected)
-    exec(documented(1), names)
+    exec(documented("class EndToEnd"), names)
     assert_same(names["program"].module()(images), expected)
 
 

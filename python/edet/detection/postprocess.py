@@ -88,8 +88,11 @@ def postprocess(
     anchors = _made(anchors, image_size, class_outputs)
     batch = class_outputs[0].shape[0] if class_outputs else 0
     for name, given in (("sizes", sizes), ("scales", scales)):
-        if given is not None and len(given) != batch:
-            raise ValueError(f"{name} must hold one entry per image ({batch}), got {len(given)}")
+        if given is None:
+            continue
+        entries = given.shape[0] if isinstance(given, Tensor) else len(given)  # may be dynamic
+        if entries != batch:
+            raise ValueError(f"{name} must hold one entry per image ({batch}), got {entries}")
     if scales is None:
         scales = torch.ones(batch, dtype=torch.float32, device=anchors.device)
     limits = None

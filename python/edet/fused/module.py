@@ -6,7 +6,8 @@ A module that is frozen does not look any more and replays its op calls.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -23,7 +24,7 @@ from .sources import Sources, is_traced, layers_reason
 #: Attributes that a packed module needs for itself.
 RESERVED = (
     *("pack", "packed", "repack", "freeze", "unfreeze", "fused", "check_layers", "layer_types"),
-    *("_cache", "_frozen", "_freeze", "_entry"),
+    *("_cache", "_frozen", "_freeze", "_entry", "_constants"),
 )
 
 #: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
@@ -191,6 +192,7 @@ class PackedModule(nn.Module):
     """
 
     _frozen: _Frozen | None = None
+    _constants: tuple[Any, torch.dtype] | None = None
     #: Classes of the layers that the fused ops stand for; None: any.
     layer_types: frozenset[type] | None = None
     #: False: PyTorch's own layers always run, as for a benchmark's baseline.
@@ -264,7 +266,7 @@ class PackedModule(nn.Module):
         layers are no longer those that the ops stand for, in torch.jit.trace, and in torch.export,
         whose graphs are to hold PyTorch's own operations unless a backend with kernels is asked for
         by name. torch.compile and torch.export pack inside their graph, so that the weights stay
-        inputs of it.
+        inputs of it; inside :func:`constant_weights` they are packed already.
         """
         if not self.fused or self.training or (torch.compiler.is_exporting() and _exports_layers()):
             return None
@@ -274,6 +276,8 @@ class PackedModule(nn.Module):
             return None
         dtype = autocast_dtype(x) or x.dtype
         if torch.compiler.is_compiling():
+            if self._constants is not None and self._constants[1] == dtype:
+                return self._constants
             training = any(m.training for m in self.modules() if isinstance(m, _BatchNorm))
             return None if training or layers_reason(self) else (self.pack(dtype), dtype)
         if is_traced():
@@ -302,6 +306,27 @@ class PackedModule(nn.Module):
         entry = _Entry(Sources(self), layers_reason(self, hooks=False))
         self._cache.entry = entry
         return entry
+
+
+@contextmanager
+def constant_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Graphs of torch.export that are made inside hold the packed weights of ``model``.
+
+    Without it they hold the weights as they are and the operations that pack them, which a compiler
+    takes long over.
+
+    Args:
+        dtype: that the model computes in.
+    """
+    parts = [m for m in model.modules() if isinstance(m, PackedModule) and not layers_reason(m)]
+    try:
+        with torch.no_grad():
+            for part in parts:
+                part._constants = (part.pack(dtype), dtype)
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop("_constants", None)
 
 
 def adopt(module: nn.Module, packed_class: type[PackedModule]) -> None:
