@@ -1,6 +1,6 @@
-"""The sub-commands of ``edet``: predict, train, evaluate, info, bench, schedule, models."""
+"""The sub-commands of ``edet``: predict, train, evaluate, triton-repository, info, …."""
 
-from . import bench, evaluate, info, models, predict, schedule, train
+from . import bench, evaluate, info, models, predict, schedule, train, triton
 from .common import app
 
 __all__ = ["app", "main"]
@@ -12,6 +12,9 @@ app.command(epilog="Example: edet train data/ -m tf_efficientdet_lite0 --backbon
     train.train
 )
 app.command(epilog="Example: edet evaluate data/ -c run/best.pt -o evaluation/")(evaluate.evaluate)
+app.command("triton-repository", epilog="Example: edet triton-repository run/best.pt -o models/")(
+    triton.triton_repository
+)
 app.command()(info.info)
 app.add_typer(
     bench.bench_app, name="bench", help="Time a model against PyTorch; compare and report results."
