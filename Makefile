@@ -51,6 +51,10 @@ gpu-model: $(VENV)/.extra-test ## predict the CUDA kernels' times from their mac
 	@EDET_EMULATION=1 EDET_CUDA=0 $(PY) setup.py --quiet build_ext --inplace
 	PYTHONPATH=.:python $(PY) -m benchmarks.gpu_model $(GPU_MODEL)
 
+.PHONY: docs
+docs: $(VENV)/.extra-docs ## build/docs/index.html: the pages and the API reference; a broken link is an error
+	PYTHONPATH=.:python $(PY) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
 # The library is compiled in build/, so that a second wheel takes seconds; what setuptools gathers starts empty.
 .PHONY: wheel
 wheel: export EDET_CUDA_ARCHS := $(WHEEL_CUDA_ARCHS)
