@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && command -v $$p && break; done)
 PY := $(VENV)/bin/python
+# what was set, for a wheel; it has all of them otherwise
+WHEEL_CUDA_ARCHS := $(EDET_CUDA_ARCHS)
 # one GPU architecture compiles in a minute, all of a wheel's in ten: set it to your GPU's
 export EDET_CUDA_ARCHS ?= 90
 CPP_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh examples/*.cpp)
@@ -48,6 +50,22 @@ gpu-check: ## with an NVIDIA GPU: build for it, test, sanitize and time the CUDA
 gpu-model: $(VENV)/.extra-test ## predict the CUDA kernels' times from their machine code; needs nvcc, no GPU
 	@EDET_EMULATION=1 EDET_CUDA=0 $(PY) setup.py --quiet build_ext --inplace
 	PYTHONPATH=.:python $(PY) -m benchmarks.gpu_model $(GPU_MODEL)
+
+.PHONY: docs
+docs: $(VENV)/.extra-docs ## build/docs/index.html: the pages and the API reference; a broken link is an error
+	PYTHONPATH=.:python $(PY) -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+# The library is compiled in build/, so that a second wheel takes seconds; what setuptools gathers starts empty.
+.PHONY: wheel
+wheel: export EDET_CUDA_ARCHS := $(WHEEL_CUDA_ARCHS)
+wheel: $(VENV)/.extra-all $(VENV)/.extra-release ## dist/: a checked manylinux wheel and the sources; CUDA for all GPUs takes long
+	rm -rf dist build/wheel build/lib build/bdist.*
+	$(PY) -m build --no-isolation --sdist --wheel --outdir build/wheel
+	PATH=$(abspath $(VENV)/bin):$$PATH $(PY) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+	  --exclude libtorch.so --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(PY) -m twine check --strict dist/*
+	$(PY) tests/build/try_wheel.py dist/*.whl
 
 lint: $(VENV)/.extra-dev ## check style, types and formatting; changes nothing
 	$(PY) -m ruff check .

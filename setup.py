@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,17 +56,26 @@ def check_compiler(env: Mapping[str, str]) -> None:
 
 
 def find_torch() -> Path:
-    """Returns the folder of the package torch, without importing it."""
+    """Returns the folder of the package torch, without importing it.
+
+    An isolated build sees no packages of the environment it is for; torch is looked for there too.
+    """
+    folders = list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise SetupError(
-            f"torch is missing in {sys.executable}. A build without isolation needs it: install "
-            "torch >= 2.10 first."
-        )
-    version = importlib.metadata.version("torch")
+    if spec is not None and spec.submodule_search_locations:
+        package = Path(spec.submodule_search_locations[0])
+        version = importlib.metadata.version("torch")
+    else:
+        found = [d for d in importlib.metadata.distributions(name="torch", path=folders)]
+        if not found:
+            raise SetupError(
+                f"torch is missing in {sys.executable}. A build without isolation needs it: "
+                "install torch >= 2.10 first."
+            )
+        package, version = Path(str(found[0].locate_file("torch"))), found[0].version
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
         raise SetupError(f"torch {version} is too old: install torch >= 2.10 and build again.")
-    return Path(spec.submodule_search_locations[0])
+    return package
 
 
 def find_nvcc(env: Mapping[str, str]) -> str | None:

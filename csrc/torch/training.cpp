@@ -186,7 +186,10 @@ void edge_weight_gradient(const Nodes& call, const Factors& factors, const Float
       for (int64_t i = per_channel ? j : 0; i < (per_channel ? j + 1 : c); i++)
         g[e] += weight_grad[e * cp + i];
       const double own = w[at(e)];
-      a[e] = call.fusion == Fusion::softmax ? std::exp(own - largest) : (own < 0.0 ? 0.0 : own);
+      // long double: glibc 2.29 has a new exp of double, which older systems lack
+      a[e] = call.fusion == Fusion::softmax
+                 ? static_cast<double>(std::exp(static_cast<long double>(own - largest)))
+                 : (own < 0.0 ? 0.0 : own);
       total += a[e];
     }
     if (call.fusion == Fusion::fast) total += kFastEpsilon;

@@ -33,12 +33,27 @@ def dynamic_symbols(kind: str) -> set[str]:
 
 def test_needs_libtorch_and_nothing_that_is_not_everywhere():
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", str(library.path()))))
-    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libpthread.so.0"}
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
+    system |= {"libpthread.so.0", "libdl.so.2", "librt.so.1"}
     loaders = {name for name in needed if name.startswith("ld-linux")}
     sanitizers = {name for name in needed if re.match(r"lib(asan|ubsan|tsan|lsan)\.", name)}
     # libtorch.so: what makes the weak CUDA stream symbol resolve
     assert "libtorch.so" in needed
     assert needed - system - loaders - sanitizers == {"libtorch.so", "libtorch_cpu.so"}
+
+
+#: The newest versions of manylinux_2_28: glibc 2.28 and the libraries of GCC 8.
+MANYLINUX = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+def test_loads_on_systems_as_old_as_manylinux_2_28():
+    if library.build_info().sanitize:
+        pytest.skip("sanitizers need newer symbols")
+    symbols = run("objdump", "-T", str(library.path())).splitlines()
+    needed = {m for s in symbols if "*UND*" in s for m in re.findall(r"\(?([A-Z]+)_([\d.]+)\)?", s)}
+    assert {kind for kind, _ in needed} <= set(MANYLINUX) and len(needed) > 5
+    newer = [f"{k}_{v}" for k, v in needed if tuple(map(int, v.split("."))) > MANYLINUX[k]]
+    assert newer == [], [s for s in symbols if any(f"({name})" in s for name in newer)]
 
 
 def test_has_no_search_path_of_the_machine_it_was_built_on():

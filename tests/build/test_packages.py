@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ARCH = os.uname().machine
 
 
 def run(*command: str, cwd: Path = ROOT, **env: str) -> str:
@@ -64,6 +65,11 @@ def test_wheel_from_a_clean_tree(clean_tree, tmp_path):
     )
     assert output.startswith(f"True loaded {tmp_path / 'site'}")
     assert "no CUDA kernels" in output
+    run(sys.executable, str(ROOT / "tests/build/try_wheel.py"), str(wheel))
+    if importlib.util.find_spec("auditwheel"):
+        repair = (sys.executable, "-m", "auditwheel", "repair", "--plat", f"manylinux_2_28_{ARCH}")
+        exclude = ("--exclude", "libtorch.so", "--exclude", "libtorch_cpu.so")
+        run(*repair, *exclude, "--wheel-dir", str(tmp_path / "audited"), str(wheel))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -110,8 +111,60 @@ def test_jobs(script):
 
 def test_torch_missing(script, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: "/none")
     with pytest.raises(script.SetupError, match=r"torch is missing in .*install torch >= 2.10"):
         script.find_torch()
+
+
+@pytest.fixture
+def isolated(script, monkeypatch, tmp_path):
+    """As in an isolated build: torch cannot be imported, it lies in an environment of a version."""
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda name: str(tmp_path))
+
+    def put(version: str) -> Path:
+        (tmp_path / "torch").mkdir()
+        metadata = tmp_path / f"torch-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        return tmp_path / "torch"
+
+    return put
+
+
+def test_torch_of_the_environment_that_an_isolated_build_is_for(script, isolated):
+    assert isolated("2.11.0+cpu") == script.find_torch()
+
+
+def test_torch_of_that_environment_may_be_too_old(script, isolated):
+    isolated("2.9.1")
+    with pytest.raises(script.SetupError, match=r"torch 2.9.1 is too old"):
+        script.find_torch()
+
+
+@pytest.fixture
+def backend(script, monkeypatch):
+    """The build backend as a module, with the setup.py of the tests."""
+    spec = importlib.util.spec_from_file_location("backend", ROOT / "build_backend/backend.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_setup_script", lambda: script)
+    return module
+
+
+def test_a_build_downloads_torch_only_where_there_is_none(backend, isolated, capsys):
+    assert backend.compile_requirements({}) == ["cmake>=3.24", "ninja", "torch==2.13.0"]
+    assert "torch==2.13.0 is downloaded for the build" in capsys.readouterr().err
+    folder = isolated("2.13.0")
+    assert backend.compile_requirements({}) == ["cmake>=3.24", "ninja"]
+    assert f"building against {folder}" in capsys.readouterr().err
+    assert backend.compile_requirements({"EDET_BUILD": "0"}) == []
+
+
+def test_the_backend_is_the_one_that_is_named():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'build-backend = "backend"' in project and 'backend-path = ["build_backend"]' in project
+    assert "graft build_backend" in (ROOT / "MANIFEST.in").read_text()
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0", "2.9.0+cpu"])

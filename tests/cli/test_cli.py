@@ -363,6 +363,7 @@ def test_bench_compare_and_report(tmp_path):
         "bench compare",
         "bench report",
         "schedule",
+        "triton-repository",
         "models",
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,3 +118,15 @@ def test_an_index_that_is_not_there() -> None:
         with pytest.raises(IndexError):
             FOUND[index]
     assert len(list(FOUND)) == 3
+
+
+def test_bytes_of_a_file(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs the extra image")
+    exif = image.Exif()
+    exif[0x0112] = 6
+    image.fromarray(PIXELS).save(tmp_path / "turned.jpg", exif=exif)
+    data = (tmp_path / "turned.jpg").read_bytes()
+    assert torch.equal(load_image(data), load_image(tmp_path / "turned.jpg"))
+    assert load_image(data).shape == (3, 30, 20)
+    with pytest.raises(ImageError, match="picture is not an image in a known format"):
+        load_image(b"junk", "picture")

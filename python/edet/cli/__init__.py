@@ -1,6 +1,6 @@
-"""The sub-commands of ``edet``: predict, train, evaluate, export, info, bench, schedule, models."""
+"""The sub-commands of ``edet``: predict, train, evaluate, export, triton-repository, info, …."""
 
-from . import bench, evaluate, export, info, models, predict, schedule, train
+from . import bench, evaluate, export, info, models, predict, schedule, train, triton
 from .common import app
 
 __all__ = ["app", "main"]
@@ -13,6 +13,9 @@ app.command(epilog="Example: edet train data/ -m tf_efficientdet_lite0 --backbon
 )
 app.command(epilog="Example: edet evaluate data/ -c run/best.pt -o evaluation/")(evaluate.evaluate)
 app.command(epilog="Example: edet export run/best.pt -o detector.onnx")(export.export)
+app.command("triton-repository", epilog="Example: edet triton-repository run/best.pt -o models/")(
+    triton.triton_repository
+)
 app.command()(info.info)
 app.add_typer(
     bench.bench_app, name="bench", help="Time a model against PyTorch; compare and report results."

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import glob
-import json
 import time
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
+
+from edet_kernels import __version__
 
 from ..detection import video
 from ..detection.draw import (
     MissingGlyphWarning,
-    draw_detections,
     glyph_hint,
     load_font,
     missing_glyphs,
 )
 from ..detection.labels import read_class_names
 from ..detection.predictor import Prediction, Predictor
-from ..detection.results import Detections
 from ..detection.stats import Stats
 from ..extras import require
 from ..files import replacing
@@ -51,7 +48,9 @@ from .common import (
     progress_bar,
     say,
 )
+from .parts import Parts, Place, place, stamp
 from .targets import annotated_names, check_targets, is_video
+from .writer import ArrayWriter, PartWriter, Writer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,6 +93,14 @@ RandomWeights = Annotated[
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write all detections to this file.", metavar="FILE")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep what is done in FILE.parts beside --json FILE until all is, and go on from "
+        "there if it was ended on the way; torchrun implies it.",
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -214,55 +221,6 @@ def load_predictor(
     return Predictor(load_described(checkpoint)[0], **options)
 
 
-class Writer:
-    """Writes what 'edet predict' finds, each result as it comes.
-
-    The JSON file is one array; annotated images are drawn and written by a thread of their own,
-    which is never more than a few images behind.
-    """
-
-    def __init__(self, json_stream: IO[str] | None, font: Path | None) -> None:
-        self._json, self._font = json_stream, font
-        self._entries = 0
-        self._drawer = ThreadPoolExecutor(1, "edet-draw")
-        self._drawing: deque[Future[None]] = deque()
-
-    def __enter__(self) -> Writer:
-        self._put("[")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._drawer.shutdown()
-        self.wait()
-        self._put("\n]\n")
-
-    def _put(self, text: str) -> None:
-        if self._json is not None:
-            self._json.write(text)
-
-    def entry(self, **values: Any) -> None:
-        """Appends an entry to the JSON file."""
-        text = json.dumps(values, allow_nan=False)
-        self._put((",\n" if self._entries else "\n") + text)
-        self._entries += 1
-
-    def draw(self, pixels: Tensor, objects: Detections, save: Callable[[Image], None]) -> None:
-        """Draws the objects and saves the drawing, in the background."""
-        self.wait(4)
-        self._drawing.append(
-            self._drawer.submit(lambda: save(draw_detections(pixels, objects, font=self._font)))
-        )
-
-    def wait(self, most: int = 0) -> None:
-        """Waits until no more than ``most`` drawings are to be done.
-
-        Raises:
-            OSError: a drawing could not be written.
-        """
-        while len(self._drawing) > most:
-            self._drawing.popleft().result()
-
-
 def save_copy(path: Path, picture: Image) -> None:
     """Writes an annotated image; it appears whole or not at all."""
     with replacing(path, sync=False) as temporary:  # it can be drawn again
@@ -275,12 +233,14 @@ class Counted:
 
     Attributes:
         needed: whether the work goes on when the reader of the output has left.
+        merged: whether the JSON file is complete; else it is another process that completes it.
     """
 
     needed: bool
     images: int = 0
     broken: int = 0
     interrupted: bool = False
+    merged: bool = True
 
     def skip(self, error: Exception) -> None:
         """Reports a file that could not be read."""
@@ -306,6 +266,7 @@ def predict_images(
     for path, pixels, objects, error in found:
         if error is not None:
             counted.skip(error)
+            writer.done(path, error)
         else:
             assert pixels is not None and objects is not None
             counted.images += 1
@@ -313,6 +274,7 @@ def predict_images(
             writer.entry(file=str(path), **objects.to_plain())
             if path in copies:
                 writer.draw(pixels, objects, partial(save_copy, copies[path]))
+            writer.done(path)
         yield
 
 
@@ -329,6 +291,7 @@ def predict_video(
     """
     names: Counter[str] = Counter()
     frames = 0
+    damage = None
     with ExitStack() as stack:
         try:
             for frame, pixels, objects, error in found:
@@ -352,7 +315,9 @@ def predict_video(
                 frames += 1
                 yield
         except video.VideoError as error:
+            damage = error
             counted.skip(error)
+    writer.done(reader.path, damage)
     if frames:
         counted.tell(f"{reader.path}: {frames} frames, {listed(names)}")
 
@@ -385,6 +350,7 @@ def predict_files(
                     reader = video.VideoReader(path)
                 except (OSError, video.VideoError) as error:
                     counted.skip(error)
+                    writer.done(path, error)
                 else:
                     part = progress.add_task(path.name, total=reader.frames)
                     found = predictor.stream(reader, workers=workers)
@@ -399,24 +365,78 @@ def write_found(
     copies: dict[Path, Path],
     predictor: Predictor,
     workers: int,
-    json_file: Path | None,
+    target: Path | Parts | None,
     font: Path | None,
 ) -> Counted:
     """Predicts all files, writing what is found as it comes; an interruption ends it early."""
-    counted = Counted(needed=json_file is not None or bool(copies))
+    counted = Counted(needed=target is not None or bool(copies))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", MissingGlyphWarning)  # told before, in a note
-        stream = None
-        if json_file is not None:
-            temporary = stack.enter_context(replacing(json_file))
-            stream = stack.enter_context(temporary.open("w", encoding="utf-8"))
-        writer = stack.enter_context(Writer(stream, font))
+        if isinstance(target, Parts):
+            writer: Writer = PartWriter(target, font)
+        elif target is not None:
+            temporary = stack.enter_context(replacing(target))
+            writer = ArrayWriter(stack.enter_context(temporary.open("w", encoding="utf-8")), font)
+        else:
+            writer = Writer(font)
+        stack.enter_context(writer.open())
         try:
             predict_files(files, copies, predictor, workers, writer, counted)
         except KeyboardInterrupt:
             counted.interrupted = True
     return counted
+
+
+def write_parts(
+    files: Sequence[Path],
+    copies: dict[Path, Path],
+    predictor: Predictor,
+    workers: int,
+    parts: Parts,
+    where: Place,
+    font: Path | None,
+) -> Counted:
+    """Predicts this process's share of what is not done yet; the last process merges the parts."""
+    mine = [path for path in files[where.rank :: where.world] if path not in parts.done]
+    if parts.done:
+        typer.echo(f"{len(parts.done)} files were done before, {len(mine)} are left", err=True)
+    with closing(parts):
+        counted = write_found(mine, copies, predictor, workers, parts, font)
+        if not counted.interrupted:
+            broken = parts.merge(files)
+            # one that fails would make torchrun end the others: the last one tells of all
+            counted.merged, counted.broken = broken is not None, broken or 0
+    return counted
+
+
+#: Parameters of 'edet predict' on which no entry depends.
+_NEUTRAL = {"images", "json_file", "resume", "batch_size", "workers", "stats", "device", "font"}
+
+
+def result_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What results depend on: options, and the files that they name as they are now."""
+    kept = {name: value for name, value in parameters.items() if name not in _NEUTRAL}
+    named = {
+        f"{name} of": stamp(kept[name]) for name in ("checkpoint", "class_names") if kept[name]
+    }
+    texts = {name: None if value is None else str(value) for name, value in kept.items()}
+    return {"version": __version__, **texts, **named}
+
+
+def parts_of(json_file: Path | None, resume: bool, options: dict[str, Any]) -> Parts | None:
+    """Where several processes, or one that may be killed, keep what is done; else None.
+
+    Raises:
+        ValueError: there is no file to keep it beside, or results of other options.
+    """
+    where = place()
+    if where.world == 1 and not resume:
+        return None
+    asked = "--resume" if resume else "predicting in several processes"
+    if json_file is None or (json_file.exists() and not json_file.is_file()):
+        raise ValueError(f"{asked} needs --json FILE: what is done is kept beside that file")
+    return Parts(json_file, options, where.rank)
 
 
 def report(
@@ -428,7 +448,8 @@ def report(
 ) -> None:
     """Says on standard error where results are and what it took."""
     if json_file is not None:
-        typer.echo(f"Detections: {json_file}", err=True)
+        whose = "" if counted.merged else " is yet to be written: not all files are done"
+        typer.echo(f"Detections: {json_file}{whose}", err=True)
     if output is not None:
         typer.echo(f"Annotated copies: {output}", err=True)
     typer.echo(f"{counted.images} images in {seconds:.1f} s", err=True)
@@ -436,12 +457,15 @@ def report(
         typer.echo(stats, err=True)
 
 
+# Long: the options, one a line, are half of it
 def predict(
+    context: typer.Context,
     images: Files,
     model: Model = None,
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
     json_file: JsonFile = None,
+    resume: Resume = False,
     output: Output = None,
     score_threshold: ScoreThreshold = 0.3,
     nms: Suppression = Nms.hard,
@@ -462,9 +486,13 @@ def predict(
 
     Prints what is found in each file, in the order given, while the next ones are read. A file that
     cannot be read is reported and skipped; the exit status is then 1. When interrupted, what was
-    found so far is kept.
+    found so far is kept; with --resume, the same command then goes on from there.
+
+    Several processes share the files when torchrun starts them, and write one --json FILE:
+    torchrun --nproc-per-node 4 -m edet predict photos/ --json found.json
     """
     with one_line_errors():
+        where = place()
         files = find_files(images)
         copies = annotated_names(files, output) if output is not None else {}
         named = [path for path in (checkpoint, class_names, font) if path is not None]
@@ -483,7 +511,7 @@ def predict(
             image_size=parse_size(image_size),
             batch_size=batch_size,
             class_names=None if class_names is None else read_class_names(class_names, num_classes),
-            device=checked_device(device),
+            device=where.device(checked_device(device)),
             dtype=dtype.torch,
         )
         if output is not None:
@@ -494,7 +522,11 @@ def predict(
         if lacking:
             typer.echo(f"Note: {glyph_hint(lacking, font, '--font FILE')}", err=True)
         start = time.perf_counter()
-        counted = write_found(files, copies, predictor, workers, json_file, font)
+        parts = parts_of(json_file, resume, result_options(context.params))
+        if parts is None:
+            counted = write_found(files, copies, predictor, workers, json_file, font)
+        else:
+            counted = write_parts(files, copies, predictor, workers, parts, where, font)
         seconds = time.perf_counter() - start
         report(counted, seconds, json_file, output, predictor.stats() if stats else None)
         unread = f"{counted.broken} of {len(files)} files could not be read"

@@ -18,8 +18,8 @@ from ..extras import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: One image: a path, a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray[Any, Any] | Tensor"
+#: One image: a path, a file's bytes, a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image | np.ndarray[Any, Any] | Tensor"
 
 #: PIL modes whose values have a range of their own, so that they convert to 8-bit RGB.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -126,12 +126,12 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
     )
 
 
-def _open(pil: Any, path: Path) -> Any:
+def _open(pil: Any, file: Path | bytes) -> Any:
     """Opens a picture; also a JPEG that Pillow cannot identify for damage in its EXIF block."""
     try:
-        return pil.open(path)
+        return pil.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     except pil.UnidentifiedImageError:
-        data = path.read_bytes()
+        data = file if isinstance(file, bytes) else file.read_bytes()
         start = data.find(b"Exif\0\0", 0, 1 << 16)
         if not data.startswith(b"\xff\xd8") or start < 4:
             raise
@@ -142,14 +142,14 @@ def _open(pil: Any, path: Path) -> Any:
         return image
 
 
-def _read_file(path: Path, name: str) -> np.ndarray[Any, Any]:
+def _read_file(file: Path | bytes, name: str) -> np.ndarray[Any, Any]:
     pil = require("PIL.Image", "image")
-    if not path.exists():
+    if isinstance(file, Path) and not file.exists():
         raise FileNotFoundError(f"{name} does not exist")
-    if path.is_dir():
+    if isinstance(file, Path) and file.is_dir():
         raise ImageError(f"{name} is a folder, an image file is required")
     try:
-        image = _open(pil, path)
+        image = _open(pil, file)
     except pil.UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image in a known format") from error
     except PermissionError as error:
@@ -201,9 +201,10 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
 
     Accepted are
 
-    * a path (EXIF orientation is honoured) or a PIL image (likewise): 8-bit grey, grey + alpha,
-      palette, RGB, RGBA, CMYK, YCbCr, HSV and bilevel, and 16-bit grey, 0 … 65535. The first frame
-      of an animation. 32-bit integer and float modes have no defined range and are refused;
+    * a path (EXIF orientation is honoured), the bytes of such a file or a PIL image (likewise):
+      8-bit grey, grey + alpha, palette, RGB, RGBA, CMYK, YCbCr, HSV and bilevel, and 16-bit grey,
+      0 … 65535. The first frame of an animation. 32-bit integer and float modes have no defined
+      range and are refused;
     * a NumPy array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA of uint8, uint16
       (0 … 65535), or float in [0, 1];
     * a tensor (C, H, W) with C = 1, 3 or 4, uint8 or float in [0, 1].
@@ -221,17 +222,20 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
         ImageError: unreadable or truncated file, refused mode, wrong layout, dtype or range.
         FileNotFoundError, PermissionError: no such file, or not readable.
         TypeError: not an image at all.
-        ImportError: a path without Pillow (extra ``image``).
+        ImportError: a path or bytes without Pillow (extra ``image``).
     """
-    if isinstance(image, str | os.PathLike):
-        pixels: Any = _read_file(Path(image), os.fspath(image))
+    if isinstance(image, bytes):
+        pixels: Any = _read_file(image, name)
+    elif isinstance(image, str | os.PathLike):
+        pixels = _read_file(Path(image), os.fspath(image))
     elif hasattr(image, "getbands"):  # a PIL image, without importing PIL
         pixels = _read_pil(image, getattr(image, "filename", "") or name)
     elif isinstance(image, Tensor | np.ndarray):
         pixels = image
     else:
         raise TypeError(
-            f"{name} must be a path, a PIL image, a NumPy array or a tensor, got {_describe(image)}"
+            f"{name} must be a path, the bytes of a file, a PIL image, a NumPy array or a tensor, "
+            f"got {_describe(image)}"
         )
 
     rounding = 0.0

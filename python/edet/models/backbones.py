@@ -114,8 +114,9 @@ def backbone_keys(
 def load_backbone(model: EfficientDet, path: str | os.PathLike[str] | None = None) -> None:
     """Loads the weights of an EfficientNet classifier into the model's backbone.
 
-    A file's images were normalised and padded in some way: tf_ models go with TensorFlow's weights
-    (timm's ``tf_efficientnet_…``, lukemelas'), the others with timm's own and torchvision's.
+    A file's images were normalised and padded in some way: ``tf_`` models go with TensorFlow's
+    weights (timm's ``tf_efficientnet_…``, lukemelas'), the others with timm's own and
+    torchvision's.
 
     Args:
         model: its backbone is an EfficientNet.

@@ -1,0 +1,57 @@
+"""The load test of a predictor: what it counts, and that lost and wrong answers show."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import edet
+from benchmarks import load
+
+pytest.importorskip("PIL.Image", reason="needs the extra image")
+
+ARGUMENTS = ["--image-size", "64", "--requests", "12", "--clients", "1,3", "--batch", "2"]
+
+
+def test_all_requests_are_answered(tmp_path, capsys):
+    file = tmp_path / "load.json"
+    assert load.main([*ARGUMENTS, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["setting"] for row in rows] == [
+        {"clients": clients, "batch": 2, "threads": 1} for clients in (1, 3)
+    ]
+    for row in rows:
+        assert row["sent"] == row["answered"] == 12 and row["wrong"] == 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
+        assert row["images_per_second"] == pytest.approx(24 / row["seconds"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_answers_to_another_client_are_seen(monkeypatch, capsys):
+    detect = edet.Predictor.__call__
+    calls = []
+
+    def mixed_up(self, images, **options):
+        calls.append(images)
+        return detect(self, images if len(calls) != 15 else images[::-1], **options)
+
+    monkeypatch.setattr(edet.Predictor, "__call__", mixed_up)
+    assert load.main([*ARGUMENTS, "--clients", "1"]) == 1
+    assert capsys.readouterr().out.splitlines()[1].split()[4] == "1"
+
+
+def test_a_model_that_finds_nothing_tests_nothing(monkeypatch):
+    monkeypatch.setattr(load, "pictures", lambda count: [blank()] * count)
+    with pytest.raises(ValueError, match="must find something"):
+        load.main(ARGUMENTS)
+
+
+def blank() -> bytes:
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    return file.getvalue()
