@@ -119,8 +119,8 @@ class Trainer:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        # images run through the network channel by channel last; weights of another order are copied
-        model.to(memory_format=torch.channels_last)
+        # maps run through the network channels last; convolutions copy weights of another order
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self.batch_size, self.freeze = model, batch_size, tuple(freeze)
         self._set_modes()  # before the processes agree on which gradients to exchange
         if not any(p.requires_grad for p in model.parameters()):
