@@ -28,21 +28,24 @@ inline void padded_weights(const NodeParams& p, float* dw, float* scale, float* 
   copy_padded(p.shift, p.c_out, op, shift);
 }
 
-// A sum that carries what its additions rounded away (Kahan 1965).
+// A sum that carries what its additions rounded away (Kahan 1965); where that is not finite, the
+// plain sum.
 class CarefulSum {
  public:
   EDET_INLINE CarefulSum() = default;
-  EDET_INLINE CarefulSum(vf sum, vf lost) : sum_(sum), lost_(lost) {}
+  EDET_INLINE CarefulSum(vf sum, vf lost) : sum_(sum), lost_(lost), plain_(sum) {}
   EDET_INLINE void add(vf v) {
     const vf corrected = v - lost_, next = sum_ + corrected;
     lost_ = (next - sum_) - corrected;
     sum_ = next;
+    plain_ += v;
   }
-  EDET_INLINE vf value() const { return sum_; }
-  EDET_INLINE vf lost() const { return lost_; }  // that value() is too large by
+  EDET_INLINE vf value() const { return select(sum_ == sum_, sum_, plain_); }
+  // What value() is too large by.
+  EDET_INLINE vf lost() const { return select(lost_ == lost_, lost_, vf{}); }
 
  private:
-  vf sum_ = vf{}, lost_ = vf{};
+  vf sum_ = vf{}, lost_ = vf{}, plain_ = vf{};
 };
 
 // Mean and sum of squared deviations of each channel, kept while rows of pixels come in. Everything
