@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         **times(make, args.pairs),
     }
     for way in WAYS:

@@ -305,7 +305,8 @@ def training_moments(input: Tensor, *, products: bool = True) -> tuple[Tensor, T
         return mean, squares
     deviations = input.to(mean.dtype) - mean.view(1, -1, 1, 1)
     rows = deviations.permute(1, 0, 2, 3).flatten(1)
-    return mean, rows @ rows.t()
+    with torch.autocast(input.device.type, enabled=False):
+        return mean, rows @ rows.t()
 
 
 def training_depthwise(

@@ -550,18 +550,3 @@ def gradients(
         factor = torch.randint(-8, 9, x.shape, generator=generator, device="cpu") / 8
         total = total + (x.double() * factor.to(x.device)).sum()
     return [g.double() for g in torch.autograd.grad(total, leaves)]
-
-
-def node_by_node(call: Call) -> list[Tensor]:
-    """The result of a ``bifpn`` from one ``fusion_node`` for each node."""
-    edge_weights, *weights = call.weights
-    options = dict(call.options)
-    nodes, sizes, outputs = (options.pop(name) for name in ("nodes", "sizes", "outputs"))
-    maps = list(call.maps)
-    for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
-        edge = None if edge_weights is None else edge_weights[i, : len(edges)]
-        node = [w[i] for w in weights]
-        maps.append(
-            edet_kernels.fusion_node([maps[e] for e in edges], edge, *node, size=size, **options)
-        )
-    return [maps[o] for o in outputs]

@@ -81,7 +81,12 @@ def test_expansions_and_depthwise_convolutions(
 ):
     options = {"kernel": kernel, "stride": stride, "expansion": expansion, "padding": padding}
     call = backend.sample(op, channels=20, size=size, **options)
-    call.check(torch.float32)
+    found, exact, eager = call(), call.reference(torch.float64), call.reference(torch.float32)
+    assert_as_accurate_as_eager(found[:2], exact[:2], eager[:2])
+    # of a few pixels the squares are those of the map; how far eager's are off is a matter of luck
+    values = found[0].double().transpose(0, 1).flatten(1)
+    squares = (values - values.mean(1, keepdim=True)).square().sum(1)
+    torch.testing.assert_close(found[2].double(), squares, rtol=1e-6, atol=0)
     call.check_gradients(torch.float32)
 
 
@@ -221,12 +226,13 @@ def test_no_images(backend, op):
 def test_other_strides(backend, op):
     call = backend.sample(op)
     expected = gradients(call, getattr(edet_kernels, op), torch.float32)
-    planar = type(call)(op, [x.contiguous() for x in call.maps], call.weights, call.options)
+    maps = map_tree(torch.Tensor.contiguous, call.maps)
+    planar = type(call)(op, maps, call.weights, call.options)
     assert_identical(gradients(planar, getattr(edet_kernels, op), torch.float32), expected)
     # and a gradient that is expanded from one number
-    call.maps[0].requires_grad_()
+    first = tensors(call.maps)[0].requires_grad_()
     tensors(call())[0].sum().backward()
-    assert call.maps[0].grad.isfinite().all()
+    assert first.grad.isfinite().all()
 
 
 @gradient_cases(KERNELS, backends=["cpu"], dtype=DTYPES)
@@ -274,7 +280,7 @@ def test_inference_only_ops_refuse_gradients(backend, op):
         assert not any(t.requires_grad for t in tensors(call()))
 
 
-@gradient_cases(MAP_OPS)
+@gradient_cases([op for op in MAP_OPS if op != "training_moments"])
 def test_gradients_of_the_weights_alone(backend, op):
     # a frozen feature map: no gradient of it is asked for
     call = backend.sample(op, **({"fusion": "unbounded"} if op.endswith("fusion") else {}))
