@@ -13,7 +13,10 @@ from .ops import (
     nms,
     separable_conv,
     stem,
+    training_depthwise,
+    training_moments,
     training_node,
+    training_project,
     weighted_fusion,
 )
 from .packing import (
@@ -49,7 +52,10 @@ __all__ = [
     "pack_stem",
     "separable_conv",
     "stem",
+    "training_depthwise",
+    "training_moments",
     "training_node",
+    "training_project",
     "unpack_depthwise",
     "unpack_pointwise",
     "unpack_stem",

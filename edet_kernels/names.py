@@ -35,6 +35,9 @@ OPS = (
     "separable_conv",
     "head",
     "training_node",
+    "training_moments",
+    "training_depthwise",
+    "training_project",
     "nms",
     "detect",
 )
@@ -43,7 +46,15 @@ OPS = (
 MAP_OPS = tuple(op for op in OPS if op not in ("nms", "detect"))
 
 #: Those that have Triton kernels.
-TRITON_OPS = tuple(op for op in OPS if op not in ("stem", "mbconv", "nms", "detect"))
+TRITON_OPS = tuple(
+    op
+    for op in OPS
+    if op
+    not in (
+        *("stem", "mbconv", "nms", "detect"),
+        *("training_moments", "training_depthwise", "training_project"),
+    )
+)
 
 #: Those that multiply: on CUDA, floats as TF32 where torch may.
 TF32_OPS = ("mbconv", "lateral", "fusion_node", "bifpn", "separable_conv", "head")

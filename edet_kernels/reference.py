@@ -289,6 +289,66 @@ def training_node(
     return maps, torch.stack(means)[:rows], torch.stack(deviations)[:rows]
 
 
+def _statistics(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Mean of each channel and the sum of its squared deviations; (0,) where not wanted."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not wanted:
+        return wide.new_empty(0), wide.new_empty(0)
+    mean = wide.sum((0, 2, 3)) / max(x.numel() // x.shape[1], 1)  # of no pixel at all 0, not 0/0
+    return mean, (wide - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
+
+
+def training_moments(input: Tensor, *, products: bool = True) -> tuple[Tensor, Tensor]:
+    """Means of a map and products of deviations; see :func:`edet_kernels.training_moments`."""
+    mean, squares = _statistics(input, True)
+    if not products:
+        return mean, squares
+    deviations = input.to(mean.dtype) - mean.view(1, -1, 1, 1)
+    rows = deviations.permute(1, 0, 2, 3).flatten(1)
+    with torch.autocast(input.device.type, enabled=False):
+        return mean, rows @ rows.t()
+
+
+def training_depthwise(
+    input: Tensor,
+    expand_weight: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    dw_weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: str = "same",
+    activation: str = "swish",
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block up to its depthwise convolution; see :func:`edet_kernels.training_depthwise`."""
+    x = input if expand_weight is None else F.conv2d(input, expand_weight.to(input.dtype))
+    if scale is not None and offset is not None:
+        x = _affine(x, scale, offset)
+    x = convolve(activate(x, activation), dw_weight, stride, padding, groups=x.shape[1])
+    return (x, *_statistics(x, statistics))
+
+
+def training_project(
+    input: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    squeeze: Sequence[Tensor] | None,
+    project_weight: Tensor,
+    *,
+    activation: str = "swish",
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block from there to its projection; see :func:`edet_kernels.training_project`."""
+    x = activate(_affine(input, scale, offset), activation)
+    if squeeze is not None:
+        reduce, reduce_bias, excite, excite_bias = (t.to(x.dtype) for t in squeeze)
+        gate = F.conv2d(x.mean((2, 3), keepdim=True), reduce, reduce_bias)
+        x = x * F.conv2d(activate(gate, activation), excite, excite_bias).sigmoid()
+    x = F.conv2d(x, project_weight.to(x.dtype))
+    return (x, *_statistics(x, statistics))
+
+
 def conv_geometry(in_size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
     """Leading padding and output size of a convolution along one axis.
 

@@ -12,6 +12,9 @@ import torch
 
 from edet_kernels.testing.samples import DTYPES, SIZES, Call, bifpn_graph, sample
 
+#: The steps of a block in training, which the CPU alone has kernels for.
+BLOCK_OPS = ("training_moments", "training_depthwise", "training_project")
+
 SMALL_SIZES = ((5, 3), (3, 2), (9, 6))
 
 
@@ -54,7 +57,7 @@ BACKENDS = {
         # interpreted without a GPU, by which a launch takes a tenth of a second and more
         Backend(
             "triton",
-            lacks=("mbconv", "stem", "nms", "detect"),
+            lacks=("mbconv", "stem", "nms", "detect", *BLOCK_OPS),
             chains=("bifpn", "head"),
             batch=1,
             fusion_sizes=SMALL_SIZES,
@@ -71,7 +74,7 @@ BACKENDS = {
             rounded=DTYPES if torch.cuda.is_available() else DTYPES[:2],
         ),
         # the CUDA kernels, executed on the host
-        Backend("emulated", lacks=("training_node",), chains=("bifpn", "head")),
+        Backend("emulated", lacks=("training_node", *BLOCK_OPS), chains=("bifpn", "head")),
     )
 }
 

@@ -28,6 +28,26 @@ inline void padded_weights(const NodeParams& p, float* dw, float* scale, float* 
   copy_padded(p.shift, p.c_out, op, shift);
 }
 
+// A sum that carries what its additions rounded away (Kahan 1965); where that is not finite, the
+// plain sum.
+class CarefulSum {
+ public:
+  EDET_INLINE CarefulSum() = default;
+  EDET_INLINE CarefulSum(vf sum, vf lost) : sum_(sum), lost_(lost), plain_(sum) {}
+  EDET_INLINE void add(vf v) {
+    const vf corrected = v - lost_, next = sum_ + corrected;
+    lost_ = (next - sum_) - corrected;
+    sum_ = next;
+    plain_ += v;
+  }
+  EDET_INLINE vf value() const { return select(sum_ == sum_, sum_, plain_); }
+  // What value() is too large by.
+  EDET_INLINE vf lost() const { return select(lost_ == lost_, lost_, vf{}); }
+
+ private:
+  vf sum_ = vf{}, lost_ = vf{}, plain_ = vf{};
+};
+
 // Mean and sum of squared deviations of each channel, kept while rows of pixels come in. Everything
 // is measured from the first strip's mean, so that a mean far from zero costs no precision, and the
 // pairs of strips are merged (Chan, Golub & LeVeque 1983).
@@ -43,23 +63,22 @@ class Statistics {
     for (int64_t i = 0; i < channels_; i += kWidth) {
       float *near = near_ + i, *rest = near + channels_, *squares = rest + channels_;
       if (!seen_) {
-        vf sum = vf{};
-        for (int64_t r = 0; r < count; r++) sum += load(rows + r * ld + i);
-        store(near, sum * set1(1.0f / n));
+        CarefulSum sum;
+        for (int64_t r = 0; r < count; r++) sum.add(load(rows + r * ld + i));
+        store(near, sum.value() * set1(1.0f / n));
         store(rest, vf{}), store(squares, vf{});
       }
       const vf origin = load(near);
-      vf sum = vf{};
-      for (int64_t r = 0; r < count; r++) sum += load(rows + r * ld + i) - origin;
-      const vf mean = sum * set1(1.0f / n);
-      vf total = vf{};
+      CarefulSum sum, total;
+      for (int64_t r = 0; r < count; r++) sum.add(load(rows + r * ld + i) - origin);
+      const vf mean = sum.value() * set1(1.0f / n);
       for (int64_t r = 0; r < count; r++) {
         const vf d = load(rows + r * ld + i) - origin - mean;
-        total += d * d;
+        total.add(d * d);
       }
       const vf step = mean - load(rest);
       store(rest, load(rest) + step * share);
-      store(squares, load(squares) + total + step * step * (share * before));
+      store(squares, load(squares) + total.value() + step * step * (share * before));
     }
     seen_ += count;
   }

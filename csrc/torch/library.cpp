@@ -50,6 +50,28 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
       "training_node(Tensor[] inputs, Tensor? scales, Tensor? offsets, Tensor? edge_weights, "
       "Tensor dw_weight, Tensor pw_weight, Tensor shift, int[] edge_counts, SymInt[] sizes, "
       "int fusion, int pool, int activation, bool statistics) -> Tensor[]");
+  // An inverted residual block in training. Weights are those of convolutions, not packed; squeeze
+  // is one empty tensor for none. Mean and squares are empty without statistics.
+  m.def("training_moments(Tensor input, bool products) -> Tensor[]");
+  m.def(
+      "training_depthwise(Tensor input, Tensor? expand_weight, Tensor? scale, Tensor? offset, "
+      "Tensor dw_weight, int stride, SymInt[] padding, SymInt[] size, int activation, "
+      "bool statistics) -> Tensor[]");
+  m.def(
+      "training_project(Tensor input, Tensor scale, Tensor offset, Tensor[] squeeze, "
+      "Tensor project_weight, int activation, bool statistics) -> Tensor[]");
+  m.def(
+      "training_moments_backward(Tensor grad_mean, Tensor grad_products, Tensor mean, "
+      "Tensor input, bool products) -> Tensor");
+  m.def(
+      "training_depthwise_backward(Tensor grad, Tensor grad_mean, Tensor grad_squares, "
+      "Tensor output, Tensor mean, Tensor input, Tensor? expand_weight, Tensor? scale, "
+      "Tensor? offset, Tensor dw_weight, int stride, SymInt[] padding, SymInt[] size, "
+      "int activation) -> Tensor[]");
+  m.def(
+      "training_project_backward(Tensor grad, Tensor grad_mean, Tensor grad_squares, "
+      "Tensor output, Tensor mean, Tensor pooled, Tensor input, Tensor scale, Tensor offset, "
+      "Tensor[] squeeze, Tensor project_weight, int activation) -> Tensor[]");
   // Gradients of the inputs, then of the other tensors in the forward op's order; empty where the
   // tensor is None.
   m.def(

@@ -6,6 +6,7 @@ meaning is the function of its name in :mod:`edet_kernels.reference`.
 """
 
 from .backbone import mbconv, stem
+from .block_training import training_depthwise, training_moments, training_project
 from .detection import detect, nms
 from .fusion import bifpn, fusion_node, weighted_fusion
 from .layers import head, lateral, separable_conv
@@ -21,6 +22,9 @@ __all__ = [
     "nms",
     "separable_conv",
     "stem",
+    "training_depthwise",
+    "training_moments",
     "training_node",
+    "training_project",
     "weighted_fusion",
 ]

@@ -26,13 +26,13 @@ from .checks import (
 )
 
 
-def _conv_geometry(x: Tensor, kernel: int, stride: int, padding: str) -> tuple[list[int], Size]:
+def conv_geometry(x: Tensor, kernel: int, stride: int, padding: str) -> tuple[list[int], Size]:
     """Leading padding (top, left) and output size of a convolution."""
     axes = [reference.conv_geometry(n, kernel, stride, padding) for n in x.shape[-2:]]
     return [before for before, _ in axes], (axes[0][1], axes[1][1])
 
 
-def _padding(given: dict[str, Any], x: Tensor, kernel: int, stride: int) -> dict[str, Any]:
+def given_padding(given: dict[str, Any], x: Tensor, kernel: int, stride: int) -> dict[str, Any]:
     """``given`` with the name of a padding for its leading pixels and the output's size."""
     before, size = given.pop("padding"), given.pop("size")
     same = [reference.conv_geometry(n, kernel, stride, "same") for n in x.shape[-2:]]
@@ -100,7 +100,7 @@ def stem(
     for name, t in (("mean", mean), ("std", std)):
         if t is not None:
             check_weight(name, t, [(3,)], image)
-    pads, size = _conv_geometry(image, 3, 2, padding)
+    pads, size = conv_geometry(image, 3, 2, padding)
     like = image if image.is_floating_point() else scale.to(dtype)
     if runs_reference("stem", [like, image, weight, scale, shift, mean, std]):
         return reference.stem(
@@ -147,7 +147,7 @@ def _fake_stem(
 
 @for_reference("stem")
 def _stem_for_reference(given: dict[str, Any]) -> dict[str, Any]:
-    return _padding(given, given["image"], 3, 2)
+    return given_padding(given, given["image"], 3, 2)
 
 
 def _check_parts(name: str, parts: Sequence[Tensor], content: str) -> None:
@@ -252,7 +252,7 @@ def mbconv(
     (number,) = numbers_of(activation=activation)
     check_word("padding", padding, POOLS)
     kernel = _check_mbconv(input, expand, depthwise, squeeze, project, stride, residual)
-    pads, size = _conv_geometry(input, kernel, stride, padding)
+    pads, size = conv_geometry(input, kernel, stride, padding)
     tensors = [input, *(expand or ()), *depthwise, *(squeeze or ()), *project]
     if runs_reference("mbconv", tensors):
         return reference.mbconv(
@@ -299,5 +299,5 @@ def _fake_mbconv(
 @for_reference("mbconv")
 def _mbconv_for_reference(given: dict[str, Any]) -> dict[str, Any]:
     kernel = 3 if given["depthwise"][0].shape[0] == 9 else 5
-    given = _padding(given, given["input"], kernel, given["stride"])
+    given = given_padding(given, given["input"], kernel, given["stride"])
     return {**given, "expand": _part(given["expand"]), "squeeze": _part(given["squeeze"])}

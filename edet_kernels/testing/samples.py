@@ -194,6 +194,15 @@ class Maker:
         """A pointwise weight (C_out, C, 1, 1)."""
         return self.weight(out_channels, channels, 1, 1, scale=channels**-0.5)
 
+    def squeeze(self, channels: int, reduced: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Squeeze-excite: weight and bias that reduce, weight and bias that excite."""
+        return (
+            self.pointwise(reduced, channels),
+            self.weight(reduced),
+            self.pointwise(channels, reduced),
+            self.weight(channels),
+        )
+
     def separable(self, channels: int, out_channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Depthwise weight, pointwise weight, scale and shift."""
         return (
@@ -361,14 +370,7 @@ def mbconv(
     weights = (
         expand if expansion > 1 else None,
         (make.depthwise(middle, kernel), *make.batch_norm(middle)),
-        (
-            make.pointwise(reduced, middle),
-            make.weight(reduced),
-            make.pointwise(middle, reduced),
-            make.weight(middle),
-        )
-        if squeeze
-        else None,
+        make.squeeze(middle, reduced) if squeeze else None,
         (make.pointwise(out_channels, middle), *make.batch_norm(out_channels)),
     )
     return Call("mbconv", make.map(channels, *size), weights, options)
@@ -418,6 +420,51 @@ def training_node(
     return Call("training_node", fused.maps, (*norms, *fused.weights, dw, pw, shift), options)
 
 
+def training_moments(
+    make: Maker, channels: int = 24, *, size: Size = (9, 6), **options: Any
+) -> Call:
+    """Statistics of a map."""
+    return Call("training_moments", make.map(channels, *size), (), options)
+
+
+def training_depthwise(
+    make: Maker,
+    channels: int = 24,
+    *,
+    expansion: int = 2,
+    normalised: bool = True,
+    kernel: int = 3,
+    size: Size = (9, 6),
+    **options: Any,
+) -> Call:
+    """The first half of an inverted residual block; ``expansion=1`` leaves the expansion out."""
+    middle = channels * expansion
+    weights = (
+        make.pointwise(middle, channels) if expansion > 1 else None,
+        *(make.batch_norm(middle) if normalised else (None, None)),
+        make.depthwise(middle, kernel),
+    )
+    return Call("training_depthwise", make.map(channels, *size), weights, options)
+
+
+def training_project(
+    make: Maker,
+    channels: int = 24,
+    out_channels: int | None = None,
+    *,
+    squeeze: bool = True,
+    size: Size = (9, 6),
+    **options: Any,
+) -> Call:
+    """The second half of an inverted residual block."""
+    weights = (
+        *make.batch_norm(channels),
+        make.squeeze(channels, max(1, channels // 4)) if squeeze else None,
+        make.pointwise(channels + 3 if out_channels is None else out_channels, channels),
+    )
+    return Call("training_project", make.map(channels, *size), weights, options)
+
+
 def nms(make: Maker, count: int = 40, **options: Any) -> Call:
     """``count`` boxes on a coarse grid, so that many overlap, in three classes; always float32."""
     corner = torch.randint(0, 12, (make.batch, count, 2)).float()
@@ -456,6 +503,9 @@ SAMPLES: dict[str, Callable[..., Call]] = {
         mbconv,
         stem,
         training_node,
+        training_moments,
+        training_depthwise,
+        training_project,
         nms,
         detect,
     )
@@ -489,10 +539,10 @@ def gradients(
     maps = map_tree(lambda t: leaf(t, dtype), call.maps)
     weights = map_tree(lambda t: leaf(t, weight_dtype), call.weights)
     results = tensors(function(maps, *weights, **call.options))
-    if (
-        call.op == "training_node" and results[-1].numel()
-    ):  # from a sum of squares to a variance, as it is used
-        results[-1] = results[-1] / (results[0].numel() / results[0].shape[1])
+    if call.op.startswith("training_") and results[-1].numel():
+        # from a sum of squares to a variance, as it is used
+        x = call.maps if call.op == "training_moments" else results[0]
+        results[-1] = results[-1] / (x.numel() / x.shape[1])
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros((), dtype=torch.float64)
     for x in results:
@@ -500,18 +550,3 @@ def gradients(
         factor = torch.randint(-8, 9, x.shape, generator=generator, device="cpu") / 8
         total = total + (x.double() * factor.to(x.device)).sum()
     return [g.double() for g in torch.autograd.grad(total, leaves)]
-
-
-def node_by_node(call: Call) -> list[Tensor]:
-    """The result of a ``bifpn`` from one ``fusion_node`` for each node."""
-    edge_weights, *weights = call.weights
-    options = dict(call.options)
-    nodes, sizes, outputs = (options.pop(name) for name in ("nodes", "sizes", "outputs"))
-    maps = list(call.maps)
-    for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
-        edge = None if edge_weights is None else edge_weights[i, : len(edges)]
-        node = [w[i] for w in weights]
-        maps.append(
-            edet_kernels.fusion_node([maps[e] for e in edges], edge, *node, size=size, **options)
-        )
-    return [maps[o] for o in outputs]

@@ -30,7 +30,9 @@ def test_results_are_those_of_cast_maps(backend, op, half):
     with autocast(call, half):
         found = call()
     assert_identical(found, expected)
-    assert tensors(found)[0].dtype == half
+    # statistics, which are all that training_moments returns, stay in float32
+    dtypes = {t.dtype for t in tensors(found) if t.dim() == 4}
+    assert dtypes == (set() if op == "training_moments" else {half})
 
 
 @gradient_cases(MAP_OPS, backends=("cpu",), half=HALVES)
@@ -58,7 +60,11 @@ def test_operators_have_the_rule_themselves(op):
     function, arguments, _ = compiled_call(call)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = function(*arguments), call()
-    for x, y in zip(tensors([found]), tensors([expected]), strict=True):
+    results = tensors([expected])
+    found = tensors([found])
+    # with what training_project keeps for its backward pass
+    assert len(found) == len(results) + (op == "training_project")
+    for x, y in zip(found, results, strict=False):
         assert_identical(x, y)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import edet_kernels
-from backends import cases, gradient_cases
+from backends import BLOCK_OPS, cases, gradient_cases
 from edet_kernels import operators, reference
 from edet_kernels.names import ACTIVATIONS, MAP_OPS, POOLS
 from edet_kernels.testing.numeric import assert_as_accurate_as_eager, assert_identical
@@ -21,7 +21,10 @@ from edet_kernels.testing.samples import (
 # NaN and infinity are meant, and lanes outside a map hold anything
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 #: Ops whose backward pass is a kernel, and the chains of them.
-KERNELS = ("weighted_fusion", "fusion_node", "separable_conv", "bifpn", "head", "training_node")
+KERNELS = (
+    *("weighted_fusion", "fusion_node", "separable_conv", "bifpn", "head", "training_node"),
+    *BLOCK_OPS,
+)
 EDGE_OPS = ("weighted_fusion", "fusion_node", "bifpn", "training_node")
 
 
@@ -65,13 +68,61 @@ def test_out_channels(backend, op, out_channels):
     backend.sample(op, out_channels=out_channels).check_gradients(torch.float32)
 
 
+@gradient_cases(
+    ["training_depthwise"],
+    size=[(1, 1), (2, 3), (9, 6), (13, 40), (40, 70)],
+    kernel=[3, 5],
+    stride=[1, 2],
+    expansion=[1, 2],
+    padding=POOLS,
+)
+def test_expansions_and_depthwise_convolutions(
+    backend, op, size, kernel, stride, expansion, padding
+):
+    options = {"kernel": kernel, "stride": stride, "expansion": expansion, "padding": padding}
+    call = backend.sample(op, channels=20, size=size, **options)
+    found, exact, eager = call(), call.reference(torch.float64), call.reference(torch.float32)
+    assert_as_accurate_as_eager(found[:2], exact[:2], eager[:2])
+    # of a few pixels the squares are those of the map; how far eager's are off is a matter of luck
+    values = found[0].double().transpose(0, 1).flatten(1)
+    squares = (values - values.mean(1, keepdim=True)).square().sum(1)
+    torch.testing.assert_close(found[2].double(), squares, rtol=1e-6, atol=0)
+    call.check_gradients(torch.float32)
+
+
+@gradient_cases(
+    ["training_project"], size=[(1, 2), (9, 6), (40, 70)], squeeze=[False, True], channels=[7, 96]
+)
+def test_gates_and_projections(backend, op, size, squeeze, channels):
+    call = backend.sample(op, size=size, squeeze=squeeze, channels=channels)
+    call.check(torch.float32)
+    call.check_gradients(torch.float32)
+
+
+@gradient_cases(["training_moments"], products=[False, True], channels=[1, 7, 24, 40], dtype=DTYPES)
+def test_moments(backend, op, dtype, products, channels):
+    call = backend.sample(op, dtype, products=products, channels=channels)
+    call.check(dtype)
+    call.check_gradients(dtype)
+
+
+@gradient_cases(["training_depthwise"], options=[{"normalised": False}, {"statistics": False}])
+def test_a_block_without_a_norm(backend, op, options):
+    backend.sample(op, **options).check_gradients(torch.float32)
+
+
+@gradient_cases(BLOCK_OPS, batch=[17, 40])
+def test_blocks_of_many_images(backend, op, batch):
+    backend.sample(op, batch=batch, size=(12, 10)).check_gradients(torch.float32)
+
+
 @gradient_cases(EDGE_OPS, method=FUSION_KINDS)
 def test_fusions(backend, op, method):
     fusion, per_channel = method
     backend.sample(op, fusion=fusion, per_channel=per_channel).check_gradients(torch.float32)
 
 
-@gradient_cases(KERNELS, activation=ACTIVATIONS)
+@gradient_cases([op for op in KERNELS if op != "training_moments"], activation=ACTIVATIONS)
 def test_activations(backend, op, activation):
     name = {"fusion_node": "pre_activation", "bifpn": "pre_activation"}.get(op, "activation")
     options = {"post_activation": activation} if op == "fusion_node" else {}
@@ -175,12 +226,13 @@ def test_no_images(backend, op):
 def test_other_strides(backend, op):
     call = backend.sample(op)
     expected = gradients(call, getattr(edet_kernels, op), torch.float32)
-    planar = type(call)(op, [x.contiguous() for x in call.maps], call.weights, call.options)
+    maps = map_tree(torch.Tensor.contiguous, call.maps)
+    planar = type(call)(op, maps, call.weights, call.options)
     assert_identical(gradients(planar, getattr(edet_kernels, op), torch.float32), expected)
     # and a gradient that is expanded from one number
-    call.maps[0].requires_grad_()
+    first = tensors(call.maps)[0].requires_grad_()
     tensors(call())[0].sum().backward()
-    assert call.maps[0].grad.isfinite().all()
+    assert first.grad.isfinite().all()
 
 
 @gradient_cases(KERNELS, backends=["cpu"], dtype=DTYPES)
@@ -188,6 +240,8 @@ def test_the_number_of_threads_changes_nothing(backend, op, dtype, threads):
     sizes = {"sizes": [(40, 30), (20, 15), (80, 60)]}
     if op == "training_node":
         sizes = {"sizes": [(9, 6), (5, 3), (17, 12)]}
+    if op in BLOCK_OPS:
+        sizes = {"size": (40, 30)}
     call = sample(op, dtype, **({} if op in ("bifpn", "head") else sizes))
     one = gradients(call, getattr(edet_kernels, op), dtype)
     threads(3)
@@ -226,7 +280,7 @@ def test_inference_only_ops_refuse_gradients(backend, op):
         assert not any(t.requires_grad for t in tensors(call()))
 
 
-@gradient_cases(MAP_OPS)
+@gradient_cases([op for op in MAP_OPS if op != "training_moments"])
 def test_gradients_of_the_weights_alone(backend, op):
     # a frozen feature map: no gradient of it is asked for
     call = backend.sample(op, **({"fusion": "unbounded"} if op.endswith("fusion") else {}))

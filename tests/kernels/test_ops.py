@@ -142,6 +142,8 @@ ACTIVATION_NAMES = {
     "mbconv": ["activation"],
     "stem": ["activation"],
     "training_node": ["activation"],
+    "training_depthwise": ["activation"],
+    "training_project": ["activation"],
 }
 
 
@@ -447,6 +449,9 @@ def test_results_do_not_depend_on_threads_or_runs(backend, op, dtype, threads):
         "lateral": {"size": (37, 50)},
         "mbconv": {"size": (37, 50)},
         "stem": {"size": (74, 99)},
+        "training_moments": {"size": (37, 50)},
+        "training_depthwise": {"size": (37, 50)},
+        "training_project": {"size": (37, 50)},
     }
     call = backend.sample(op, dtype, **options.get(op, {}))
     expected = call()

@@ -312,7 +312,7 @@ def test_gradients(op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", MAP_OPS)
+@pytest.mark.parametrize("op", [op for op in MAP_OPS if op != "training_moments"])  # makes no map
 def test_float_dtypes(op, dtype):
     call = small(op)
     results = [out for out in tensors(call.reference(dtype)) if out.dim() == 4]

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import edet_kernels
-from backends import cases
+from backends import BLOCK_OPS, cases
 from compiled_calls import Recorder, compiled_call
 from edet_kernels.names import MAP_OPS
 from edet_kernels.testing.numeric import assert_identical
@@ -38,6 +38,13 @@ VARIANTS = {
     "mbconv": [{"expansion": 1, "squeeze": False}, {"stride": 2}, {"residual": True}],
     "stem": [{"uint8": True}, {"normalise": False}],
     "training_node": [{"nodes": 3}, {"normalised": False}, {"statistics": False}],
+    "training_moments": [{"products": False}],
+    "training_depthwise": [
+        {"expansion": 1, "normalised": False},
+        {"stride": 2, "kernel": 5},
+        {"statistics": False},
+    ],
+    "training_project": [{"squeeze": False}, {"statistics": False}],
     "nms": [{"method": "gaussian"}, {"count": 0}, {"max_detections": 3}],
     "detect": [{"limits": False}, {"method": "gaussian"}],
 }
@@ -67,7 +74,7 @@ def test_opcheck_with_pixels_and_gradients(backend):
     torch.library.opcheck(function, args, kwargs)
 
 
-@cases(["weighted_fusion", "fusion_node", "separable_conv", "lateral", "training_node"],
+@cases(["weighted_fusion", "fusion_node", "separable_conv", "lateral", "training_node", *BLOCK_OPS],
        dtype=DTYPES, backends=["cpu", "triton"])  # fmt: skip
 def test_opcheck_of_backward_kernels(backend, op, dtype):
     calls = backward_calls(backend.sample(op, dtype, batch=2 if backend.name == "cpu" else 0))

@@ -7,7 +7,7 @@ and move the running statistics exactly as PyTorch's layers do. Gradients flow t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,40 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return (wide * scale.view(1, -1, 1, 1) + offset.view(1, -1, 1, 1)).to(x.dtype)
 
 
-def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] | None:
+class Normalised(NamedTuple):
+    """A map scale·x + offset that is not written down: x and, (C,), the scale and the offset."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The map itself."""
+        if self.scale is None or self.offset is None:
+            return self.x
+        scale, offset = self.scale.view(-1, 1, 1), self.offset.view(-1, 1, 1)
+        return torch.addcmul(offset, self.x.to(scale.dtype), scale).to(self.x.dtype)
+
+    @staticmethod
+    def stack(maps: Sequence[Normalised]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """The maps, and their scales and offsets (maps, C) if any has them."""
+        scales = [m.scale for m in maps if m.scale is not None]
+        if not scales:
+            return [m.x for m in maps], None, None
+        one, zero = torch.ones_like(scales[0]), torch.zeros_like(scales[0])
+        return (
+            [m.x for m in maps],
+            torch.stack([one if m.scale is None else m.scale for m in maps]),
+            torch.stack([zero if m.offset is None else m.offset for m in maps]),
+        )
+
+
+def training_maps(
+    module: PackedModule, maps: Sequence[Tensor], ops: Sequence[str] = ("training_node",)
+) -> list[Tensor] | None:
     """The maps in the dtype to compute in, or None where ``module``'s own layers must run.
 
-    Its layers must run outside of training and in torch.export, where ``training_node`` has no
+    Its layers must run outside of training and in torch.export, where one of ``ops`` has no
     kernel, and where there is a hook on them or another kind of layer in their place.
     """
     if not module.training or not module.fused:
@@ -83,7 +113,7 @@ def training_maps(module: PackedModule, maps: Sequence[Tensor]) -> list[Tensor] 
     if torch.compiler.is_exporting() or is_traced():
         return None
     maps = [x.to(autocast_dtype(x) or x.dtype) for x in maps]
-    if runs_reference("training_node", maps[:1]):
+    if any(runs_reference(op, maps[:1]) for op in ops):
         return None
     if layers_reason(module):
         return None

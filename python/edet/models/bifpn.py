@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
 from ..fused.module import PackedModule, check_exported_size, planned
 from ..fused.packed import PackedNodes, pack_nodes
 from ..fused.sources import own_weight
-from .batch_norm import SharedBatchNorm2d, normalise, training_maps
+from .batch_norm import Normalised, SharedBatchNorm2d, normalise, training_maps
 from .configs import FUSIONS
 
 
@@ -248,34 +248,6 @@ class FusionNode(nn.Module):
         assert conv.bn is not None
         scale, offset = normalise([conv.bn], mean, deviations, [x.shape[0] * size[0] * size[1]])
         return Normalised(x, scale[0], offset[0])
-
-
-class Normalised(NamedTuple):
-    """A map scale·x + offset that is not written down: x and, (C,), the scale and the offset."""
-
-    x: Tensor
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-
-    def tensor(self) -> Tensor:
-        """The map itself."""
-        if self.scale is None or self.offset is None:
-            return self.x
-        scale, offset = self.scale.view(-1, 1, 1), self.offset.view(-1, 1, 1)
-        return torch.addcmul(offset, self.x.to(scale.dtype), scale).to(self.x.dtype)
-
-    @staticmethod
-    def stack(maps: Sequence[Normalised]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """The maps, and their scales and offsets (maps, C) if any has them."""
-        scales = [m.scale for m in maps if m.scale is not None]
-        if not scales:
-            return [m.x for m in maps], None, None
-        one, zero = torch.ones_like(scales[0]), torch.zeros_like(scales[0])
-        return (
-            [m.x for m in maps],
-            torch.stack([one if m.scale is None else m.scale for m in maps]),
-            torch.stack([zero if m.offset is None else m.offset for m in maps]),
-        )
 
 
 class BiFPNCell(nn.Module):

@@ -18,7 +18,8 @@ from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
 from ..fused.module import PackedModule, check_exported_size, planned
 from ..fused.packed import PackedBackbone, pack_backbone
 from ..fused.sources import own_weight
-from .batch_norm import SharedBatchNorm2d
+from .batch_norm import SharedBatchNorm2d, training_maps
+from .block_training import OPS, forward_training
 
 # kernel, stride, expansion, channels, repeats of each stage (Tan & Le 2019, table 1)
 _STAGES = (
@@ -352,6 +353,8 @@ class EfficientNet(PackedModule):
         if packed is not None:
             weights, dtype = packed
             return weights.run(images, dtype)
+        if training_maps(self, [images], OPS) is not None:
+            return forward_training(self, images)
         x = activate(self.bn1(self.conv_stem(images)), self.activation)
         maps = []
         for i, stage in enumerate(self.stages()):

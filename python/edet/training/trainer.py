@@ -119,7 +119,7 @@ class Trainer:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        # the order in which maps run through the network: convolutions copy weights of another
+        # maps run through the network channels last; convolutions copy weights of another order
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self.batch_size, self.freeze = model, batch_size, tuple(freeze)
         self._set_modes()  # before the processes agree on which gradients to exchange
