@@ -14,10 +14,12 @@ from . import (
 )
 from .detection.images import ImageError
 from .detection.predictor import Prediction, Predictor
+from .detection.quantize import int8_errors, quantize
 from .detection.results import Detections
 from .dropin import accelerate, restore
 from .models.backbones import load_backbone
 from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from .models.described import load_described, save_described
 from .models.configs import ModelConfig, list_models
 from .models.counts import count_macs, count_parameters
 from .models.efficientdet import EfficientDet
@@ -48,17 +50,21 @@ __all__ = [
     "describe",
     "draw",
     "evaluate",
+    "int8_errors",
     "layers",
     "list_models",
     "load_backbone",
     "load_checkpoint",
+    "load_described",
     "losses",
     "open_dataset",
     "postprocess",
     "preprocess",
+    "quantize",
     "read_checkpoint",
     "restore",
     "save_checkpoint",
+    "save_described",
     "targets",
     "training",
     "video",
