@@ -57,16 +57,36 @@ EDET_INLINE vb load_vb_tail(const uint8_t* p, int n) {
   std::memcpy(lanes, p, static_cast<size_t>(n));
   return load_vb(lanes);
 }
+// Bytes as lanes, and lanes of 0 … 255 as bytes; GCC 12 converts such vectors byte by byte.
+#if defined(__AVX512F__)
+EDET_INLINE vi widened(vb b) { return (vi)_mm512_cvtepu8_epi32((__m128i)b); }
+EDET_INLINE vb narrowed(vi v) { return (vb)_mm512_cvtepi32_epi8((__m512i)v); }
+#elif defined(__AVX2__)
+EDET_INLINE vi widened(vb b) {
+  int64_t eight;
+  std::memcpy(&eight, &b, sizeof eight);
+  return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight));
+}
+EDET_INLINE vb narrowed(vi v) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v),
+                                         _mm256_extracti128_si256((__m256i)v, 1));
+  const int64_t eight = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+  vb b;
+  std::memcpy(&b, &eight, sizeof b);
+  return b;
+}
+#else
 EDET_INLINE vi widened(vb b) { return __builtin_convertvector(b, vi); }
-// Bytes as lanes, all or the first n < kWidth of them.
+EDET_INLINE vb narrowed(vi v) { return __builtin_convertvector(v, vb); }
+#endif
 EDET_INLINE vi load_bytes(const uint8_t* p) { return widened(load_vb(p)); }
 
 EDET_INLINE void store_bytes(uint8_t* p, vi v) {
-  const vb b = __builtin_convertvector(v, vb);
+  const vb b = narrowed(v);
   std::memcpy(p, &b, sizeof b);
 }
-EDET_INLINE void store_bytes_tail(uint8_t* p, vi v, int n) {
-  const vb b = __builtin_convertvector(v, vb);
+EDET_INLINE void store_bytes_tail(uint8_t* p, vi v, int n) {  // the first n < kWidth
+  const vb b = narrowed(v);
   std::memcpy(p, &b, static_cast<size_t>(n));
 }
 

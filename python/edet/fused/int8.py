@@ -24,7 +24,7 @@ See = Callable[[str, Tensor, bool], None]
 
 
 def _skip(name: str, x: Tensor, per_channel: bool) -> None:
-    pass
+    """Shows nothing."""
 
 
 def _rows(*rows: Tensor) -> Tensor:
@@ -77,7 +77,6 @@ def _check_dtype(dtype: torch.dtype) -> None:
 class Int8Block:
     """One inverted residual block's arguments of :func:`edet_kernels.int8.mbconv`."""
 
-    # Long: one line for each tensor of a block
     def __init__(
         self,
         weights: tuple[Parts | None, Parts, Parts | None, Parts],
@@ -103,7 +102,7 @@ class Int8Block:
         pad = before.wide(c_mid).zero.to(torch.uint8).contiguous()
         self.depthwise = packed, rows, pad
 
-        (out_scale, out_zero), (in_scale, in_zero) = target.one(), source.one()
+        (out_scale, out_zero), (in_scale, in_zero) = target.one, source.one
         self.residual = in_scale / out_scale if residual else 0.0
         constant = out_zero - in_zero * self.residual
         weight = edet_kernels.unpack_pointwise(project[0], c_out)
@@ -235,7 +234,7 @@ class Int8Backbone:
                 "padding": source.padding,
                 "activation": source.activation,
             }
-            scale, zero = self.steps[i].one()
+            scale, zero = self.steps[i].one
             own = self.blocks[i]
             if own is None:
                 if x is None:
@@ -251,7 +250,7 @@ class Int8Backbone:
                 x = None
             if i in source.returned or see is not _skip:
                 if x is None:
-                    x = int8.dequantize(cast(Tensor, u), *self.steps[i + 1].one())
+                    x = int8.dequantize(cast(Tensor, u), *self.steps[i + 1].one)
                 see(f"{i}.out", x, False)
                 if i in source.returned:
                     maps.append(x)
@@ -392,7 +391,7 @@ class Int8Nodes:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
         inputs: list[Tensor] = []
         for i, x in enumerate(maps):
-            scale, zero = self.inputs[i].one()
+            scale, zero = self.inputs[i].one
             u = int8.quantize(x.to(dtype), 1 / scale, zero)
             if packed.raw[i]:
                 inputs.append(u)
@@ -412,7 +411,7 @@ class Int8Nodes:
             **packed.activations,
         )
         values = {
-            o: int8.dequantize(u, *self.edges[o].one())
+            o: int8.dequantize(u, *self.edges[o].one)
             for o, u in zip(outputs, found, strict=True)
         }
         for o, x in values.items():
@@ -505,7 +504,7 @@ class Int8Head:
         """What the head makes of float ``maps``, as :meth:`PackedHead.run` gives it."""
         inputs = []
         for x, steps in zip(maps, self.inputs, strict=True):
-            scale, zero = steps.one()
+            scale, zero = steps.one
             inputs.append(int8.quantize(x.to(dtype), 1 / scale, zero))
         levels, count = self.levels, len(self.layers.dw)
         found: list[Tensor] = inputs
@@ -526,7 +525,7 @@ class Int8Head:
             )
         if self.keeps_last:
             hidden = [
-                int8.dequantize(u, *steps.one())
+                int8.dequantize(u, *steps.one)
                 for u, steps in zip(found, self.hidden, strict=True)
             ]
             last = [part[-1] for part in self.packed[:4]]

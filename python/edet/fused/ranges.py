@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -115,10 +116,14 @@ def _least_error(
 
 @dataclass(frozen=True)
 class Steps:
-    """A range as bytes: ``scale`` of a byte and the byte ``zero`` of 0, (channels,) float64."""
+    """A range as bytes: ``scale`` of a byte and the byte ``zero`` of 0, (channels,) float64.
+
+    ``one`` is both as numbers, of the first channel: of a map with one range.
+    """
 
     scale: Tensor
     zero: Tensor
+    one: tuple[float, int]
 
     @staticmethod
     def of(ends: Tensor) -> Steps:
@@ -128,15 +133,12 @@ class Steps:
         # a channel that was always 0 must not take the range of the weights that read it
         used = scale[scale > 0]
         scale = torch.where(scale > 0, scale, used.min() if len(used) else 1.0)
-        return Steps(scale, (-low / scale).round().clamp(0, 255))
-
-    def one(self) -> tuple[float, int]:
-        """Scale and zero of a map with one range."""
-        return float(self.scale[0]), int(self.zero[0])
+        zero = (-low / scale).round().clamp(0, 255)
+        return Steps(scale, zero, (float(scale[0]), int(zero[0])))
 
     def wide(self, channels: int) -> Steps:
         """The same for each of the channels."""
-        return Steps(self.scale.expand(channels), self.zero.expand(channels))
+        return Steps(self.scale.expand(channels), self.zero.expand(channels), self.one)
 
 
 def rounded_weight(weight: Tensor, most: int = 127) -> tuple[Tensor, Tensor]:
@@ -150,8 +152,8 @@ def rounded_weight(weight: Tensor, most: int = 127) -> tuple[Tensor, Tensor]:
 
 def signal_to_noise(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """10·log₁₀ of the mean square of ``exact`` over that of the difference, in decibels."""
-    signal = sum(float(x.double().square().sum()) for x in exact)
-    noise = sum(float((x - y).double().square().sum()) for x, y in zip(exact, found, strict=True))
-    if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+    signal = sum(x.double().square().sum().item() for x in exact)
+    noise = sum((x - y).double().square().sum().item() for x, y in zip(exact, found, strict=True))
+    if noise == 0 or signal == 0:
+        return math.inf if noise == 0 else -math.inf
+    return 10 * math.log10(signal / noise)
