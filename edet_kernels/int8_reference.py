@@ -218,15 +218,11 @@ def resize(u: Tensor, size: Sequence[int], pool: str) -> Tensor:
     if (h, w) == tuple(size):
         return u
     if h <= size[0] and w <= size[1]:
-        rows, columns = (
-            nearest_indices(n, i, u.device) for n, i in zip(size, (h, w), strict=True)
-        )
+        rows, columns = (nearest_indices(n, i, u.device) for n, i in zip(size, (h, w), strict=True))
         return u[:, :, rows][:, :, :, columns]
     geometry = [pool_geometry(n, out, pool) for n, out in zip((h, w), size, strict=True)]
     pads = []
-    for (kernel, stride, first), n, out in reversed(
-        list(zip(geometry, (h, w), size, strict=True))
-    ):
+    for (kernel, stride, first), n, out in reversed(list(zip(geometry, (h, w), size, strict=True))):
         pads += [first, max((out - 1) * stride + kernel - n - first, 0)]
     kernels, strides, _ = zip(*geometry, strict=True)
     pooled = F.max_pool2d(F.pad(u.float(), pads), kernels, strides)  # no byte is below the padding
@@ -300,9 +296,7 @@ def nodes(
         i = row[layer]
         row[layer] += 1
         weight = min(i, len(dw_weights[layer]) - 1)  # one for all rows, or one each
-        x, pad = fuse(
-            [maps[s] for s in sources], fuse_rows[layer][i], size, pool, pre_activation
-        )
+        x, pad = fuse([maps[s] for s in sources], fuse_rows[layer][i], size, pool, pre_activation)
         total = _depthwise(x, dw_weights[layer][weight], pad, 1, (1, 1), size)
         x = requantise(total, _bounded(mid_rows[layer][i]), "none")
         rows = out_rows[layer][i]

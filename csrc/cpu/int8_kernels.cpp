@@ -8,11 +8,9 @@
 namespace edet::cpu::EDET_ISA {
 
 extern const Int8Kernels int8_table;
-const Int8Kernels int8_table = {int8_mbconv_scratch, int8_mbconv_expand,
-                                int8_mbconv_squeeze, int8_mbconv_gate,
-                                int8_mbconv_project, int8_node_scratch,
-                                int8_node,           int8_projection_scratch,
-                                int8_projection,     int8_pool,
-                                int8_quantize,       int8_dequantize};
+const Int8Kernels int8_table = {int8_mbconv_scratch, int8_mbconv_expand,      int8_mbconv_squeeze,
+                                int8_mbconv_gate,    int8_mbconv_project,     int8_node_scratch,
+                                int8_node,           int8_projection_scratch, int8_projection,
+                                int8_pool,           int8_quantize,           int8_dequantize};
 
 }  // namespace edet::cpu::EDET_ISA

@@ -1,5 +1,5 @@
-// Arithmetic on maps of bytes, a register of 32-bit lanes at a time: four products of bytes added to
-// each lane, and the way from a sum to the next byte. Compiled without contraction of float
+// Arithmetic on maps of bytes, a register of 32-bit lanes at a time: four products of bytes added
+// to each lane, and the way from a sum to the next byte. Compiled without contraction of float
 // operations: every rounding is that of edet_kernels/int8_reference.py.
 #pragma once
 
@@ -68,8 +68,8 @@ EDET_INLINE vi widened(vb b) {
   return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight));
 }
 EDET_INLINE vb narrowed(vi v) {
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v),
-                                         _mm256_extracti128_si256((__m256i)v, 1));
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   const int64_t eight = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
   vb b;
   std::memcpy(&b, &eight, sizeof b);
@@ -152,8 +152,7 @@ constexpr bool is_scaled(Activation a) {
 template <Activation A>
 EDET_INLINE vf activate4(vf y) {
   if constexpr (A == Activation::swish) return swish4(y);
-  if constexpr (A == Activation::hard_swish)
-    return y * smaller(larger(y + 3.0f, vf{}), set1(6.0f));
+  if constexpr (A == Activation::hard_swish) return y * smaller(larger(y + 3.0f, vf{}), set1(6.0f));
   if constexpr (A == Activation::relu) return larger(y, vf{});
   if constexpr (A == Activation::relu6) return smaller(larger(y, vf{}), set1(6.0f));
   return y;

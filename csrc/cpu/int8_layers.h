@@ -30,8 +30,8 @@ void byte_tile(const uint8_t* a, int64_t lda, int64_t k, const int8_t* w, int64_
     vi b[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++)
-      b[v] = load_lanes(w + (v / kByteVectors) * panel + i * kPanel +
-                        (v % kByteVectors) * kWidth * 4);
+      b[v] =
+          load_lanes(w + (v / kByteVectors) * panel + i * kPanel + (v % kByteVectors) * kWidth * 4);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
       int32_t four;

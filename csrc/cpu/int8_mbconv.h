@@ -58,8 +58,8 @@ void int8_expand_as(const Int8MbconvParams& p, int64_t image, int64_t band, int6
   const int64_t left = p.c_mid - first, most = p.chunk_panels * kPanel;
   const int64_t c = left < most ? left : most, cp = padded(c), columns = int8_columns(p);
   auto* ring = reinterpret_cast<uint32_t*>(scratch);  // (columns, G, cp)
-  uint32_t* taps = ring + columns * G * cp;            // (K, G, cp)
-  uint32_t* pad = taps + K * G * cp;                   // (cp)
+  uint32_t* taps = ring + columns * G * cp;           // (K, G, cp)
+  uint32_t* pad = taps + K * G * cp;                  // (cp)
   auto* expand_rows = reinterpret_cast<float*>(pad + cp);
   float* rows = expand_rows + kRequantiseRows * cp;
   auto* pixels = reinterpret_cast<uint8_t*>(rows + kRequantiseRows * cp);
@@ -227,24 +227,24 @@ inline void int8_mbconv_project(const Int8MbconvParams& p, int64_t image, int64_
   }
   const uint8_t* added = p.residual != 0.0f ? p.input + at : nullptr;
   uint8_t* out = p.out + at;
-  byte_pointwise(
-      p.mid + (image * area + begin) * mp, mp, end - begin, k4, weight, op / kPanel,
-      [&](int64_t x, int64_t i, const auto& acc) {
-        const vf scale = load(rows + i), shift = load(rows + op + i);
-        const int64_t left = p.c_out - i;
-        const int n = static_cast<int>(left < kWidth ? left : kWidth);
-        for (const vi& sum : acc) {
-          const int64_t place = x++ * p.c_out + i;
-          vf y = to_floats(sum) * scale + shift;
-          if (n == kWidth) {
-            if (added) y += to_floats(load_bytes(added + place)) * p.residual;
-            store_bytes(out + place, bounded_byte(y));
-          } else if (n > 0) {
-            if (added) y += to_floats(widened(load_vb_tail(added + place, n))) * p.residual;
-            store_bytes_tail(out + place, bounded_byte(y), n);
-          }
-        }
-      });
+  byte_pointwise(p.mid + (image * area + begin) * mp, mp, end - begin, k4, weight, op / kPanel,
+                 [&](int64_t x, int64_t i, const auto& acc) {
+                   const vf scale = load(rows + i), shift = load(rows + op + i);
+                   const int64_t left = p.c_out - i;
+                   const int n = static_cast<int>(left < kWidth ? left : kWidth);
+                   for (const vi& sum : acc) {
+                     const int64_t place = x++ * p.c_out + i;
+                     vf y = to_floats(sum) * scale + shift;
+                     if (n == kWidth) {
+                       if (added) y += to_floats(load_bytes(added + place)) * p.residual;
+                       store_bytes(out + place, bounded_byte(y));
+                     } else if (n > 0) {
+                       if (added)
+                         y += to_floats(widened(load_vb_tail(added + place, n))) * p.residual;
+                       store_bytes_tail(out + place, bounded_byte(y), n);
+                     }
+                   }
+                 });
 }
 
 }  // namespace edet::cpu::EDET_ISA

@@ -114,7 +114,7 @@ void int8_node_as(const Int8NodeParams& q, int64_t image, int64_t y_begin, int64
   const int64_t c = f.c, cp = padded(c), op = padded(p.c_out), k4 = round_up(c, 4);
   const int fuse_rows = q.fused ? f.edges + 3 : 1, out_rows = q.float_out ? 2 : kRequantiseRows;
   auto* ring = reinterpret_cast<uint32_t*>(scratch);  // (w + 2, cp)
-  uint32_t* taps = ring + (f.w + 2) * cp;              // (3, cp)
+  uint32_t* taps = ring + (f.w + 2) * cp;             // (3, cp)
   auto* fuse = reinterpret_cast<float*>(taps + 3 * cp);
   float* mid = fuse + (f.edges + 3) * cp;  // (2, cp)
   float* out_row = mid + 2 * cp;           // (4, op)
@@ -182,13 +182,12 @@ void int8_node_as(const Int8NodeParams& q, int64_t image, int64_t y_begin, int64
     for (int64_t x = 0; x < f.w;) {
       const int64_t room = kByteStripPixels - filled, count = f.w - x < room ? f.w - x : room;
       uint8_t* to = strip + filled * cp;
-      byte_depthwise<3, 1>(ring + x * cp, taps, cp, count,
-                           [&](int64_t column, int64_t i, const auto& acc) {
-                             const vf scale = load(mid + i), shift = load(mid + cp + i);
-                             for (const vi& sum : acc)
-                               store_bytes(to + column++ * cp + i,
-                                           bounded_byte(to_floats(sum) * scale + shift));
-                           });
+      byte_depthwise<3, 1>(
+          ring + x * cp, taps, cp, count, [&](int64_t column, int64_t i, const auto& acc) {
+            const vf scale = load(mid + i), shift = load(mid + cp + i);
+            for (const vi& sum : acc)
+              store_bytes(to + column++ * cp + i, bounded_byte(to_floats(sum) * scale + shift));
+          });
       x += count;
       filled += count;
       if (filled == kByteStripPixels) flush();
@@ -242,8 +241,8 @@ inline void int8_pool(const FusionParams& p, uint8_t* out, int64_t image, int64_
       const int64_t first = x * edge.columns.stride - edge.columns.before;
       std::memset(to, 0, static_cast<size_t>(p.c));
       for (int64_t r = clip(top, 0, edge.h); r < clip(top + edge.rows.kernel, 0, edge.h); r++)
-        for (int64_t k = clip(first, 0, edge.w);
-             k < clip(first + edge.columns.kernel, 0, edge.w); k++) {
+        for (int64_t k = clip(first, 0, edge.w); k < clip(first + edge.columns.kernel, 0, edge.w);
+             k++) {
           const uint8_t* from = map + (r * edge.w + k) * p.c;
           for (int64_t i = 0; i < p.c; i++) to[i] = from[i] > to[i] ? from[i] : to[i];
         }

@@ -233,10 +233,10 @@ struct ByteLayer {
 
 ByteLayer byte_layer(Weights& weights, const Tensor& fuse, const Tensor& dw, const Tensor& mid,
                      const Tensor& pw, const Tensor& out) {
-  STD_TORCH_CHECK(fuse.dim() == 3 && mid.dim() == 3 && out.dim() == 3 && dw.dim() == 4 &&
-                      pw.dim() == 5,
-                  "fuse_rows, mid_rows and out_rows must have 3 dimensions, dw_weights 4 and "
-                  "pw_weights 5");
+  STD_TORCH_CHECK(
+      fuse.dim() == 3 && mid.dim() == 3 && out.dim() == 3 && dw.dim() == 4 && pw.dim() == 5,
+      "fuse_rows, mid_rows and out_rows must have 3 dimensions, dw_weights 4 and "
+      "pw_weights 5");
   ByteLayer l{};
   l.c = fuse.size(2), l.c_out = out.size(2), l.rows = fuse.size(0), l.weights = dw.size(0);
   l.fuse_rows = fuse.size(1), l.out_rows = out.size(1);
@@ -282,8 +282,8 @@ static Tensors int8_nodes(const Tensors inputs, const Tensors fuse_rows, const T
   }
   std::vector<ByteLayer> parts;
   for (size_t l = 0; l < kinds; l++)
-    parts.push_back(byte_layer(weights, fuse_rows[l], dw_weights[l], mid_rows[l], pw_weights[l],
-                               out_rows[l]));
+    parts.push_back(
+        byte_layer(weights, fuse_rows[l], dw_weights[l], mid_rows[l], pw_weights[l], out_rows[l]));
   Ints row(kinds, 0);
   std::vector<Int8NodeParams> nodes;
   const auto given = static_cast<int64_t>(inputs.size());

@@ -102,7 +102,11 @@ def assert_same(function, *args, varied: bool = True, **options):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("reduced", [0, 5])
 def test_mbconv(activation, kernel, stride, reduced):
-    for c_in, c_mid, c_out, size in ((16, 48, 24, (19, 23)), (22, 83, 22, (9, 30)), (3, 7, 5, (1, 1))):
+    for c_in, c_mid, c_out, size in (
+        (16, 48, 24, (19, 23)),
+        (22, 83, 22, (9, 30)),
+        (3, 7, 5, (1, 1)),
+    ):
         for expand in (True, False):
             parts = block(c_in, c_mid, c_out, kernel, activation, expand=expand, reduced=reduced)
             residual = 0.4 if stride == 1 and c_in == c_out else 0.0
@@ -151,7 +155,9 @@ def test_the_largest_sums_do_not_saturate(value, weight):
 
 @needs_kernels
 def test_nan_and_infinite_rows_become_the_lowest_and_highest_byte():
-    rows = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0]]).expand(2, 4).contiguous()
+    rows = (
+        torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0]]).expand(2, 4).contiguous()
+    )
     rows[1] = torch.tensor([0.0, 1.0, 1.0, float("nan")])
     weight = edet_kernels.pack_pointwise_int8(torch.ones(4, 8, 1, 1, dtype=torch.int8))
     x = torch.ones(1, 8, 3, 3, dtype=torch.uint8)
@@ -191,7 +197,9 @@ def test_lateral(size):
     assert_same(int8.lateral, random_bytes(2, 43, *size), weights, rows)
 
 
-def node_layer(nodes: int, edges: int, c: int, c_out: int, activation: str, *, out: int, shared: bool):
+def node_layer(
+    nodes: int, edges: int, c: int, c_out: int, activation: str, *, out: int, shared: bool
+):
     """The tensors of one layer of :func:`int8.nodes`; without edges its inputs are not fused."""
     generator = torch.Generator().manual_seed(edges + c)
     zero = random_bytes(nodes, c, seed=1).float() / 4
@@ -212,7 +220,9 @@ def node_layer(nodes: int, edges: int, c: int, c_out: int, activation: str, *, o
         for i in range(weights)
     ]
     mid = torch.stack([rows_for(c, "none", 27000.0, seed=i)[:2] for i in range(nodes)])
-    rows = [rows_for(c_out, "swish" if out == 4 else "none", 7e4, seed=i)[:out] for i in range(nodes)]
+    rows = [
+        rows_for(c_out, "swish" if out == 4 else "none", 7e4, seed=i)[:out] for i in range(nodes)
+    ]
     return fuse, torch.stack(dw), mid.contiguous(), torch.stack(pw), torch.stack(rows).contiguous()
 
 
@@ -279,7 +289,9 @@ def test_packed_weights_come_back():
         weight = random_weight(6, 1, k, k)
         packed = edet_kernels.pack_depthwise_int8(weight)
         assert torch.equal(edet_kernels.unpack_depthwise_int8(packed), weight)
-    with pytest.raises(ValueError, match=r"dw_weight must be \(C, 1, 3 or 5, same\), got \(6, 1, 7"):
+    with pytest.raises(
+        ValueError, match=r"dw_weight must be \(C, 1, 3 or 5, same\), got \(6, 1, 7"
+    ):
         edet_kernels.pack_depthwise_int8(random_weight(6, 1, 7, 7))
     with pytest.raises(ValueError, match="pw_weight must be"):
         edet_kernels.pack_pointwise_int8(random_weight(6, 1, 3, 3))
@@ -351,4 +363,6 @@ def test_operators_agree_with_their_fakes():
     }
     assert set(calls) == set(INT8_OPS)
     for name, args in calls.items():
-        torch.library.opcheck(getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor")
+        )

@@ -182,7 +182,9 @@ def quantize(
             part.int8 = None
     as_list(images)  # before the work
     with torch.no_grad():
-        packed = {name: _float_weights(result, name) for name, own in kept.items() if own is not None}
+        packed = {
+            name: _float_weights(result, name) for name, own in kept.items() if own is not None
+        }
         observer = {name: Observer() for name in packed}
 
         def see(part: str, name: str, x: Tensor, per_channel: bool) -> None:
@@ -200,7 +202,7 @@ def quantize(
                     raise ValueError(
                         f"the maps of model must be finite, got others in {name}, {key}"
                     )
-            _part(result, name).int8 = Int8(ranges, kept[name] or ())
+            _part(result, name).int8 = Int8(ranges, own.means(), kept[name] or ())
     for name in packed:
         _part(result, name).repack()
     return result

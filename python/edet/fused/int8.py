@@ -46,27 +46,35 @@ def requantisation(scale: Tensor, shift: Tensor, steps: Steps, activation: str) 
 
 
 def _pointwise(
-    weight: Tensor, source: Steps, scale: Tensor, shift: Tensor
+    weight: Tensor, source: Steps, mean: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed int8 weight (C_out, C_in, 1, 1) of bytes; scale and shift from its sums to values."""
+    """Packed int8 weight (C_out, C_in, 1, 1) of bytes; scale and shift from its sums to values.
+
+    What rounding the weight does to a map of means ``mean`` is taken off the shift (Nagel et al.
+    2019, section 4.2).
+    """
     columns = source.wide(weight.shape[1])
-    whole, own = rounded_weight(weight.double() * columns.scale.view(1, -1, 1, 1))
+    exact = (weight.double() * columns.scale.view(1, -1, 1, 1)).flatten(1)
+    whole, own = rounded_weight(exact)
+    error = ((exact - whole * own[:, None]) * (mean.double() / columns.scale)).sum(1)
+    shift = shift.double() + scale.double() * error
     scale = scale.double() * own
-    zeros = (whole.flatten(1) * columns.zero).sum(1)
-    packed = edet_kernels.pack_pointwise_int8(whole.to(torch.int8))
-    return packed, scale, shift.double() - scale * zeros
+    packed = edet_kernels.pack_pointwise_int8(whole[:, :, None, None].to(torch.int8))
+    return packed, scale, shift - scale * (whole * columns.zero).sum(1)
 
 
 def _depthwise(
-    weight: Tensor, source: Steps, scale: Tensor, shift: Tensor
+    weight: Tensor, source: Steps, mean: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a depthwise weight (C, 1, k, k)."""
     steps = source.wide(weight.shape[0])
-    whole, own = rounded_weight(weight)
+    exact = weight.double().flatten(1)
+    whole, own = rounded_weight(exact)
+    error = (exact - whole * own[:, None]).sum(1) * mean.double()
+    shift = shift.double() + scale.double() * error
     scale = scale.double() * own * steps.scale
-    zeros = whole.flatten(1).sum(1) * steps.zero
-    packed = edet_kernels.pack_depthwise_int8(whole.to(torch.int8))
-    return packed, scale, shift.double() - scale * zeros
+    packed = edet_kernels.pack_depthwise_int8(whole.view(weight.shape).to(torch.int8))
+    return packed, scale, shift - scale * whole.sum(1) * steps.zero
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -83,21 +91,23 @@ class Int8Block:
         source: Steps,
         middle: tuple[Steps | None, Steps],
         target: Steps,
+        means: tuple[Tensor, Tensor | None, Tensor],
         activation: str,
         residual: bool,
     ) -> None:
         expand, depthwise, squeeze, project = weights
         inside, mid = middle
+        mean, mean_inside, mean_mid = means
         self.expand: tuple[Tensor, Tensor] | None = None
         before = source
-        if expand is not None and inside is not None:
+        if expand is not None and inside is not None and mean_inside is not None:
             weight = edet_kernels.unpack_pointwise(expand[0], expand[1].numel())
-            packed, scale, shift = _pointwise(weight, source, *expand[1:])
+            packed, scale, shift = _pointwise(weight, source, mean, *expand[1:])
             self.expand = packed, requantisation(scale, shift, inside, activation)
-            before = inside
+            before, mean = inside, mean_inside
         weight = edet_kernels.unpack_depthwise(depthwise[0])
         c_mid, c_out = weight.shape[0], project[1].numel()
-        packed, scale, shift = _depthwise(weight, before, *depthwise[1:])
+        packed, scale, shift = _depthwise(weight, before, mean, *depthwise[1:])
         rows = requantisation(scale, shift, mid, activation)
         pad = before.wide(c_mid).zero.to(torch.uint8).contiguous()
         self.depthwise = packed, rows, pad
@@ -108,7 +118,7 @@ class Int8Block:
         weight = edet_kernels.unpack_pointwise(project[0], c_out)
         self.squeeze: tuple[Tensor, ...] | None = None
         if squeeze is None:
-            packed, scale, shift = _pointwise(weight, mid, *project[1:])
+            packed, scale, shift = _pointwise(weight, mid, mean_mid, *project[1:])
             self.project = packed, _rows(scale / out_scale, shift / out_scale + constant)
             return
         steps = mid.wide(c_mid)
@@ -120,9 +130,7 @@ class Int8Block:
         # means and the values in the middle are in steps of 2^−16
         factor = 2.0 if activation == "swish" else 1.0
         reduce_rows = _rows(factor * own / 65536, factor * reduce_bias.double())
-        back, own = rounded_weight(
-            edet_kernels.unpack_pointwise(excite, c_mid).flatten(1), 32767
-        )
+        back, own = rounded_weight(edet_kernels.unpack_pointwise(excite, c_mid).flatten(1), 32767)
         excite_rows = _rows(own / 65536, excite_bias.double())
         self.squeeze = (
             whole.to(torch.int16),
@@ -184,19 +192,20 @@ class Int8Backbone:
         steps = {name: Steps.of(ends) for name, ends in settings.ranges.items()}
         self.steps = [steps["stem"]]
         self.blocks: list[Int8Block | None] = []
+        before, means = "stem", settings.means
         for i, (block, weights) in enumerate(zip(*self._pairs(), strict=True)):
             target = steps[f"{i}.out"]
             kept = str(i) in settings.keep
             middle = steps.get(f"{i}.expand"), steps[f"{i}.depthwise"]
-            activation = packed.source.activation
+            seen = means[before], means.get(f"{i}.expand"), means[f"{i}.depthwise"]
+            activation, residual = packed.source.activation, block.residual
             self.blocks.append(
                 None
                 if kept
-                else Int8Block(
-                    weights, self.steps[-1], middle, target, activation, block.residual
-                )
+                else Int8Block(weights, self.steps[-1], middle, target, seen, activation, residual)
             )
             self.steps.append(target)
+            before = f"{i}.out"
 
     def _pairs(self) -> tuple[Sequence[Any], Sequence[Any]]:
         return self.packed.source.blocks, self.packed.blocks
@@ -257,9 +266,7 @@ class Int8Backbone:
         return maps
 
     @staticmethod
-    def watch(
-        packed: PackedBackbone, images: Tensor, see: See
-    ) -> list[Tensor]:
+    def watch(packed: PackedBackbone, images: Tensor, see: See) -> list[Tensor]:
         """The float maps of normalised images, each shown to ``see``."""
         source = packed.source
         x = reference.stem(
@@ -320,7 +327,7 @@ class Int8Nodes:
                 "fpn must be kept in float: its levels above the backbone's are made in a way that "
                 "has no int8 op"
             )
-        self.packed = packed
+        self.packed, self.means = packed, settings.means
         steps = {name: Steps.of(ends) for name, ends in settings.ranges.items()}
         self.inputs = [steps[f"input.{i}"] for i in range(packed.inputs)]
         self._project(steps)
@@ -346,7 +353,9 @@ class Int8Nodes:
             for weight, scale, shift in zip(*packed.lateral[i], strict=True):
                 target = steps[f"edge.{place}"]  # of the pooled one, the first pooled map
                 conv = edet_kernels.unpack_pointwise(weight, scale.numel())
-                int8_weight, scale, shift = _pointwise(conv, self.inputs[i], scale, shift)
+                int8_weight, scale, shift = _pointwise(
+                    conv, self.inputs[i], self.means[f"input.{i}"], scale, shift
+                )
                 weights.append(int8_weight)
                 rows.append(_rows(scale / target.scale, shift / target.scale + target.zero))
                 place += 1
@@ -376,10 +385,11 @@ class Int8Nodes:
         fuse = _rows(*rows, shift, most / fused.scale, fused.zero)
         ones, none = torch.ones(channels), torch.zeros(channels)
         weight = edet_kernels.unpack_depthwise(packed.dw_weight[i])
-        dw, scale, shift = _depthwise(weight, fused, ones, none)
+        dw, scale, shift = _depthwise(weight, fused, self.means[f"{i}.fused"], ones, none)
         mid_rows = _rows(scale / mid.scale, shift / mid.scale + mid.zero)
         weight = edet_kernels.unpack_pointwise(packed.pw_weight[i], channels)
-        pw, scale, shift = _pointwise(weight, mid, packed.scale[i], packed.shift[i])
+        mean = self.means[f"{i}.mid"]
+        pw, scale, shift = _pointwise(weight, mid, mean, packed.scale[i], packed.shift[i])
         out = requantisation(scale, shift, target, packed.activations["post_activation"])
         return fuse, dw, mid_rows, pw, out
 
@@ -411,8 +421,7 @@ class Int8Nodes:
             **packed.activations,
         )
         values = {
-            o: int8.dequantize(u, *self.edges[o].one)
-            for o, u in zip(outputs, found, strict=True)
+            o: int8.dequantize(u, *self.edges[o].one) for o, u in zip(outputs, found, strict=True)
         }
         for o, x in values.items():
             see(f"{o - self.count}.out", x, False)
@@ -463,7 +472,7 @@ class Int8Head:
         self, packed: PackedHead, settings: Int8, dtype: torch.dtype = torch.float32
     ) -> None:
         _check_dtype(dtype)
-        self.packed = packed
+        self.packed, self.means = packed, settings.means
         steps = {name: Steps.of(ends) for name, ends in settings.ranges.items()}
         self.levels = sum(name.startswith("input.") for name in steps)
         self.inputs = [steps[f"input.{v}"] for v in range(self.levels)]
@@ -489,10 +498,11 @@ class Int8Head:
         fuse, mids, outs = [], [], []
         for v, source in enumerate(before):
             fuse.append(_rows(source.wide(channels).zero))
-            dw, scale, shift = _depthwise(weight, source, ones, none)
+            mean = self.means[f"{i - 1}.{v}.out" if i else f"input.{v}"]
+            dw, scale, shift = _depthwise(weight, source, mean, ones, none)
             mids.append(_rows(scale / mid.scale, shift / mid.scale + mid.zero))
             norm = (x[v] if x.dim() == 2 else x for x in (scales, shifts))
-            pw, scale, shift = _pointwise(conv, mid, *norm)
+            pw, scale, shift = _pointwise(conv, mid, self.means[f"{i}.mid"], *norm)
             outs.append(
                 requantisation(scale, shift, after[v], self.packed.activation)
                 if after
@@ -525,8 +535,7 @@ class Int8Head:
             )
         if self.keeps_last:
             hidden = [
-                int8.dequantize(u, *steps.one)
-                for u, steps in zip(found, self.hidden, strict=True)
+                int8.dequantize(u, *steps.one) for u, steps in zip(found, self.hidden, strict=True)
             ]
             last = [part[-1] for part in self.packed[:4]]
             found = edet_kernels.separable_conv(hidden, *last, activation="none")

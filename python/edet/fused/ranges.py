@@ -23,10 +23,12 @@ class Int8:
 
     Attributes:
         ranges: name of a map to (2, channels or 1) float32: its lowest and highest values.
+        means: name of a map to (channels,) float32: each channel's mean.
         keep: names in the part that stay in float.
     """
 
     ranges: dict[str, Tensor]
+    means: dict[str, Tensor]
     keep: tuple[str, ...] = ()
 
 
@@ -39,16 +41,21 @@ class Observer:
     Attributes:
         ends: (2, channels): the lowest and highest values seen.
         counts: (channels, bins).
+        sums, seen: (channels,) the sum of the means of the maps seen, and the number of maps.
     """
 
     ends: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
     counting: bool = False
 
     def see(self, name: str, x: Tensor, per_channel: bool) -> None:
         """Takes note of the map (N, C, H, W), finite."""
         rows = x.detach().float().transpose(0, 1).reshape(x.shape[1] if per_channel else 1, -1)
         if not self.counting:
+            self.sums[name] = self.sums.get(name, 0) + x.detach().double().mean((0, 2, 3))
+            self.seen[name] = self.seen.get(name, 0) + 1
             ends = torch.stack([rows.amin(1), rows.amax(1)])
             known = self.ends.get(name, ends)
             ends[0].clamp_(max=0.0), ends[1].clamp_(min=0.0)  # 0 is always in the range
@@ -63,6 +70,10 @@ class Observer:
         index += torch.arange(len(rows), device=x.device)[:, None] * _BINS
         counts = torch.bincount(index.flatten(), minlength=len(rows) * _BINS).view(len(rows), _BINS)
         self.counts[name] = self.counts.get(name, 0) + counts
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each channel of each map."""
+        return {name: (total / self.seen[name]).float() for name, total in self.sums.items()}
 
     def ranges(self, method: str, percentile: float) -> dict[str, Tensor]:
         """The range of each map by ``method``."""

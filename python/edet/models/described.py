@@ -3,7 +3,7 @@
 One file of ``torch.save``, of tensors and plain values only: ``state_dict`` holds the weights to
 use, as any reader of checkpoints finds them; ``edet`` the description; ``training``, where it is
 kept, what a run needs to go on. A quantised model's ranges lie beside its float weights, as
-``int8.PART.MAP``, and are lists of what it keeps in float in the description. Or a ``.safetensors`` file of the weights, with the description as
+``int8.PART.MAP`` (means as ``int8_mean.PART.MAP``), and are lists of what it keeps in float in the description. Or a ``.safetensors`` file of the weights, with the description as
 JSON in its metadata.
 """
 
@@ -141,6 +141,7 @@ def save_described(
         for part, own in quantised.items():
             for name, ends in own.ranges.items():
                 content["state_dict"][f"int8.{part}.{name}"] = ends.contiguous()
+                content["state_dict"][f"int8_mean.{part}.{name}"] = own.means[name]
     if training is not None:
         content["training"] = training
     if not path.parent.is_dir():
@@ -164,19 +165,21 @@ def _quantise(model: EfficientDet, content: Mapping[str, Any], path: Path) -> No
     """Makes the parts of ``model`` compute on bytes that did so when it was saved."""
     try:
         for part, keep in content["edet"].get("int8", {}).items():
-            prefix = f"int8.{part}."
-            ranges = {
-                key.removeprefix(prefix): ends
-                for key, ends in content["state_dict"].items()
-                if key.startswith(prefix)
-            }
+            ranges, means = (
+                {
+                    key.removeprefix(prefix): x
+                    for key, x in content["state_dict"].items()
+                    if key.startswith(prefix)
+                }
+                for prefix in (f"int8.{part}.", f"int8_mean.{part}.")
+            )
             module = getattr(model, part) if part in _PARTS else None
             if not isinstance(module, PackedModule):
                 raise ValueError(f"{part} is no part with an int8 form")
             for name, ends in ranges.items():
                 if ends.dim() != 2 or len(ends) != 2 or not bool(ends.isfinite().all()):
                     raise ValueError(f"the range of {name} must be two rows of finite numbers")
-            module.int8 = Int8(ranges, tuple(map(str, keep)))
+            module.int8 = Int8(ranges, means, tuple(map(str, keep)))
             with torch.no_grad():
                 module.pack(torch.float32)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
