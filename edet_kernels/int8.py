@@ -1,8 +1,8 @@
-"""The ops on maps of bytes: int8 weights, uint8 maps, int32 sums; :mod:`edet_kernels.int8_reference`
-defines every byte of their results.
+"""The ops on maps of bytes: int8 weights, uint8 maps, int32 sums.
 
-They have no gradients. Weights are packed by ``pack_pointwise_int8`` and ``pack_depthwise_int8``;
-rows of a requantisation are explained in the reference.
+:mod:`edet_kernels.int8_reference` defines every byte of their results. They have no gradients.
+Weights are packed by ``pack_pointwise_int8`` and ``pack_depthwise_int8``; rows of a requantisation
+are explained in the reference.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import int8_reference, library
+from . import int8_reference, library, reference
 from .backend import BackendError, current_backend, has_kernel
 from .fakes import empty_map, fake
 from .names import INT8_OPS, MAX_EDGES, POOLS, Size
 from .ops.checks import check_list, check_word, numbers_of, shape_of
 from .packing import PANEL
-from .reference import conv_geometry
 
 
 def runs_kernel(op: str, device: torch.device) -> bool:
@@ -102,7 +101,7 @@ def quantize(input: Tensor, inverse: float, zero: int) -> Tensor:
     _check_map("input", input, torch.float32)
     _check_zero(zero)
     if runs_kernel("int8_quantize", input.device):
-        return _run("int8_quantize", input, inverse, zero)  # type: ignore[no-any-return]
+        return _run("int8_quantize", input, inverse, zero)
     return int8_reference.quantize(input, inverse, zero)
 
 
@@ -120,13 +119,87 @@ def dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
     _check_map("input", input, torch.uint8)
     _check_zero(zero)
     if runs_kernel("int8_dequantize", input.device):
-        return _run("int8_dequantize", input, scale, zero)  # type: ignore[no-any-return]
+        return _run("int8_dequantize", input, scale, zero)
     return int8_reference.dequantize(input, scale, zero)
 
 
 @fake("int8_dequantize")
 def _fake_dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
     return empty_map(input, *input.shape[1:], dtype=torch.float32)
+
+
+def stem(
+    image: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    padding: str = "same",
+    activation: str = "swish",
+    inverse: float,
+    zero: int,
+) -> Tensor:
+    """:func:`quantize` of :func:`edet_kernels.stem`, whose float32 map is not written.
+
+    The products are of floats: a byte may differ by one from the reference's.
+
+    Args:
+        image, weight, scale, shift, mean, std, padding, activation: as for the float op; the image
+            uint8 or float32, the weight packed.
+        inverse, zero: as for :func:`quantize`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_zero(zero)
+    if not isinstance(image, Tensor) or image.dtype not in (torch.uint8, torch.float32):
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a uint8 or float32 tensor, got {got}")
+    _check_map("image", image, image.dtype)
+    (number,) = numbers_of(activation=activation)
+    check_word("padding", padding, POOLS)
+    if image.shape[1] != 3:
+        raise ValueError(f"image must be (N, 3, H, W), got {shape_of(image)}")
+    c_out = scale.shape[0]
+    _check("weight", weight, (-(-c_out // PANEL), 27, PANEL), torch.float32, image)
+    _check("shift", shift, (c_out,), torch.float32, image)
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together")
+    if not runs_kernel("int8_stem", image.device):
+        x = reference.stem(
+            image,
+            weight,
+            scale,
+            shift,
+            mean=mean,
+            std=std,
+            padding=padding,
+            activation=activation,
+            dtype=torch.float32,
+        )
+        return int8_reference.quantize(x, inverse, zero)
+    axes = [reference.conv_geometry(n, 3, 2, padding) for n in image.shape[2:]]
+    before, size = [b for b, _ in axes], [n for _, n in axes]
+    return _run(
+        "int8_stem", image, weight, scale, shift, mean, std, before, size, number, inverse, zero
+    )
+
+
+@fake("int8_stem")
+def _fake_stem(
+    image: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    padding: Sequence[int],
+    size: Sequence[int],
+    *_: Any,
+) -> Tensor:
+    return empty_map(image, scale.shape[0], *size, dtype=torch.uint8)
 
 
 def _check_mbconv(
@@ -217,10 +290,10 @@ def mbconv(
     kernel = _check_mbconv(input, expand, depthwise, squeeze, project)
     if residual and (stride != 1 or project[1].shape[1] != input.shape[1]):
         raise ValueError(f"residual must be 0 for a result of another shape, got {residual}")
-    axes = [conv_geometry(n, kernel, stride, padding) for n in input.shape[2:]]
+    axes = [reference.conv_geometry(n, kernel, stride, padding) for n in input.shape[2:]]
     before, size = [b for b, _ in axes], [n for _, n in axes]
     if runs_kernel("int8_mbconv", input.device):
-        return _run(  # type: ignore[no-any-return]
+        return _run(
             "int8_mbconv",
             input,
             list(expand or ()),
@@ -294,9 +367,7 @@ def lateral(
         _check("pw_weight", weight, _pointwise_shape(c_out, input.shape[1]), torch.int8, input)
         _check("rows", row, (2, c_out), torch.float32, input)
     if runs_kernel("int8_lateral", input.device):
-        return _run(  # type: ignore[no-any-return]
-            "int8_lateral", input, list(pw_weights), list(rows), pooled, number
-        )
+        return _run("int8_lateral", input, list(pw_weights), list(rows), pooled, number)
     return int8_reference.lateral(input, pw_weights, rows, pooled=pooled, pool=pool)
 
 
@@ -367,8 +438,8 @@ def nodes(
         dw_weights: for each layer (nodes or 1, 3, C, 4) packed int8.
         mid_rows: for each layer (nodes, 2, C): scale and shift between the convolutions.
         pw_weights: for each layer (nodes or 1, ⌈C_out/16⌉, ⌈C/4⌉, 16, 4) packed int8.
-        out_rows: for each layer (nodes, 4, C_out), a requantisation; or (nodes, 2, C_out): scale and
-            shift of a map of floats, which no node reads.
+        out_rows: for each layer (nodes, 4, C_out), a requantisation; or (nodes, 2, C_out): scale
+            and shift of a map of floats, which no node reads.
         layers: the layer of each node.
         edges: the ids that each node reads.
         sizes: (H, W) of each node.
@@ -396,7 +467,7 @@ def nodes(
     if not len(layers) == len(edges) == len(sizes):
         raise ValueError("layers, edges and sizes must name the same nodes")
     if runs_kernel("int8_nodes", inputs[0].device):
-        return _run(  # type: ignore[no-any-return]
+        return _run(
             "int8_nodes",
             list(inputs),
             *map(list, parts),
@@ -446,4 +517,13 @@ def _fake_nodes(
     return maps
 
 
-__all__ = ["INT8_OPS", "dequantize", "lateral", "mbconv", "nodes", "quantize", "runs_kernel"]
+__all__ = [
+    "INT8_OPS",
+    "dequantize",
+    "lateral",
+    "mbconv",
+    "nodes",
+    "quantize",
+    "runs_kernel",
+    "stem",
+]

@@ -1,9 +1,9 @@
 """The definition of the int8 ops in plain PyTorch: every byte of a kernel's result is the one here.
 
-A map is a tensor of uint8 ``u`` that stands for scale·(u − zero). Weights are int8, with a scale for
-each output channel. Sums are integers, which no order changes (float64 holds them exactly). Between
-a sum and the next bytes a *requantisation* computes in float32, by operations that IEEE 754 rounds
-in one way only (no fused multiply-add, no exponential):
+A map is a tensor of uint8 ``u`` that stands for scale·(u − zero). Weights are int8, with a scale
+for each output channel. Sums are integers, which no order changes (float64 holds them exactly).
+Between a sum and the next bytes a *requantisation* computes in float32, by operations that IEEE 754
+rounds in one way only (no fused multiply-add, no exponential):
 
     y = float(sum)·scale + shift, per channel
     none, relu, relu6: u = round(clamp(y, low, high))
@@ -166,7 +166,7 @@ def gate(mid: Tensor, squeeze: Sequence[Tensor], activation: str) -> Tensor:
 
 
 def _gated(weight: Tensor, rows: Tensor, gate: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """One image's projection: float weights (C_out, C_mid) times the gate, as int8, and its rows."""
+    """One image's projection: weights (C_out, C_mid) times the gate, as int8, and its rows."""
     gated = weight * gate
     most = gated.abs().amax(1)
     inverse = torch.where(most > 0, 127.0 / most, 0.0)
@@ -256,8 +256,8 @@ def fuse(
     """The bytes that a node's depthwise convolution reads, and the byte per channel around them.
 
     ``rows`` (1, C) is that byte alone, and the one input is taken as it is; (n + 3, C) are the
-    factors of the n inputs, the shift, inverse and zero of the fused map. Inputs that are max-pooled
-    are added last.
+    factors of the n inputs, the shift, inverse and zero of the fused map. Max-pooled inputs are
+    added last.
     """
     if rows.shape[0] == 1:
         return inputs[0], rows[0]

@@ -1,4 +1,4 @@
-// The ops on maps of bytes on the CPU: quantize, dequantize, mbconv, lateral and nodes.
+// The ops on maps of bytes on the CPU: quantize, dequantize, stem, mbconv, lateral and nodes.
 #include <algorithm>
 #include <cmath>
 
@@ -85,6 +85,45 @@ static Tensor int8_dequantize(const Tensor input, double scale, int64_t zero) {
   in_chunks(map.numel(), [&](int64_t at, int64_t count) {
     cpu::int8_kernels().dequantize(from + at, count, static_cast<float>(scale),
                                    static_cast<float>(zero), to + at);
+  });
+  return out;
+}
+
+// The stem of maps of floats, a row at a time, which is rounded while it is in the cache.
+static Tensor int8_stem(const Tensor image, const Tensor weight, const Tensor scale,
+                        const Tensor shift, const std::optional<Tensor> mean,
+                        const std::optional<Tensor> std, const Ints padding, const Ints size,
+                        int64_t activation, double inverse, int64_t zero) {
+  Tensors kept;
+  Tensor floats;
+  StemParams p = stem_params(
+      image, weight, scale, shift, mean, std, padding, size, activation, ScalarType::Float,
+      [&](const Tensor& t, int64_t numel, const char* name) {
+        kept.push_back(float_weight(t, numel, name));
+        return kept.back().const_data_ptr<float>();
+      },
+      &floats);
+  for (int d = 0; d < 4; d++) p.stride[d] = image.stride(d);
+  Tensor out = empty_like(floats, p.c_out, p.out_h, p.out_w, ScalarType::Byte);
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+
+  const cpu::Runtime threads = runtime();
+  const int64_t row = p.out_w * p.c_out, values = round_up(row, 16);
+  const int64_t mine = values + round_up(cpu::kernels().stem_scratch(p), 16);
+  const Workspace workspace(4 * mine * threads.threads);
+  cpu::Schedule schedule({p.n * p.out_h});
+  schedule.run(threads, [&](int64_t, int64_t task, int thread) {
+    float* from = reinterpret_cast<float*>(workspace.data()) + thread * mine;
+    const int64_t i = task / p.out_h, y = task % p.out_h;
+    StemParams q = p;
+    q.image = static_cast<const char*>(image.const_data_ptr()) +
+              i * p.stride[0] * static_cast<int64_t>(image.element_size());
+    // row y of an image lies y rows behind `out`: here it is the thread's only one
+    q.out = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(from) -
+                                    sizeof(float) * static_cast<uintptr_t>(y * row));
+    cpu::kernels().stem_rows(q, 0, y, y + 1, from + values);
+    cpu::int8_kernels().quantize(from, row, static_cast<float>(inverse), static_cast<float>(zero),
+                                 to + task * row);
   });
   return out;
 }
@@ -372,6 +411,7 @@ static Tensors int8_nodes(const Tensors inputs, const Tensors fuse_rows, const T
 STABLE_TORCH_LIBRARY_IMPL(edet_kernels, CPU, m) {
   m.impl("int8_quantize", TORCH_BOX(&int8_quantize));
   m.impl("int8_dequantize", TORCH_BOX(&int8_dequantize));
+  m.impl("int8_stem", TORCH_BOX(&int8_stem));
   m.impl("int8_mbconv", TORCH_BOX(&int8_mbconv));
   m.impl("int8_lateral", TORCH_BOX(&int8_lateral));
   m.impl("int8_nodes", TORCH_BOX(&int8_nodes));

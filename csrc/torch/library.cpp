@@ -48,6 +48,10 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
   m.def("int8_quantize(Tensor input, float inverse, int zero) -> Tensor");
   m.def("int8_dequantize(Tensor input, float scale, int zero) -> Tensor");
   m.def(
+      "int8_stem(Tensor image, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, "
+      "Tensor? std, SymInt[] padding, SymInt[] size, int activation, float inverse, int zero) -> "
+      "Tensor");
+  m.def(
       "int8_mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, "
       "Tensor[] project, int stride, SymInt[] padding, SymInt[] size, int activation, "
       "float residual) -> Tensor");

@@ -1,4 +1,4 @@
-"""Parts of a network on bytes: from packed float weights and ranges to the ops of edet_kernels.int8.
+"""Parts of a network on bytes: from float weights and ranges to the ops of edet_kernels.int8.
 
 Each class has ``run``, which computes from float maps to float maps as the float part does, and
 ``watch``, which computes the float part by PyTorch's layers and shows every map that has a range.
@@ -210,18 +210,18 @@ class Int8Backbone:
     def _pairs(self) -> tuple[Sequence[Any], Sequence[Any]]:
         return self.packed.source.blocks, self.packed.blocks
 
-    def _stem(
-        self, images: Tensor, dtype: torch.dtype, mean: Tensor | None, std: Tensor | None
-    ) -> Tensor:
-        source = self.packed.source
-        return edet_kernels.stem(
-            images.to(dtype) if mean is None else images,
+    def _stem(self, images: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+        """The first map's bytes."""
+        source, (scale, zero) = self.packed.source, self.steps[0].one
+        return int8.stem(
+            images.float() if mean is None or images.dtype != torch.uint8 else images,
             *self.packed.stem,
             mean=mean,
             std=std,
             padding=source.padding,
             activation=source.activation,
-            dtype=dtype,
+            inverse=1 / scale,
+            zero=zero,
         )
 
     def run(
@@ -234,8 +234,8 @@ class Int8Backbone:
     ) -> list[Tensor]:
         """The float maps of ``images``, as :meth:`PackedBackbone.run` gives them."""
         source = self.packed.source
-        x: Tensor | None = self._stem(images, dtype, mean, std)  # as floats; None: not known
-        u: Tensor | None = None  # as bytes
+        u: Tensor | None = self._stem(images, mean, std)  # as bytes; None: not known
+        x: Tensor | None = None  # as floats
         maps = []
         for i, (block, weights) in enumerate(zip(*self._pairs(), strict=True)):
             options = {
@@ -418,7 +418,8 @@ class Int8Nodes:
             sizes=[sizes[level] for level in packed.node_levels],
             outputs=outputs,
             pool=packed.pool,
-            **packed.activations,
+            pre_activation=packed.activations["pre_activation"],
+            post_activation=packed.activations["post_activation"],
         )
         values = {
             o: int8.dequantize(u, *self.edges[o].one) for o, u in zip(outputs, found, strict=True)
@@ -464,8 +465,8 @@ class Int8Head:
 
     Args:
         packed: the float weights.
-        settings: ranges ``input.v`` of each level, and of each layer i ``i.mid`` and, on each level,
-            ``i.v.out``; ``predict`` keeps the last layer in float.
+        settings: ranges ``input.v`` of each level, and of each layer i ``i.mid`` and, on each
+            level, ``i.v.out``; ``predict`` keeps the last layer in float.
     """
 
     def __init__(

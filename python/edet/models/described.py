@@ -2,9 +2,9 @@
 
 One file of ``torch.save``, of tensors and plain values only: ``state_dict`` holds the weights to
 use, as any reader of checkpoints finds them; ``edet`` the description; ``training``, where it is
-kept, what a run needs to go on. A quantised model's ranges lie beside its float weights, as
-``int8.PART.MAP`` (means as ``int8_mean.PART.MAP``), and are lists of what it keeps in float in the description. Or a ``.safetensors`` file of the weights, with the description as
-JSON in its metadata.
+kept, what a run needs to go on. Or a ``.safetensors`` file of the weights, with the description as
+JSON in its metadata. A quantised model's ranges and means lie beside its float weights, as
+``int8.PART.MAP`` and ``int8_mean.PART.MAP``.
 """
 
 from __future__ import annotations
