@@ -1,5 +1,6 @@
 """Fused kernels for EfficientDet as PyTorch functions; importing needs no compiler and no GPU."""
 
+from . import int8
 from . import library as _library
 from . import operators as _operators
 from .backend import BackendError, Choice, backend, current_backend, explain
@@ -21,10 +22,14 @@ from .ops import (
 )
 from .packing import (
     pack_depthwise,
+    pack_depthwise_int8,
     pack_pointwise,
+    pack_pointwise_int8,
     pack_stem,
     unpack_depthwise,
+    unpack_depthwise_int8,
     unpack_pointwise,
+    unpack_pointwise_int8,
     unpack_stem,
 )
 
@@ -44,11 +49,14 @@ __all__ = [
     "explain",
     "fusion_node",
     "head",
+    "int8",
     "lateral",
     "mbconv",
     "nms",
     "pack_depthwise",
+    "pack_depthwise_int8",
     "pack_pointwise",
+    "pack_pointwise_int8",
     "pack_stem",
     "separable_conv",
     "stem",
@@ -57,7 +65,9 @@ __all__ = [
     "training_node",
     "training_project",
     "unpack_depthwise",
+    "unpack_depthwise_int8",
     "unpack_pointwise",
+    "unpack_pointwise_int8",
     "unpack_stem",
     "weighted_fusion",
 ]

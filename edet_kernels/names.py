@@ -42,6 +42,12 @@ OPS = (
     "detect",
 )
 
+#: The operators on maps of bytes (edet_kernels.int8).
+INT8_OPS = (
+    *("int8_quantize", "int8_dequantize", "int8_stem"),
+    *("int8_mbconv", "int8_lateral", "int8_nodes"),
+)
+
 #: Those that return maps: they have gradients, and autocast casts their inputs.
 MAP_OPS = tuple(op for op in OPS if op not in ("nms", "detect"))
 

@@ -88,14 +88,60 @@ def as_packed_pointwise(weight: Tensor) -> Tensor:
     return pack_pointwise(weight) if weight.dim() == 4 else weight
 
 
+def pack_pointwise_int8(weight: Tensor) -> Tensor:
+    """Packs an int8 pointwise weight (C_out, C_in, 1, 1) as (⌈C_out/16⌉, ⌈C_in/4⌉, 16, 4).
+
+    Four input channels lie side by side, which one instruction multiplies and adds; zero padded.
+
+    Raises:
+        ValueError: ``weight`` is not (C_out, C_in, 1, 1).
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        raise ValueError(f"pw_weight must be (C_out, C_in, 1, 1), got {tuple(weight.shape)}")
+    c_out, c_in = weight.shape[:2]
+    padded = F.pad(weight.flatten(1), (0, -c_in % 4, 0, -c_out % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+
+
+def unpack_pointwise_int8(packed: Tensor, out_channels: int, in_channels: int) -> Tensor:
+    """Inverse of :func:`pack_pointwise_int8`: back to (C_out, C_in, 1, 1)."""
+    rows = packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)
+    return rows[:out_channels, :in_channels, None, None]
+
+
+def pack_depthwise_int8(weight: Tensor) -> Tensor:
+    """Packs an int8 depthwise weight (C, 1, k, k) as (k, C, 4) for k = 3, (k, C, 8) for k = 5.
+
+    The rows of a column of taps lie side by side, zero padded: one instruction, or two, multiplies
+    and adds them.
+
+    Raises:
+        ValueError: ``weight`` is not (C, 1, 3, 3) or (C, 1, 5, 5).
+    """
+    if weight.dim() != 4 or weight.shape[1:] not in ((1, 3, 3), (1, 5, 5)):
+        raise ValueError(f"dw_weight must be (C, 1, 3 or 5, same), got {tuple(weight.shape)}")
+    columns = weight[:, 0].permute(2, 0, 1)  # (column, C, row)
+    return F.pad(columns, (0, -weight.shape[-1] % 4)).contiguous()
+
+
+def unpack_depthwise_int8(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_depthwise_int8`: back to (C, 1, k, k)."""
+    k = packed.shape[0]
+    return packed[..., :k].permute(1, 2, 0)[:, None].contiguous()
+
+
 __all__ = [
     "PANEL",
     "as_packed_depthwise",
     "as_packed_pointwise",
     "pack_depthwise",
+    "pack_depthwise_int8",
     "pack_pointwise",
+    "pack_pointwise_int8",
     "pack_stem",
     "unpack_depthwise",
+    "unpack_depthwise_int8",
     "unpack_pointwise",
+    "unpack_pointwise_int8",
     "unpack_stem",
 ]

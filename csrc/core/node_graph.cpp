@@ -26,8 +26,8 @@ std::vector<int64_t> place_maps(NodeGraph& graph, const std::vector<bool>& is_ou
     if (is_output[i]) continue;
     const NodeParams& node = graph.nodes[i];
     const FusionParams& fusion = node.fusion;
-    const int64_t size =
-        fusion.n * fusion.h * fusion.w * node.c_out * (fusion.dtype == DType::f32 ? 4 : 2);
+    const int64_t element = graph.bytes ? 1 : fusion.dtype == DType::f32 ? 4 : 2;
+    const int64_t size = fusion.n * fusion.h * fusion.w * node.c_out * element;
     const int me = static_cast<int>(i);
     Part* place = nullptr;  // the one that has been free for longest: nobody waits for it
     for (Part& part : parts)

@@ -16,6 +16,7 @@ struct InputMap {
 struct NodeGraph {
   bool tf32;  // CUDA: whether floats may be multiplied as tf32 (from sm_80)
   Pool pool;
+  bool bytes;  // maps between nodes are of bytes, whatever their dtype
   std::vector<InputMap> inputs;
   std::vector<NodeParams> nodes;  // edges' sources come before their readers
   // For each node, nodes that must be finished first because it overwrites what they read or wrote.

@@ -1,6 +1,10 @@
 // Picks the kernels for the CPU this runs on.
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -10,15 +14,28 @@ namespace edet::cpu {
 
 namespace baseline {
 extern const Kernels table;
-}
+extern const Int8Kernels int8_table;
+}  // namespace baseline
 #ifdef EDET_HAVE_AVX2
 namespace avx2 {
 extern const Kernels table;
+extern const Int8Kernels int8_table;
+}  // namespace avx2
+#endif
+#ifdef EDET_HAVE_AVX2_VNNI
+namespace avx2_vnni {
+extern const Int8Kernels int8_table;
 }
 #endif
 #ifdef EDET_HAVE_AVX512
 namespace avx512 {
 extern const Kernels table;
+extern const Int8Kernels int8_table;
+}  // namespace avx512
+#endif
+#ifdef EDET_HAVE_AVX512_VNNI
+namespace avx512_vnni {
+extern const Int8Kernels int8_table;
 }
 #endif
 #ifdef EDET_HAVE_AVX512_BF16
@@ -27,47 +44,80 @@ extern const Kernels table;
 }
 #endif
 
-// Tables that were built and that this CPU can run, the best one first.
-static std::vector<const Kernels*> usable() {
-  std::vector<const Kernels*> tables;
+namespace {
+
+// An instruction set by its name: VNNI makes no difference to maps of floats, pairs of bf16 none to
+// maps of bytes.
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+  const Int8Kernels* int8;
+};
+
+#if defined(EDET_HAVE_AVX2_VNNI)
+// AVX-VNNI, which compilers name later than processors have it: CPUID 7.1, EAX bit 4.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+// What was built and what this CPU can run, the best one first.
+std::vector<InstructionSet> usable() {
+  std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
-#if defined(EDET_HAVE_AVX512) || defined(EDET_HAVE_AVX512_BF16)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(EDET_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    const Int8Kernels* bytes = &avx512::int8_table;
+#if defined(EDET_HAVE_AVX512_VNNI)
+    if (__builtin_cpu_supports("avx512vnni")) bytes = &avx512_vnni::int8_table;
 #endif
-#ifdef EDET_HAVE_AVX512_BF16
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16::table);
+#if defined(EDET_HAVE_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16"))
+      sets.push_back({"avx512_bf16", &avx512_bf16::table, bytes});
 #endif
-#ifdef EDET_HAVE_AVX512
-  if (avx512) tables.push_back(&avx512::table);
+    if (bytes != &avx512::int8_table) sets.push_back({"avx512_vnni", &avx512::table, bytes});
+    sets.push_back({"avx512", &avx512::table, &avx512::int8_table});
+  }
 #endif
-#ifdef EDET_HAVE_AVX2
+#if defined(EDET_HAVE_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    tables.push_back(&avx2::table);
+      __builtin_cpu_supports("f16c")) {
+#if defined(EDET_HAVE_AVX2_VNNI)
+    if (has_avx_vnni()) sets.push_back({"avx2_vnni", &avx2::table, &avx2_vnni::int8_table});
 #endif
-  tables.push_back(&baseline::table);
-  return tables;
+    sets.push_back({"avx2", &avx2::table, &avx2::int8_table});
+  }
+#endif
+  sets.push_back({"baseline", &baseline::table, &baseline::int8_table});
+  return sets;
 }
 
-static const Kernels& choose() {
-  const std::vector<const Kernels*> tables = usable();
+InstructionSet choose() {
+  const std::vector<InstructionSet> sets = usable();
   const char* asked = std::getenv("EDET_CPU_ISA");
-  if (!asked || !*asked) return *tables.front();
+  if (!asked || !*asked) return sets.front();
   std::string names;
-  for (const Kernels* t : tables) {
-    if (t->isa == std::string(asked)) return *t;
-    names += (names.empty() ? "" : ", ") + std::string(t->isa);
+  for (const InstructionSet& set : sets) {
+    if (set.name == std::string(asked)) return set;
+    names += (names.empty() ? "" : ", ") + std::string(set.name);
   }
   throw std::invalid_argument("EDET_CPU_ISA must be one of " + names + " on this CPU, got '" +
                               asked + "'");
 }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+const InstructionSet& chosen() {
+  static const InstructionSet set = choose();
+  return set;
 }
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().kernels; }
+
+const Int8Kernels& int8_kernels() { return *chosen().int8; }
 
 }  // namespace edet::cpu

@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table of functions, and the choice of the table.
 #pragma once
 
+#include "../core/int8.h"
 #include "../core/params.h"
 
 namespace edet::cpu {
@@ -39,8 +40,29 @@ struct Kernels {
                   float* value);
 };
 
+// The same for maps of bytes.
+struct Int8Kernels {
+  int64_t (*mbconv_scratch)(const Int8MbconvParams&);  // bytes of scratch per thread
+  void (*mbconv_expand)(const Int8MbconvParams&, int64_t image, int64_t band, int64_t chunk,
+                        char* scratch);
+  void (*mbconv_squeeze)(const Int8MbconvParams&, int64_t image, char* scratch);
+  void (*mbconv_gate)(const Int8MbconvParams&, int64_t image, int64_t panel);
+  void (*mbconv_project)(const Int8MbconvParams&, int64_t image, int64_t begin, int64_t end,
+                         char* scratch);
+  int64_t (*node_scratch)(const Int8NodeParams&);  // bytes
+  void (*node)(const Int8NodeParams&, int64_t image, int64_t y_begin, int64_t y_end, char* scratch);
+  int64_t (*projection_scratch)(const Int8Projection&);  // bytes
+  void (*projection)(const Int8Projection&, int64_t begin, int64_t end, char* scratch);
+  void (*pool)(const FusionParams&, uint8_t* out, int64_t image, int64_t y_begin, int64_t y_end);
+  void (*quantize)(const float* from, int64_t n, float inverse, float zero, uint8_t* to);
+  void (*dequantize)(const uint8_t* from, int64_t n, float scale, float zero, float* to);
+};
+
 // The best table that this CPU can run, or the one EDET_CPU_ISA names. Throws
 // std::invalid_argument when EDET_CPU_ISA names none that was built and that this CPU can run.
 const Kernels& kernels();
+
+// The table for maps of bytes that goes with it.
+const Int8Kernels& int8_kernels();
 
 }  // namespace edet::cpu

@@ -45,13 +45,21 @@ int64_t node_graph_scratch(const NodeGraph& graph, const Runtime& runtime) {
 
 void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scratch) {
   const Kernels& k = kernels();
+  const int64_t scratch_floats = thread_scratch(graph);
+  run_node_graph(graph, runtime,
+                 [&](size_t i, int64_t image, int64_t begin, int64_t end, int thread) {
+                   k.separable_node(graph.nodes[i], image, begin, end,
+                                    scratch + thread * scratch_floats, nullptr);
+                 });
+}
+
+void run_node_graph(const NodeGraph& graph, const Runtime& runtime, const NodeBody& body) {
   std::vector<int64_t> bands, rows, tasks;
   for (const NodeParams& node : graph.nodes) {
     rows.push_back(band_rows(node.fusion.h, node.fusion.w, runtime.threads));
     bands.push_back(divide_up(node.fusion.h, rows.back()));
     tasks.push_back(node.fusion.n * bands.back());
   }
-  const int64_t scratch_floats = thread_scratch(graph);
   Schedule schedule(tasks);
   struct Band {
     int64_t image, begin, end;
@@ -82,8 +90,7 @@ void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scrat
   schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
     const auto i = static_cast<size_t>(step);
     const Band b = band(i, task);
-    k.separable_node(graph.nodes[i], b.image, b.begin, b.end, scratch + thread * scratch_floats,
-                     nullptr);
+    body(i, b.image, b.begin, b.end, thread);
   });
 }
 

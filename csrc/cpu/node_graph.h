@@ -1,6 +1,8 @@
 // Runs fusion → depthwise → pointwise nodes that read each other's maps, band by band.
 #pragma once
 
+#include <functional>
+
 #include "../core/node_graph.h"
 #include "schedule.h"
 
@@ -10,6 +12,11 @@ namespace edet::cpu {
 int64_t node_graph_scratch(const NodeGraph& graph, const Runtime& runtime);
 
 void run_node_graph(const NodeGraph& graph, const Runtime& runtime, float* scratch);
+
+// The same with another way to compute rows [begin, end) of a node's map of an image.
+using NodeBody =
+    std::function<void(size_t node, int64_t image, int64_t begin, int64_t end, int thread)>;
+void run_node_graph(const NodeGraph& graph, const Runtime& runtime, const NodeBody& body);
 
 // Rows of one task of a map (h, w): enough pixels that recomputing the two halo rows is cheap,
 // few enough that every thread has work.

@@ -44,6 +44,25 @@ STABLE_TORCH_LIBRARY(EDET_OPS, m) {
       "detect(Tensor[] class_outputs, Tensor[] box_outputs, Tensor anchors, Tensor? limits, "
       "int method, float iou_threshold, float sigma, float score_threshold, int max_detections, "
       "int max_candidates, bool class_agnostic=False) -> (Tensor, Tensor, Tensor, Tensor)");
+  // On maps of bytes: edet_kernels/int8.py.
+  m.def("int8_quantize(Tensor input, float inverse, int zero) -> Tensor");
+  m.def("int8_dequantize(Tensor input, float scale, int zero) -> Tensor");
+  m.def(
+      "int8_stem(Tensor image, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, "
+      "Tensor? std, SymInt[] padding, SymInt[] size, int activation, float inverse, int zero) -> "
+      "Tensor");
+  m.def(
+      "int8_mbconv(Tensor input, Tensor[] expand, Tensor[] depthwise, Tensor[] squeeze, "
+      "Tensor[] project, int stride, SymInt[] padding, SymInt[] size, int activation, "
+      "float residual) -> Tensor");
+  m.def(
+      "int8_lateral(Tensor input, Tensor[] pw_weights, Tensor[] rows, int pooled, int pool) -> "
+      "Tensor[]");
+  m.def(
+      "int8_nodes(Tensor[] inputs, Tensor[] fuse_rows, Tensor[] dw_weights, Tensor[] mid_rows, "
+      "Tensor[] pw_weights, Tensor[] out_rows, int[] layers, int[] edges, int[] edge_counts, "
+      "SymInt[] sizes, int[] outputs, int pool, int pre_activation, int post_activation) -> "
+      "Tensor[]");
   // The maps, then mean and sum of squared deviations, (nodes, c_out) each; (0, c_out) without
   // statistics.
   m.def(

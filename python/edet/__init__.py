@@ -15,12 +15,14 @@ from . import (
 from .deploy import export
 from .detection.images import ImageError
 from .detection.predictor import Prediction, Predictor
+from .detection.quantize import int8_errors, quantize
 from .detection.results import Detections
 from .dropin import accelerate, restore
 from .models.backbones import load_backbone
 from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from .models.configs import ModelConfig, list_models
 from .models.counts import count_macs, count_parameters
+from .models.described import load_described, save_described
 from .models.efficientdet import EfficientDet
 from .models.factory import create_model
 from .training import losses, targets
@@ -50,17 +52,21 @@ __all__ = [
     "draw",
     "evaluate",
     "export",
+    "int8_errors",
     "layers",
     "list_models",
     "load_backbone",
     "load_checkpoint",
+    "load_described",
     "losses",
     "open_dataset",
     "postprocess",
     "preprocess",
+    "quantize",
     "read_checkpoint",
     "restore",
     "save_checkpoint",
+    "save_described",
     "targets",
     "training",
     "video",

@@ -86,10 +86,16 @@ def test_stable_abi_of_torch_2_10():
     assert file["torch"]["min_torch_version"] == "2.10.0"
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
-def test_no_function_of_one_instruction_set_can_be_linked_into_another(isa):
+@pytest.mark.parametrize(
+    ("kind", "isa"),
+    [
+        *(("cpu", isa) for isa in ("avx2", "avx512", "avx512_bf16")),
+        *(("int8", isa) for isa in ("avx2", "avx2_vnni", "avx512", "avx512_vnni")),
+    ],
+)
+def test_no_function_of_one_instruction_set_can_be_linked_into_another(kind, isa):
     """A weak symbol may be merged with its namesake, and AVX-512 code run where there is none."""
-    pattern = f"build/*/CMakeFiles/edet_cpu_{isa}.dir/csrc/cpu/*.cpp.o"
+    pattern = f"build/*/CMakeFiles/edet_{kind}_{isa}.dir/csrc/cpu/*.cpp.o"
     objects = [path for path in ROOT.glob(pattern) if path.parts[-6] in ("cpu", "cuda")]
     if not objects:
         pytest.skip("the library was not built in this tree for this instruction set")

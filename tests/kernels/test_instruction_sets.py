@@ -16,6 +16,15 @@ SETS = {
     "avx512_bf16": ("AVX512",),
 }
 
+#: Those that differ in maps of bytes, and the flag of the CPUs that have them; None: all of x86-64.
+BYTE_SETS = {
+    "baseline": None,
+    "avx2": "avx2",
+    "avx2_vnni": "avx_vnni",
+    "avx512": "avx512bw",
+    "avx512_vnni": "avx512_vnni",
+}
+
 
 def run(instruction_set, *arguments):
     """Runs Python with ``instruction_set`` asked for."""
@@ -41,6 +50,18 @@ def test_ops(instruction_set):
     options = ["-q", "-x", "-p", "no:cacheprovider"]
     options += ["-k", "not triton and not emulated and not reference"]  # of the backends
     result = run(instruction_set, "-m", "pytest", *options, *files)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", BYTE_SETS)
+def test_ops_on_bytes(instruction_set):
+    flag, info = BYTE_SETS[instruction_set], Path("/proc/cpuinfo")
+    if flag is not None and (not info.is_file() or f" {flag} " not in info.read_text()):
+        pytest.skip(f"this CPU has no {instruction_set}")
+    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    file = str(Path(__file__).with_name("test_int8.py"))
+    result = run(instruction_set, "-m", "pytest", *options, file)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr
 
 

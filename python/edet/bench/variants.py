@@ -23,6 +23,7 @@ from ..detection.postprocess import postprocess
 from ..detection.predictor import Predictor
 from ..detection.preprocess import preprocess
 from ..fused.module import PackedModule
+from ..fused.packed import pack_nodes
 from ..fused.plan import record
 from ..models.bifpn import BiFPN
 from ..models.efficientdet import EfficientDet
@@ -145,7 +146,7 @@ def node_calls(fpn: BiFPN, maps: Sequence[Tensor]) -> dict[str, Call]:
     The projections of the backbone's ``maps``, the same for both, are not part of the calls.
     """
     dtype = maps[0].dtype
-    weights = fpn.pack(dtype)
+    weights = pack_nodes(fpn.as_fusion_nodes(), dtype)
     inputs, sizes = weights.node_inputs(maps, dtype)
     calls: dict[str, Call] = {}
     for name, run in (

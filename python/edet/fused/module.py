@@ -19,12 +19,13 @@ from edet_kernels import current_backend
 from edet_kernels.autocast import autocast_dtype
 
 from .plan import Plan, Plans, record
+from .ranges import Int8
 from .sources import Sources, is_traced, layers_reason
 
 #: Attributes that a packed module needs for itself.
 RESERVED = (
     *("pack", "packed", "repack", "freeze", "unfreeze", "fused", "check_layers", "layer_types"),
-    *("_cache", "_frozen", "_freeze", "_entry", "_constants"),
+    *("_cache", "_frozen", "_freeze", "_entry", "_constants", "int8"),
 )
 
 #: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
@@ -193,6 +194,8 @@ class PackedModule(nn.Module):
 
     _frozen: _Frozen | None = None
     _constants: tuple[Any, torch.dtype] | None = None
+    #: How the fused ops compute on bytes; None: on floats. Call :meth:`repack` after a change.
+    int8: Int8 | None = None
     #: Classes of the layers that the fused ops stand for; None: any.
     layer_types: frozenset[type] | None = None
     #: False: PyTorch's own layers always run, as for a benchmark's baseline.

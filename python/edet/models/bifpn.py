@@ -14,6 +14,7 @@ from edet_kernels.autocast import autocast_dtype
 
 from ..fused.cells import Node, graph_of
 from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
+from ..fused.int8 import Int8Nodes
 from ..fused.module import PackedModule, check_exported_size, planned
 from ..fused.packed import PackedNodes, pack_nodes
 from ..fused.sources import own_weight
@@ -467,5 +468,6 @@ class BiFPN(PackedModule):
                 raise Mismatch(f"{name} is padded in another way")
         self.as_fusion_nodes().check()
 
-    def pack(self, dtype: torch.dtype) -> PackedNodes:
-        return pack_nodes(self.as_fusion_nodes(), dtype)
+    def pack(self, dtype: torch.dtype) -> PackedNodes | Int8Nodes:
+        weights = pack_nodes(self.as_fusion_nodes(), dtype)
+        return weights if self.int8 is None else Int8Nodes(weights, self.int8, dtype)

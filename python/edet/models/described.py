@@ -3,7 +3,8 @@
 One file of ``torch.save``, of tensors and plain values only: ``state_dict`` holds the weights to
 use, as any reader of checkpoints finds them; ``edet`` the description; ``training``, where it is
 kept, what a run needs to go on. Or a ``.safetensors`` file of the weights, with the description as
-JSON in its metadata.
+JSON in its metadata. A quantised model's ranges and means lie beside its float weights, as
+``int8.PART.MAP`` and ``int8_mean.PART.MAP``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from edet_kernels import __version__
 
 from ..extras import require
 from ..files import replacing
+from ..fused.module import PackedModule
+from ..fused.ranges import Int8
 from .checkpoints import CheckpointError, load_checkpoint, read_file
 from .configs import ModelConfig
 from .efficientdet import EfficientDet
@@ -30,6 +33,8 @@ from .efficientnet import EfficientNet
 FORMAT = 1
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
+
+_PARTS = ("backbone", "fpn", "class_net", "box_net")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,9 @@ def save_described(
 ) -> None:
     """Writes the weights of ``model`` and what they are; the file appears whole or not at all.
 
+    Of a quantised model (:func:`edet.quantize`) also its ranges, from which :func:`load_described`
+    makes the same bytes of the same weights again.
+
     Args:
         path: ends in ``.pt``, ``.pth`` or ``.safetensors``.
         class_names, category_ids, step, epoch, figures: see :class:`Description`.
@@ -127,6 +135,13 @@ def save_described(
         "edet": plain,
         "state_dict": {key: _stored(key, x, dtype) for key, x in model.state_dict().items()},
     }
+    quantised = _quantised(model)
+    if quantised:
+        plain["int8"] = {part: list(own.keep) for part, own in quantised.items()}
+        for part, own in quantised.items():
+            for name, ends in own.ranges.items():
+                content["state_dict"][f"int8.{part}.{name}"] = ends.contiguous()
+                content["state_dict"][f"int8_mean.{part}.{name}"] = own.means[name]
     if training is not None:
         content["training"] = training
     if not path.parent.is_dir():
@@ -138,6 +153,37 @@ def save_described(
             file.write(save(content["state_dict"], metadata))
         else:
             torch.save(content, file)
+
+
+def _quantised(model: EfficientDet) -> dict[str, Int8]:
+    """How each part that computes on bytes does so."""
+    found = {name: getattr(getattr(model, name), "int8", None) for name in _PARTS}
+    return {name: own for name, own in found.items() if isinstance(own, Int8)}
+
+
+def _quantise(model: EfficientDet, content: Mapping[str, Any], path: Path) -> None:
+    """Makes the parts of ``model`` compute on bytes that did so when it was saved."""
+    try:
+        for part, keep in content["edet"].get("int8", {}).items():
+            ranges, means = (
+                {
+                    key.removeprefix(prefix): x
+                    for key, x in content["state_dict"].items()
+                    if key.startswith(prefix)
+                }
+                for prefix in (f"int8.{part}.", f"int8_mean.{part}.")
+            )
+            module = getattr(model, part) if part in _PARTS else None
+            if not isinstance(module, PackedModule):
+                raise ValueError(f"{part} is no part with an int8 form")
+            for name, ends in ranges.items():
+                if ends.dim() != 2 or len(ends) != 2 or not bool(ends.isfinite().all()):
+                    raise ValueError(f"the range of {name} must be two rows of finite numbers")
+            module.int8 = Int8(ranges, means, tuple(map(str, keep)))
+            with torch.no_grad():
+                module.pack(torch.float32)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} has int8 ranges that do not fit: {error}") from error
 
 
 def _stored(key: str, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -184,6 +230,7 @@ def read_description(path: str | os.PathLike[str]) -> Description | None:
         return None
     plain = dict(content["edet"]) if isinstance(content["edet"], Mapping) else {}
     plain.pop("own_backbone", None)
+    plain.pop("int8", None)
     return _from_plain(plain, Path(path))
 
 
@@ -213,11 +260,13 @@ def load_described(path: str | os.PathLike[str]) -> tuple[EfficientDet, Descript
             f"{path} does not say which model it is of: give the model's name, and this file as "
             "its checkpoint"
         )
-    if _content(path)["edet"].get("own_backbone"):
+    content = _content(path)
+    if content["edet"].get("own_backbone"):
         raise CheckpointError(
             f"{path} is of a model with a backbone of its own: create that model and load the "
             "file by edet.load_checkpoint"
         )
     model = EfficientDet(description.config)
     load_checkpoint(model, path)
+    _quantise(model, content, Path(path))
     return model.eval(), description

@@ -15,6 +15,7 @@ from edet_kernels.autocast import autocast_dtype
 from edet_kernels.reference import activate
 
 from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
+from ..fused.int8 import Int8Backbone
 from ..fused.module import PackedModule, check_exported_size, planned
 from ..fused.packed import PackedBackbone, pack_backbone
 from ..fused.sources import own_weight
@@ -404,5 +405,6 @@ class EfficientNet(PackedModule):
                 raise Mismatch(f"block {i} has another activation")
         self.as_backbone_blocks().check()
 
-    def pack(self, dtype: torch.dtype) -> PackedBackbone:
-        return pack_backbone(self.as_backbone_blocks(), dtype)
+    def pack(self, dtype: torch.dtype) -> PackedBackbone | Int8Backbone:
+        weights = pack_backbone(self.as_backbone_blocks(), dtype)
+        return weights if self.int8 is None else Int8Backbone(weights, self.int8, dtype)

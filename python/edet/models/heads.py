@@ -13,6 +13,7 @@ import edet_kernels
 from edet_kernels.reference import activate
 
 from ..fused.describe import HeadLayers, Mismatch
+from ..fused.int8 import Int8Head
 from ..fused.module import PackedModule, planned
 from ..fused.packed import PackedHead, pack_head
 from ..fused.sources import own_weight
@@ -159,5 +160,6 @@ class Head(PackedModule):
             check_separable_layers(f"layer {i}", conv)
         self.as_head_layers().check()
 
-    def pack(self, dtype: torch.dtype) -> PackedHead:
-        return pack_head(self.as_head_layers(), dtype)
+    def pack(self, dtype: torch.dtype) -> PackedHead | Int8Head:
+        weights = pack_head(self.as_head_layers(), dtype)
+        return weights if self.int8 is None else Int8Head(weights, self.int8, dtype)

@@ -1,0 +1,529 @@
+"""The ops on maps of bytes: int8 weights, uint8 maps, int32 sums.
+
+:mod:`edet_kernels.int8_reference` defines every byte of their results. They have no gradients.
+Weights are packed by ``pack_pointwise_int8`` and ``pack_depthwise_int8``; rows of a requantisation
+are explained in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import int8_reference, library, reference
+from .backend import BackendError, current_backend, has_kernel
+from .fakes import empty_map, fake
+from .names import INT8_OPS, MAX_EDGES, POOLS, Size
+from .ops.checks import check_list, check_word, numbers_of, shape_of
+from .packing import PANEL
+
+
+def runs_kernel(op: str, device: torch.device) -> bool:
+    """Whether the compiled kernel of an op on bytes serves a device; else its reference does.
+
+    Raises:
+        BackendError: a backend was asked for by name and has no such kernel.
+    """
+    asked = current_backend()
+    if asked == "reference":
+        return False
+    if device.type != "cpu":
+        reason = f"the tensors are on {device.type}"
+    elif asked in ("cuda", "triton"):
+        reason = "int8 kernels are compiled for CPUs"
+    elif not library.load():
+        reason = library.status()
+    elif not has_kernel(op, "cpu"):
+        reason = "the library is older than this package and lacks it: run 'make build'"
+    else:
+        return True
+    if asked != "auto":
+        raise BackendError(f"{op} cannot run on backend {asked!r}: {reason}")
+    return False
+
+
+# what it reads, a ContextVar, cannot be traced
+runs_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _run(op: str, *args: Any) -> Any:
+    function = getattr(torch.ops.edet_kernels, op)
+    if torch.compiler.is_compiling():
+        return function(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
+
+
+def _check_map(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{name} must be (N, C, H, W) with C, H, W ≥ 1, got {shape_of(x)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+
+
+def _check(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {tuple(shape)}, got {shape_of(t)}")
+    if t.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like the maps, got {t.device}")
+
+
+def _pointwise_shape(c_out: int, c_in: int) -> tuple[int, int, int, int]:
+    return -(-c_out // PANEL), -(-c_in // 4), PANEL, 4
+
+
+def _check_zero(zero: int) -> None:
+    if not isinstance(zero, int) or not 0 <= zero <= 255:
+        raise ValueError(f"zero must be an integer of 0 to 255, got {zero!r}")
+
+
+def quantize(input: Tensor, inverse: float, zero: int) -> Tensor:
+    """round(clamp(input·inverse + zero, 0, 255)), to nearest even, as bytes; NaN becomes 0.
+
+    Args:
+        input: (N, C, H, W) float32.
+        inverse: of the scale.
+        zero: the byte of 0, 0 to 255.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_map("input", input, torch.float32)
+    _check_zero(zero)
+    if runs_kernel("int8_quantize", input.device):
+        return _run("int8_quantize", input, inverse, zero)
+    return int8_reference.quantize(input, inverse, zero)
+
+
+@fake("int8_quantize")
+def _fake_quantize(input: Tensor, inverse: float, zero: int) -> Tensor:
+    return empty_map(input, *input.shape[1:], dtype=torch.uint8)
+
+
+def dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
+    """(input − zero)·scale, float32, of bytes (N, C, H, W).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_map("input", input, torch.uint8)
+    _check_zero(zero)
+    if runs_kernel("int8_dequantize", input.device):
+        return _run("int8_dequantize", input, scale, zero)
+    return int8_reference.dequantize(input, scale, zero)
+
+
+@fake("int8_dequantize")
+def _fake_dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
+    return empty_map(input, *input.shape[1:], dtype=torch.float32)
+
+
+def stem(
+    image: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    padding: str = "same",
+    activation: str = "swish",
+    inverse: float,
+    zero: int,
+) -> Tensor:
+    """:func:`quantize` of :func:`edet_kernels.stem`, whose float32 map is not written.
+
+    The products are of floats: a byte may differ by one from the reference's.
+
+    Args:
+        image, weight, scale, shift, mean, std, padding, activation: as for the float op; the image
+            uint8 or float32, the weight packed.
+        inverse, zero: as for :func:`quantize`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_zero(zero)
+    if not isinstance(image, Tensor) or image.dtype not in (torch.uint8, torch.float32):
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a uint8 or float32 tensor, got {got}")
+    _check_map("image", image, image.dtype)
+    (number,) = numbers_of(activation=activation)
+    check_word("padding", padding, POOLS)
+    if image.shape[1] != 3:
+        raise ValueError(f"image must be (N, 3, H, W), got {shape_of(image)}")
+    c_out = scale.shape[0]
+    _check("weight", weight, (-(-c_out // PANEL), 27, PANEL), torch.float32, image)
+    _check("shift", shift, (c_out,), torch.float32, image)
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together")
+    if not runs_kernel("int8_stem", image.device):
+        x = reference.stem(
+            image,
+            weight,
+            scale,
+            shift,
+            mean=mean,
+            std=std,
+            padding=padding,
+            activation=activation,
+            dtype=torch.float32,
+        )
+        return int8_reference.quantize(x, inverse, zero)
+    axes = [reference.conv_geometry(n, 3, 2, padding) for n in image.shape[2:]]
+    before, size = [b for b, _ in axes], [n for _, n in axes]
+    return _run(
+        "int8_stem", image, weight, scale, shift, mean, std, before, size, number, inverse, zero
+    )
+
+
+@fake("int8_stem")
+def _fake_stem(
+    image: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    padding: Sequence[int],
+    size: Sequence[int],
+    *_: Any,
+) -> Tensor:
+    return empty_map(image, scale.shape[0], *size, dtype=torch.uint8)
+
+
+def _check_mbconv(
+    input: Tensor,
+    expand: Sequence[Tensor] | None,
+    depthwise: Sequence[Tensor],
+    squeeze: Sequence[Tensor] | None,
+    project: Sequence[Tensor],
+) -> int:
+    """Checks the parts of a block; the side of its depthwise kernel."""
+    for name, parts, count in (
+        ("expand", expand, 2),
+        ("depthwise", depthwise, 3),
+        ("squeeze", squeeze, 5),
+        ("project", project, 2),
+    ):
+        if parts is not None and len(parts) != count:
+            raise ValueError(f"{name} must be {count} tensors, got {len(parts)}")
+    weight, rows, pad = depthwise
+    c_in, c_mid, c_out = input.shape[1], pad.shape[0], project[1].shape[-1]
+    kernel = weight.shape[0]
+    if kernel not in (3, 5):
+        raise ValueError(f"the depthwise weight must be packed 3×3 or 5×5, got {shape_of(weight)}")
+    if expand is None:
+        if c_mid != c_in:
+            raise ValueError(f"pad must be ({c_in},) without expand, got {shape_of(pad)}")
+    else:
+        _check("expand weight", expand[0], _pointwise_shape(c_mid, c_in), torch.int8, input)
+        _check("expand rows", expand[1], (4, c_mid), torch.float32, input)
+    wide = 4 if kernel == 3 else 8
+    _check("depthwise weight", weight, (kernel, c_mid, wide), torch.int8, input)
+    _check("depthwise rows", rows, (4, c_mid), torch.float32, input)
+    _check("pad", pad, (c_mid,), torch.uint8, input)
+    if squeeze is None:
+        _check("project weight", project[0], _pointwise_shape(c_out, c_mid), torch.int8, input)
+    else:
+        shape = -(-c_out // PANEL), c_mid, PANEL
+        _check("project weight", project[0], shape, torch.float32, input)
+        reduced = squeeze[1].shape[-1]
+        _check("reduce weight", squeeze[0], (reduced, c_mid), torch.int16, input)
+        _check("reduce rows", squeeze[1], (2, reduced), torch.float32, input)
+        _check("excite weight", squeeze[2], (c_mid, reduced), torch.int16, input)
+        _check("excite rows", squeeze[3], (2, c_mid), torch.float32, input)
+        _check("zeros", squeeze[4], (c_mid,), torch.float32, input)
+    _check("project rows", project[1], (2, c_out), torch.float32, input)
+    return kernel
+
+
+def mbconv(
+    input: Tensor,
+    expand: Sequence[Tensor] | None,
+    depthwise: Sequence[Tensor],
+    squeeze: Sequence[Tensor] | None,
+    project: Sequence[Tensor],
+    *,
+    stride: int = 1,
+    padding: str = "same",
+    activation: str = "swish",
+    residual: float = 0.0,
+) -> Tensor:
+    """An inverted residual block on bytes, as :func:`edet_kernels.mbconv` is on floats.
+
+    Args:
+        input: (N, C_in, H, W) uint8.
+        expand: (packed int8 weight, rows (4, C_mid)), or None when C_mid is C_in.
+        depthwise: (packed int8 weight, rows (4, C_mid), pad (C_mid,) uint8: the byte of 0 of the
+            map that it reads).
+        squeeze: (reduce (R, C_mid) int16, rows (2, R), excite (C_mid, R) int16, rows (2, C_mid),
+            zeros (C_mid,): the bytes of 0 behind the depthwise convolution, as floats); or None.
+        project: (packed int8 weight, rows (2, C_out)); with squeeze a float weight of
+            ``pack_pointwise``, which is gated and rounded to int8 for each image.
+        stride: 1 or 2.
+        padding: ``same`` or ``symmetric``.
+        activation: as for :func:`edet_kernels.weighted_fusion`.
+        residual: factor of the input's bytes in the result; 0: not added.
+
+    Returns:
+        (N, C_out, ⌈H/stride⌉, ⌈W/stride⌉) uint8, channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_map("input", input, torch.uint8)
+    (number,) = numbers_of(activation=activation)
+    check_word("padding", padding, POOLS)
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    kernel = _check_mbconv(input, expand, depthwise, squeeze, project)
+    if residual and (stride != 1 or project[1].shape[1] != input.shape[1]):
+        raise ValueError(f"residual must be 0 for a result of another shape, got {residual}")
+    axes = [reference.conv_geometry(n, kernel, stride, padding) for n in input.shape[2:]]
+    before, size = [b for b, _ in axes], [n for _, n in axes]
+    if runs_kernel("int8_mbconv", input.device):
+        return _run(
+            "int8_mbconv",
+            input,
+            list(expand or ()),
+            list(depthwise),
+            list(squeeze or ()),
+            list(project),
+            stride,
+            before,
+            size,
+            number,
+            float(residual),
+        )
+    return int8_reference.mbconv(
+        input,
+        expand,
+        depthwise,
+        squeeze,
+        project,
+        stride=stride,
+        before=before,
+        size=size,
+        activation=activation,
+        residual=float(residual),
+    )
+
+
+@fake("int8_mbconv")
+def _fake_mbconv(
+    input: Tensor,
+    expand: Sequence[Tensor],
+    depthwise: Sequence[Tensor],
+    squeeze: Sequence[Tensor],
+    project: Sequence[Tensor],
+    stride: int,
+    padding: Sequence[int],
+    size: Sequence[int],
+    *_: Any,
+) -> Tensor:
+    return empty_map(input, project[1].shape[1], *size)
+
+
+def lateral(
+    input: Tensor,
+    pw_weights: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    *,
+    pooled: int = 0,
+    pool: str = "same",
+) -> list[Tensor]:
+    """All 1×1 projections of one map of bytes, as :func:`edet_kernels.lateral` is on floats.
+
+    Args:
+        input: (N, C_in, H, W) uint8.
+        pw_weights: for each projection a packed int8 weight.
+        rows: for each projection (2, C_out): scale and shift to the result's bytes.
+        pooled: how often the last projection is max-pooled; the pooled maps take its place.
+        pool: ``same`` or ``symmetric``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    _check_map("input", input, torch.uint8)
+    (number,) = numbers_of(pool=pool)
+    check_list("pw_weights", pw_weights, "tensors", MAX_EDGES)
+    if len(pw_weights) != len(rows):
+        raise ValueError(f"rows must be {len(pw_weights)} tensors, got {len(rows)}")
+    if not isinstance(pooled, int) or pooled < 0:
+        raise ValueError(f"pooled must be an integer ≥ 0, got {pooled!r}")
+    for weight, row in zip(pw_weights, rows, strict=True):
+        c_out = row.shape[-1]
+        _check("pw_weight", weight, _pointwise_shape(c_out, input.shape[1]), torch.int8, input)
+        _check("rows", row, (2, c_out), torch.float32, input)
+    if runs_kernel("int8_lateral", input.device):
+        return _run("int8_lateral", input, list(pw_weights), list(rows), pooled, number)
+    return int8_reference.lateral(input, pw_weights, rows, pooled=pooled, pool=pool)
+
+
+@fake("int8_lateral")
+def _fake_lateral(
+    input: Tensor, pw_weights: Sequence[Tensor], rows: Sequence[Tensor], pooled: int, pool: int
+) -> list[Tensor]:
+    h, w = input.shape[-2:]
+    maps = [empty_map(input, r.shape[1], h, w) for r in rows]
+    if pooled:
+        channels = maps.pop().shape[1]
+        for _ in range(pooled):
+            h, w = (h + 1) // 2, (w + 1) // 2
+            maps.append(empty_map(input, channels, h, w))
+    return maps
+
+
+def _check_layer(
+    i: int, fuse: Tensor, dw: Tensor, mid: Tensor, pw: Tensor, out: Tensor, x: Tensor
+) -> None:
+    name = f"[{i}]"
+    for word, t, dims in (("fuse_rows", fuse, 3), ("out_rows", out, 3), ("dw_weights", dw, 4)):
+        if not isinstance(t, Tensor) or t.dim() != dims or 0 in t.shape:
+            got = shape_of(t) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{word}{name} must be a tensor of {dims} dimensions, got {got}")
+    rows, kinds, c = fuse.shape
+    c_out, weights = out.shape[2], dw.shape[0]
+    if kinds != 1 and kinds < 4:
+        raise ValueError(f"fuse_rows{name} must have 1 or n + 3 rows, got {kinds}")
+    if out.shape[1] not in (2, 4):
+        raise ValueError(f"out_rows{name} must have 2 or 4 rows, got {out.shape[1]}")
+    if weights not in (1, rows):
+        raise ValueError(f"dw_weights{name} must have 1 or {rows} rows, got {weights}")
+    _check(f"fuse_rows{name}", fuse, (rows, kinds, c), torch.float32, x)
+    _check(f"dw_weights{name}", dw, (weights, 3, c, 4), torch.int8, x)
+    _check(f"mid_rows{name}", mid, (rows, 2, c), torch.float32, x)
+    _check(f"pw_weights{name}", pw, (weights, *_pointwise_shape(c_out, c)), torch.int8, x)
+    _check(f"out_rows{name}", out, (rows, out.shape[1], c_out), torch.float32, x)
+
+
+def nodes(
+    inputs: Sequence[Tensor],
+    fuse_rows: Sequence[Tensor],
+    dw_weights: Sequence[Tensor],
+    mid_rows: Sequence[Tensor],
+    pw_weights: Sequence[Tensor],
+    out_rows: Sequence[Tensor],
+    *,
+    layers: Sequence[int],
+    edges: Sequence[Sequence[int]],
+    sizes: Sequence[Size],
+    outputs: Sequence[int],
+    pool: str = "same",
+    pre_activation: str = "none",
+    post_activation: str = "none",
+) -> list[Tensor]:
+    """All nodes of a feature network or a head on bytes in one call.
+
+    Each is a fusion of its inputs (a sum of factors times bytes, activated and rounded once), a
+    depthwise 3×3 convolution, a rounding and a pointwise convolution. Nodes of one layer have their
+    channels in common; a layer's tensors hold a row for each of its nodes, weights that all of them
+    share one.
+
+    Args:
+        inputs: maps (N, C, H, W) uint8; they have the ids 0, 1, …, nodes the ids after them.
+        fuse_rows: for each layer (nodes, n + 3, C): factors of n inputs, shift, inverse and zero of
+            the fused map; or (nodes, 1, C): that zero, of one input taken as it is.
+        dw_weights: for each layer (nodes or 1, 3, C, 4) packed int8.
+        mid_rows: for each layer (nodes, 2, C): scale and shift between the convolutions.
+        pw_weights: for each layer (nodes or 1, ⌈C_out/16⌉, ⌈C/4⌉, 16, 4) packed int8.
+        out_rows: for each layer (nodes, 4, C_out), a requantisation; or (nodes, 2, C_out): scale
+            and shift of a map of floats, which no node reads.
+        layers: the layer of each node.
+        edges: the ids that each node reads.
+        sizes: (H, W) of each node.
+        outputs: ids of nodes to return.
+        pool: ``same`` or ``symmetric``, of max pools.
+        pre_activation: of fusions, post_activation: of maps of bytes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it was.
+    """
+    check_list("inputs", inputs, "maps")
+    for i, x in enumerate(inputs):
+        _check_map(f"inputs[{i}]", x, torch.uint8)
+        if x.shape[:2] != inputs[0].shape[:2]:
+            raise ValueError(
+                f"inputs[{i}] must have batch and channels {tuple(inputs[0].shape[:2])}, "
+                f"got {tuple(x.shape[:2])}"
+            )
+    numbers = numbers_of(pool=pool, pre_activation=pre_activation, post_activation=post_activation)
+    parts = (fuse_rows, dw_weights, mid_rows, pw_weights, out_rows)
+    if len({len(p) for p in parts}) != 1:
+        raise ValueError("weights and rows must be lists of one length")
+    for i, part in enumerate(zip(*parts, strict=True)):
+        _check_layer(i, *part, inputs[0])
+    if not len(layers) == len(edges) == len(sizes):
+        raise ValueError("layers, edges and sizes must name the same nodes")
+    if runs_kernel("int8_nodes", inputs[0].device):
+        return _run(
+            "int8_nodes",
+            list(inputs),
+            *map(list, parts),
+            list(layers),
+            list(chain.from_iterable(edges)),
+            list(map(len, edges)),
+            list(chain.from_iterable(sizes)),
+            list(outputs),
+            *numbers,
+        )
+    return int8_reference.nodes(
+        inputs,
+        *parts,
+        layers=layers,
+        edges=edges,
+        sizes=sizes,
+        outputs=outputs,
+        pool=pool,
+        pre_activation=pre_activation,
+        post_activation=post_activation,
+    )
+
+
+@fake("int8_nodes")
+def _fake_nodes(
+    inputs: Sequence[Tensor],
+    fuse_rows: Sequence[Tensor],
+    dw_weights: Sequence[Tensor],
+    mid_rows: Sequence[Tensor],
+    pw_weights: Sequence[Tensor],
+    out_rows: Sequence[Tensor],
+    layers: Sequence[int],
+    edges: Sequence[int],
+    edge_counts: Sequence[int],
+    sizes: Sequence[int],
+    outputs: Sequence[int],
+    *_: Any,
+) -> list[Tensor]:
+    maps = []
+    for output in outputs:
+        i = output - len(inputs)
+        rows = out_rows[layers[i]]
+        dtype = torch.float32 if rows.shape[1] == 2 else torch.uint8
+        maps.append(
+            empty_map(inputs[0], rows.shape[2], sizes[2 * i], sizes[2 * i + 1], dtype=dtype)
+        )
+    return maps
+
+
+__all__ = [
+    "INT8_OPS",
+    "dequantize",
+    "lateral",
+    "mbconv",
+    "nodes",
+    "quantize",
+    "runs_kernel",
+    "stem",
+]
