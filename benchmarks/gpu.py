@@ -29,6 +29,7 @@ import edet_kernels  # noqa: E402
 from edet.bench import report  # noqa: E402
 from edet.bench.measure import machine_name  # noqa: E402
 from edet.bench.result import OURS  # noqa: E402
+from edet.files import replacing  # noqa: E402
 from edet.fused.cells import graph_of  # noqa: E402
 from edet.models.bifpn import bifpn_nodes  # noqa: E402
 from edet.models.configs import ModelConfig, get_config  # noqa: E402
@@ -343,7 +344,13 @@ def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
                     return
             result["rows"] = list(found.values())
             result["softmax_ratio"] = softmax_ratio(result["rows"])
-            args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            _write(args.output, result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result whole or not at all: the run may be stopped at any time."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
@@ -370,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     with edet_kernels.backend(DEVICE):
         run(args, result)
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _write(args.output, result)
     print(markdown(result))
     if result["failures"]:
         sys.exit("\n".join(f"{what}: {why}" for what, why in result["failures"].items()))
