@@ -56,11 +56,12 @@ def rows_of(predictor: Predictor, model: str, batch: int, parts: tuple[str, ...]
             by_bound[p.bound] = by_bound.get(p.bound, 0.0) + p.time_us
         works = [work for call in mine for work in call.works]
         rows.append({
-            "model": model, "batch": batch, "gpu": gpu.name, "op": op, "calls": len(mine),
+            "model": model, "batch": batch, "gpu": gpu.name, "op": op,
+            "date": datetime.date.today().isoformat(), "launch": launch, "calls": len(mine),
             "launches": len(predictions),
             "predicted_us": round(sum(predictor.time_us(call) for call in mine), 1),
             "floor_us": round(sum(p.floor_us for p in kernels), 1),
-            "gaps_us": round(len(predictions) * gpu.launch_us, 1),
+            "gaps_us": round(sum(p.gap_us if p else gpu.launch_us for p in predictions), 1),
             "mbytes": round(sum(work.bytes for work in works) / 1e6, 2),
             "bound": max(by_bound, key=lambda bound: by_bound[bound]) if by_bound else "",
             "kernels": [_launch_row(p, n) for p, n in different.values()],
@@ -83,18 +84,20 @@ def _short(model: str) -> str:
 def tables(result: dict[str, Any]) -> str:
     """The rows as Markdown: ops, then the launches of the ops whose time is the largest."""
     lines = [
-        f"Compiled by {result['compiler']}, {result['dtype']}, launched as `{result['launch']}`. "
-        "**Predicted from the machine code; not measured on a GPU.**",
+        f"Compiled by {result['compiler']}, {result['dtype']}. "
+        "**Predicted from the machine code; not measured on a GPU.** `of the code of`: when a row "
+        "was computed; one that is older than others is of older code.",
         "",
-        "| GPU | model | batch | op | launches | predicted µs | floor µs | of it gaps | MB | "
-        "bound by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| GPU | model | batch | op | launches | as | predicted µs | floor µs | of it gaps | MB | "
+        "bound by | of the code of |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(
             f"| {row['gpu']} | {_short(row['model'])} | {row['batch']} | {row['op']} | "
-            f"{row['launches']} | {row['predicted_us']:.0f} | {row['floor_us']:.1f} | "
-            f"{row['gaps_us']:.0f} | {row['mbytes']:.1f} | {row['bound']} |"
+            f"{row['launches']} | `{row['launch']}` | {row['predicted_us']:.0f} | "
+            f"{row['floor_us']:.1f} | {row['gaps_us']:.0f} | {row['mbytes']:.1f} | "
+            f"{row['bound']} | {row['date']} |"
         )
     lines += [
         "",
@@ -124,6 +127,18 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(rows: list[dict[str, Any]], before: dict[str, Any]) -> list[dict[str, Any]]:
+    """New rows in the place of a result's rows of the same GPU, model, batch and op."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["gpu"], row["model"], row["batch"], PARTS.index(row["op"])
+
+    given = {"date": before.get("date", ""), "launch": before.get("launch", "")}
+    known = {key(row): {**given, **row} for row in before.get("rows", [])}
+    known.update({key(row): row for row in rows})
+    return [known[k] for k in sorted(known, key=lambda k: (k[0] != "H100", *k))]
+
+
 def write_page(text: str) -> None:
     """Puts the tables between the page's marks."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
@@ -147,7 +162,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 64))
     parser.add_argument("--gpus", nargs="+", default=("H100", "A100"))
     parser.add_argument("--ops", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--launch", default="nodes", choices=("auto", "nodes", "pdl"))
+    parser.add_argument("--launch", default="auto", choices=("auto", "nodes", "pdl"))
     parser.add_argument("--json", type=Path, help="writes the result, too")
     parser.add_argument("--update", action="store_true", help="writes the project's file and page")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu-model")
@@ -158,6 +173,8 @@ def main() -> None:
         for model in options.models:
             for batch in options.batches:
                 rows += rows_of(predictor, model, batch, tuple(options.ops), options.launch)
+    if options.update and RESULT.is_file():
+        rows = merged(rows, json.loads(RESULT.read_text(encoding="utf-8")))
     result = {
         "schema": SCHEMA,
         "date": datetime.date.today().isoformat(),

@@ -79,7 +79,9 @@ def write_register(text: str) -> Write:
     if match[1]:
 
         def write_uniform(w: Warp, value: Any) -> None:
-            w.uniform[number] = int(value) & WORD
+            # what a register of the lanes holds there is the same in all that run
+            lanes = np.broadcast_to(np.asarray(value), (32,))
+            w.uniform[number] = int(lanes[int(w.mask.argmax())]) & WORD
 
         return write_uniform
 

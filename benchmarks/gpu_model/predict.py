@@ -30,7 +30,7 @@ PHASES = (
     ("activate", "activation"), ("load_weights", "weights"), ("normalise", "factors"),
     ("fuse_patch", "fuse"), ("sample", "fuse"), ("convolve_patch", "depthwise"),
     ("expand_patch", "expand"), ("load_rows", "rows"), ("mma", "product"),
-    ("squeeze_excite", "gates"), ("store_product", "epilogue"),
+    ("squeeze_excite", "gates"), ("reduce_part", "gates"), ("store_product", "epilogue"),
 )  # fmt: skip
 #: A launch of more blocks than this many for each multiprocessor is many waves.
 _MANY_WAVES = 4
@@ -85,7 +85,8 @@ class Prediction:
     blocks_us: float  # instructions and latencies: the multiprocessor's replay
     bandwidth_us: float
     memory: str
-    time_us: float  # with the gap to the next launch
+    gap_us: float  # to the next launch
+    time_us: float  # with the gap
     bound: str
 
     @property
@@ -162,6 +163,19 @@ def trace_tile(kernel: Kernel, launch: Launch) -> list[Trace]:
     return _block(kernel, launch, launch.grid[0] // 2, _ENDLESS).run()
 
 
+def after_wait(kernel: Kernel, traces: list[Trace]) -> list[Trace]:
+    """The part of traces that waits for the launch before: from ``griddepcontrol.wait`` on.
+
+    Traces of a kernel that does not wait are returned as they are.
+    """
+    cut = []
+    for trace in traces:
+        begin = next((n for n, i in enumerate(trace.code) if kernel.code[i].op == "ACQBULK"), 0)
+        moved = {n - begin: event for n, event in trace.moved.items() if n >= begin}
+        cut.append(Trace(trace.code[begin:], trace.taken[begin:], moved))
+    return cut
+
+
 def trace_launch(kernel: Kernel, launch: Launch) -> tuple[list[Trace], list[Trace] | None, int]:
     """Traces of a block with one tile and of one with two, and the most tiles of a block.
 
@@ -182,8 +196,19 @@ def trace_launch(kernel: Kernel, launch: Launch) -> tuple[list[Trace], list[Trac
     return one, two, -(-tiles // grid)
 
 
-def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu) -> Prediction:
-    """What a launch takes on a GPU; `images` of a batch."""
+def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu,
+            overlaps: bool = False) -> Prediction:  # fmt: skip
+    """What a launch takes on a GPU.
+
+    Args:
+        kernels: compiled.
+        launch: with ``pdl`` it may begin before the one before it has ended.
+        work: the least it must do.
+        images: of a batch.
+        gpu: the GPU.
+        overlaps: such a launch finds room for its blocks beside those of the launch before, so
+            that what comes before its wait takes no time.
+    """
     kernel = kernels[launch.kernel]
     one, two, tiles = trace_launch(kernel, launch)
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
@@ -203,6 +228,10 @@ def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu)
         further = Tile(more, max(0.0, both - first.cycles))
         cycles = first.cycles + (tiles - 1) * further.cycles
         instructions = (first.instructions + (tiles - 1) * more) * blocks
+    overlaps = overlaps and launch.pdl
+    if overlaps:
+        cycles -= first.cycles - timing.simulate(
+            kernel, [after_wait(kernel, one)] * together, gpu, memory)  # fmt: skip
     last = trace_last(kernel, launch, images)
     if last is not None:  # alone, when all others are done
         alone = timing.simulate(kernel, [one], gpu, memory)
@@ -214,10 +243,12 @@ def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu)
     blocks_us = cycles / us
     issue = instructions / (gpu.multiprocessors * timing.SCHEDULERS) / us
     busiest = max(blocks_us, bandwidth)
+    gap = gpu.pdl_us if overlaps else gpu.launch_us
     return Prediction(
         launch.kernel, launch.grid, kernel.registers, launch.shared_bytes, fit, waves, tiles,
         first, further, max(timing.loads_in_flight(kernel, trace) for trace in one),
-        chain / us, issue, blocks_us, bandwidth, memory, busiest + gpu.launch_us,
+        chain / us, issue, blocks_us, bandwidth, memory,
+        gap, busiest + gap,
         _bound(blocks_us, bandwidth, issue, blocks, gpu),
     )  # fmt: skip
 
@@ -239,19 +270,27 @@ class Predictor:
         self.kernels = Kernels(gpu.capability, folder, wanted)
         self._known: dict[tuple[object, ...], Prediction] = {}
 
-    def launch(self, launch: Launch, work: Work, images: int) -> Prediction | None:
-        """One launch of a batch; None for a memset."""
+    def launch(self, launch: Launch, work: Work, images: int, before: Launch | None = None
+               ) -> Prediction | None:  # fmt: skip
+        """One launch of a batch, which follows another of its call; None for a memset."""
         if not launch.kernel:
             return None
-        key = (launch.kernel, launch.grid, launch.shared_bytes, launch.pointers, work)
+        kernel = self.kernels[launch.kernel]
+        fit = self.gpu.multiprocessors * timing.resident_blocks(
+            kernel, math.prod(launch.block), launch.shared_bytes, self.gpu)  # fmt: skip
+        overlaps = bool(
+            launch.pdl and before and math.prod(before.grid) + math.prod(launch.grid) <= fit
+        )
+        key = (launch.kernel, launch.grid, launch.shared_bytes, launch.pointers, work, overlaps)
         if key not in self._known:
-            self._known[key] = predict(self.kernels, launch, work, images, self.gpu)
+            self._known[key] = predict(self.kernels, launch, work, images, self.gpu, overlaps)
         return self._known[key]
 
     def call(self, call: Call) -> list[Prediction | None]:
         """All launches of a call."""
-        return [self.launch(launch, work, call.shape[0]) for launch, work in
-                zip(call.launches, call.works, strict=True)]  # fmt: skip
+        before = [None, *call.launches]
+        return [self.launch(launch, work, call.shape[0], other) for launch, work, other in
+                zip(call.launches, call.works, before, strict=False)]  # fmt: skip
 
     def time_us(self, call: Call) -> float:
         """A call's launches one after the other; a memset costs a gap."""

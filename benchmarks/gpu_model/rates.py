@@ -37,6 +37,7 @@ class Gpu:
     warps: int
     blocks: int
     launch_us: float
+    pdl_us: float
 
     @property
     def device(self) -> launches.Device:

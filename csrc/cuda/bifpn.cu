@@ -23,14 +23,15 @@ namespace {
 constexpr int kMostLayers = 16;
 
 // From compute capability `capability` on and for graphs whose maps take `most_bytes` at most, the
-// first rule that fits. Rules come from measurements (benchmarks/gpu.py), and nothing has been
-// measured on a GPU: until then node launches, which need no forward progress of other blocks.
+// first rule that fits. Nothing has been measured on a GPU: the rules are what the gauge predicts
+// (docs/gpu-model.md), of the ways that need no forward progress of other blocks.
 struct LaunchRule {
   int capability;
   int64_t most_bytes;
   GraphLaunch launch;
 };
-constexpr LaunchRule kLaunchRules[] = {{0, INT64_MAX, GraphLaunch::nodes}};
+constexpr LaunchRule kLaunchRules[] = {{90, INT64_MAX, GraphLaunch::pdl},
+                                       {0, INT64_MAX, GraphLaunch::nodes}};
 
 // A layer as a block sees it.
 struct Layer {
@@ -108,7 +109,7 @@ struct PlanNode {
 
 template <class Mma>
 EDET_DEVICE GraphTile place_of(const SharedTile& tile) {
-  return {tile.node(), tile.image(), tile.y0() / kTileHeight<Mma>, tile.x0() / kTileWidth, 0};
+  return {tile.node(), tile.image(), tile.y0() / kTileHeight<Mma>, tile.x0() / kTileWidth<Mma>, 0};
 }
 
 // Waits, the block's threads side by side, for all tiles that this one reads.
@@ -141,7 +142,7 @@ EDET_DEVICE void set_tile(const Plan& plan, int number, const SharedTile& tile) 
   const GraphTile t = tile_at(plan.g, number);
   const Layer& layer = plan.layer[plan.node_layer[t.node]];
   const int n = t.slice * layer.columns;
-  tile.set({t.node, t.image, t.row * kTileHeight<Mma>, t.column * kTileWidth, n,
+  tile.set({t.node, t.image, t.row * kTileHeight<Mma>, t.column * kTileWidth<Mma>, n,
             min(layer.c_out - n, layer.columns)});
 }
 
@@ -212,7 +213,7 @@ bool cut(const NodeGraph& graph, const Device& device, GraphPlan* plan) {
   }
   // as for a single node: small tiles where the largest node has few
   plan->tiles_m = plan->tiles_n <= 4 && pixels < int64_t(64) * 2 * device.multiprocessors ? 1 : 2;
-  plan->tiles = empty_graph(graph.nodes[0].fusion.n, 32 * plan->tiles_m / kTileWidth);
+  plan->tiles = empty_graph(graph.nodes[0].fusion.n, 32 * plan->tiles_m / kTileColumns);
   for (const InputMap& map : graph.inputs) {
     if (!add_input(plan->tiles, map.h, map.w)) return false;
   }
@@ -369,9 +370,13 @@ Error run_graph(const NodeGraph& graph, const GraphPlan& plan, void* workspace, 
   }
   return by_operand(first.dtype, graph.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    return by_tiles<Operand>({plan.tiles_n, 1}, plan.tiles_m == 1, [&](auto mma) {
+    return by_tiles<Operand>({plan.tiles_n, 1}, 32 * plan.tiles_m, [&](auto mma) -> Error {
       using Mma = typename decltype(mma)::Type;
-      return launch_graph<Mma>(graph, plan, device, workspace, seconds, stream);
+      if constexpr (Mma::kRows == 16) {
+        return kInvalidValue;  // tiles of a schedule have 8 columns
+      } else {
+        return launch_graph<Mma>(graph, plan, device, workspace, seconds, stream);
+      }
     });
   });
 }

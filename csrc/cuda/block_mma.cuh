@@ -24,33 +24,35 @@ constexpr int kDepth = 32;
 // Operands that are floats with a mantissa of 10 bits.
 struct tf32 {};
 
-// The block's tile, kRows rows and kColumns columns, and its operands in shared memory, in the type
+// The block's tile, kRows rows (32·kTilesM, or 16 where that is 0) and kColumns columns, and its
+// operands in shared memory, in the type
 // T of the maps. Both operands' rows are padded by 16 bytes or more, which keeps 8 rows in
 // different banks.
 template <class T, int kTilesM, int kTilesN>
 struct ProductTile {
   using Type = T;
-  static constexpr int kRows = 32 * kTilesM, kColumns = 32 * kTilesN;
+  static constexpr int kRows = kTilesM ? 32 * kTilesM : 16, kColumns = 32 * kTilesN;
   static constexpr int kPitchA = kChunk<T> + kVector<T>, kPitchW = kColumns + 8;
   static constexpr int kBytesA = kRows * kPitchA * int(sizeof(T));
   static constexpr int kBytesW = kChunk<T> * kPitchW * int(sizeof(T));
   static constexpr int kBytesOut = kRows * kPitchW * int(sizeof(T));
 };
 
-// Sums on tensor cores: 8 warps, 2 along the rows and 4 along the columns, whose tiles of 8 columns
-// take turns so that a narrow product keeps all warps busy.
+// Sums on tensor cores: 8 warps, 2 along the rows and 4 along the columns (of 16 rows: 8 along the
+// columns), whose tiles of 8 columns take turns so that a narrow product keeps all warps busy.
 template <int kTilesM, int kTilesN>
 class TensorCoreSums {
  public:
   // Blocks that a multiprocessor must hold: with up to 128 columns a thread gets 128 registers and
-  // two blocks hide each other's latency; more sums than that leave room for one block.
+  // two blocks hide each other's latency; more sums than that leave room for one block. Tiles of 16
+  // rows are for maps of fewer tiles than there are multiprocessors.
   static constexpr int kBlocks = kTilesN <= 4 ? 2 : 1;
 
   EDET_DEVICE TensorCoreSums() {
     EDET_UNROLL
-    for (int m = 0; m < kTilesM; m++) {
+    for (int m = 0; m < kM; m++) {
       EDET_UNROLL
-      for (int n = 0; n < kTilesN; n++) {
+      for (int n = 0; n < kN; n++) {
         EDET_UNROLL
         for (int i = 0; i < 4; i++) acc_[m][n][i] = 0.0f;
       }
@@ -62,11 +64,12 @@ class TensorCoreSums {
   template <class Factors, class Begin, class Put>
   EDET_DEVICE void each(const Factors& factors, const Begin& begin, const Put& put) const {
     const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
-    const auto column = [&](int n) { return (n * 4 + warp / 2) * 8 + lane % 4 * 2; };
-    constexpr int kTogether =
-        kTilesN < 4 ? kTilesN : 4;  // columns whose factors are loaded at once
+    const auto column = [&](int n) {
+      return (n * kColumnWarps + warp / kRowWarps) * 8 + lane % 4 * 2;
+    };
+    constexpr int kTogether = kN < 4 ? kN : 4;  // columns whose factors are loaded at once
     EDET_UNROLL
-    for (int first = 0; first < kTilesN; first += kTogether) {
+    for (int first = 0; first < kN; first += kTogether) {
       decltype(factors(0)) f[kTogether];
       EDET_UNROLL
       for (int n = 0; n < kTogether; n++) f[n] = factors(column(first + n));
@@ -74,9 +77,9 @@ class TensorCoreSums {
       EDET_UNROLL
       for (int n = 0; n < kTogether; n++) {
         EDET_UNROLL
-        for (int m = 0; m < kTilesM; m++) {
+        for (int m = 0; m < kM; m++) {
           const float (&acc)[4] = acc_[m][first + n];
-          const int row = (warp % 2 * kTilesM + m) * 16 + lane / 4;
+          const int row = (warp % kRowWarps * kM + m) * 16 + lane / 4;
           put(f[n], row, column(first + n), acc[0], acc[1]);
           put(f[n], row + 8, column(first + n), acc[2], acc[3]);
         }
@@ -85,7 +88,10 @@ class TensorCoreSums {
   }
 
  protected:
-  float acc_[kTilesM][kTilesN][4];
+  static constexpr int kRowWarps = kTilesM ? 2 : 1, kColumnWarps = 8 / kRowWarps;
+  // tiles of 16 rows, and of 8 columns, of a warp
+  static constexpr int kM = kTilesM ? kTilesM : 1, kN = 4 * kTilesN / kColumnWarps;
+  float acc_[kM][kN][4];
 };
 
 // The product of a block; Operand is f16 or bf16, or one of those below.
@@ -93,6 +99,8 @@ template <class Operand, int kTilesM, int kTilesN>
 class BlockMma : public ProductTile<Operand, kTilesM, kTilesN>,
                  public TensorCoreSums<kTilesM, kTilesN> {
   using Tile = ProductTile<Operand, kTilesM, kTilesN>;
+  using Sums = TensorCoreSums<kTilesM, kTilesN>;
+  using Sums::kColumnWarps, Sums::kM, Sums::kN, Sums::kRowWarps;
 
  public:
   using T = Operand;
@@ -105,29 +113,55 @@ class BlockMma : public ProductTile<Operand, kTilesM, kTilesN>,
   EDET_DEVICE void mma(Shared<T> a, Shared<T> w, int depth, int columns) {
     constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
     const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
-    const Shared<T> left = a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
-    const Shared<T> right = w + (lane * kPitchW + warp / 2 * 8);
-    EDET_LOOP
-    for (int k = 0; k < depth; k += kDepth) {
-      uint32_t rows[2][kTilesM][4];
+    const Shared<T> left = a + ((warp % kRowWarps * kM * 16 + lane % 16) * kPitchA + lane / 16 * 8);
+    const Shared<T> right = w + (lane * kPitchW + warp / kRowWarps * 8);
+    const auto load_rows = [&](int k, uint32_t (&rows)[2][kM][4]) {
       EDET_UNROLL
       for (int half = 0; half < 2; half++) {
         EDET_UNROLL
-        for (int m = 0; m < kTilesM; m++) {
+        for (int m = 0; m < kM; m++) {
           ldmatrix_x4(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
         }
       }
+    };
+    const auto load_columns = [&](int k, int n, uint32_t (&b)[4]) {
+      ldmatrix_x4_trans(right + (k * kPitchW + n * 8 * kColumnWarps), b);
+    };
+    const auto multiply = [&](int half, int n, const uint32_t (&rows)[2][kM][4],
+                              const uint32_t (&b)[4]) {
       EDET_UNROLL
-      for (int n = 0; n < kTilesN; n++) {
-        if ((n * 4 + warp / 2) * 8 >= columns) break;
-        uint32_t b[4];
-        ldmatrix_x4_trans(right + (k * kPitchW + n * 32), b);
+      for (int m = 0; m < kM; m++) {
+        warp_mma<T>(this->acc_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
+      }
+    };
+    if constexpr (kM * kN <= 2) {
+      // few sums, each of which must wait for itself: all operands of a step come first, and sums
+      // take turns
+      EDET_UNROLL
+      for (int k = 0; k < kChunk<T>; k += kDepth) {
+        if (k >= depth) break;
+        uint32_t rows[2][kM][4], b[kN][4];
+        load_rows(k, rows);
+        EDET_UNROLL
+        for (int n = 0; n < kN; n++) load_columns(k, n, b[n]);
         EDET_UNROLL
         for (int half = 0; half < 2; half++) {
           EDET_UNROLL
-          for (int m = 0; m < kTilesM; m++) {
-            warp_mma<T>(this->acc_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
-          }
+          for (int n = 0; n < kN; n++) multiply(half, n, rows, b[n]);
+        }
+      }
+    } else {
+      EDET_LOOP
+      for (int k = 0; k < depth; k += kDepth) {
+        uint32_t rows[2][kM][4];
+        load_rows(k, rows);
+        EDET_UNROLL
+        for (int n = 0; n < kN; n++) {
+          if ((n * kColumnWarps + warp / kRowWarps) * 8 >= columns) break;
+          uint32_t b[4];
+          load_columns(k, n, b);
+          EDET_UNROLL
+          for (int half = 0; half < 2; half++) multiply(half, n, rows, b);
         }
       }
     }
@@ -140,6 +174,8 @@ template <int kTilesM, int kTilesN>
 class BlockMma<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTilesN>,
                                          public TensorCoreSums<kTilesM, kTilesN> {
   using Tile = ProductTile<float, kTilesM, kTilesN>;
+  using Sums = TensorCoreSums<kTilesM, kTilesN>;
+  using Sums::kColumnWarps, Sums::kM, Sums::kN, Sums::kRowWarps;
 
  public:
   static constexpr bool kRounds = true;
@@ -149,21 +185,21 @@ class BlockMma<tf32, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTil
     constexpr int kPitchA = Tile::kPitchA, kPitchW = Tile::kPitchW;
     const int lane = thread().x % kWarp, warp = thread().x / kWarp;
     const Shared<float> left =
-        a + ((warp % 2 * kTilesM * 16 + lane % 16) * kPitchA + lane / 16 * 4);
-    const Shared<float> right = w + (lane % 4 * kPitchW + warp / 2 * 8 + lane / 4);
+        a + ((warp % kRowWarps * kM * 16 + lane % 16) * kPitchA + lane / 16 * 4);
+    const Shared<float> right = w + (lane % 4 * kPitchW + warp / kRowWarps * 8 + lane / 4);
     for (int k = 0; k < depth; k += 8) {
-      uint32_t rows[kTilesM][4];
+      uint32_t rows[kM][4];
       EDET_UNROLL
-      for (int m = 0; m < kTilesM; m++) {
+      for (int m = 0; m < kM; m++) {
         ldmatrix_x4(left + (m * 16 * kPitchA + k), rows[m]);
       }
       EDET_UNROLL
-      for (int n = 0; n < kTilesN; n++) {
-        if ((n * 4 + warp / 2) * 8 >= columns) break;
-        const uint32_t b0 = float_bits(get(right + (k * kPitchW + n * 32)));
-        const uint32_t b1 = float_bits(get(right + ((k + 4) * kPitchW + n * 32)));
+      for (int n = 0; n < kN; n++) {
+        if ((n * kColumnWarps + warp / kRowWarps) * 8 >= columns) break;
+        const uint32_t b0 = float_bits(get(right + (k * kPitchW + n * 8 * kColumnWarps)));
+        const uint32_t b1 = float_bits(get(right + ((k + 4) * kPitchW + n * 8 * kColumnWarps)));
         EDET_UNROLL
-        for (int m = 0; m < kTilesM; m++) mma_m16n8k8_tf32(this->acc_[m][n], rows[m], b0, b1);
+        for (int m = 0; m < kM; m++) mma_m16n8k8_tf32(this->acc_[m][n], rows[m], b0, b1);
       }
     }
   }
@@ -240,7 +276,7 @@ class BlockMma<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTi
   }
 
  private:
-  static constexpr int kM = 2 * kTilesM, kN = kTilesN / 2;
+  static constexpr int kM = Tile::kRows / 16, kN = kTilesN / 2;
   float acc_[kM][kN][4];
 };
 
@@ -284,16 +320,20 @@ Error by_operand(DType dtype, bool allow_tf32, const Launch& launch) {
   return kInvalidValue;
 }
 
-// Calls launch(Tag<BlockMma>) for the tiles of a shape; `few` rows are sooner done in tiles of 32,
-// by more blocks, unless there are many columns.
+// Calls launch(Tag<BlockMma>) for the tiles of a shape, of `rows` (16, 32 or 64) rows; where there
+// are many columns, of 64.
 template <class Operand, class Launch>
-Error by_tiles(const ProductShape& shape, bool few, const Launch& launch) {
-  const auto narrow = [&](auto tall, auto low) { return few ? launch(low) : launch(tall); };
+Error by_tiles(const ProductShape& shape, int rows, const Launch& launch) {
+  const auto narrow = [&](auto tall, auto low, auto lowest) {
+    return rows == 64 ? launch(tall) : rows == 32 ? launch(low) : launch(lowest);
+  };
   if (shape.tiles_n == 2) {
-    return narrow(Tag<BlockMma<Operand, 2, 2>>{}, Tag<BlockMma<Operand, 1, 2>>{});
+    return narrow(Tag<BlockMma<Operand, 2, 2>>{}, Tag<BlockMma<Operand, 1, 2>>{},
+                  Tag<BlockMma<Operand, 0, 2>>{});
   }
   if (shape.tiles_n == 4) {
-    return narrow(Tag<BlockMma<Operand, 2, 4>>{}, Tag<BlockMma<Operand, 1, 4>>{});
+    return narrow(Tag<BlockMma<Operand, 2, 4>>{}, Tag<BlockMma<Operand, 1, 4>>{},
+                  Tag<BlockMma<Operand, 0, 4>>{});
   }
   if constexpr (!std::is_same_v<Operand, float>) {
     if (shape.tiles_n == 8) return launch(Tag<BlockMma<Operand, 2, 8>>{});
@@ -364,6 +404,61 @@ EDET_DEVICE void load_weights(const float* packed, int64_t c, int64_t c_out, int
   }
 }
 
+// Numbers as the operands of Mma.
+template <class Mma, class T, int V>
+EDET_DEVICE Vector<T, V> as_operands(Vector<T, V> v) {
+  if constexpr (Mma::kRounds) {
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) v.value[i] = Mma::operand(v.value[i]);
+  }
+  return v;
+}
+
+// What a thread brings of a chunk of packed weights to shared memory, as load_weights does, but in
+// two steps: the loads are on their way while the block works on the chunk before.
+template <class Mma>
+class WeightPart {
+  using T = typename Mma::Type;
+  static constexpr int kPanels = Mma::kColumns / kPanel;
+  static constexpr int kRowsAtOnce = kProductThreads / (4 * kPanels);
+  static constexpr int kParts = kChunk<T> / kRowsAtOnce;
+  static_assert(kProductThreads % (4 * kPanels) == 0 && kChunk<T> % kRowsAtOnce == 0,
+                "a thread has the same columns of every row");
+
+ public:
+  // Goes to the first row of weights (⌈c_out/16⌉, c, 16), columns from n on.
+  EDET_DEVICE void begin(const float* packed, int c, int c_out, int n, int columns) {
+    const int t = thread().x, panel = t / 4 % kPanels, row = t / 4 / kPanels;
+    left_ = panel * kPanel < min(columns, c_out - n) ? c - row : 0;
+    from_ = packed + (int64_t(n / kPanel + panel) * c + row) * kPanel + t % 4 * 4;
+  }
+  // Reads the next kChunk rows; zeros past the weights.
+  EDET_DEVICE void load() {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      v_[j] = {};
+      if (j * kRowsAtOnce < left_) {
+        v_[j] = load_constant<float, 4>(from_ + j * kRowsAtOnce * kPanel);
+      }
+    }
+    from_ += kChunk<T> * kPanel;
+    left_ -= kChunk<T>;
+  }
+  EDET_DEVICE void store_to(Shared<T> w) const {
+    const int t = thread().x, panel = t / 4 % kPanels, row = t / 4 / kPanels;
+    w = w + (row * Mma::kPitchW + panel * kPanel + t % 4 * 4);
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      store(w + j * kRowsAtOnce * Mma::kPitchW, from_floats<T>(as_operands<Mma>(v_[j]).value));
+    }
+  }
+
+ private:
+  int left_ = 0;  // rows
+  const float* from_ = nullptr;
+  Vector<float, 4> v_[kParts];
+};
+
 // kWritten: the map may be written during the launch.
 template <bool kWritten, int V, class T>
 EDET_DEVICE Vector<T, V> load_map(const T* p) {
@@ -386,14 +481,14 @@ EDET_DEVICE Vector<T, kVector<T>> load_pixel(const T* p, int64_t c, bool aligned
   return v;
 }
 
-// Numbers of a map as the operands of Mma.
-template <class Mma, class T, int V>
-EDET_DEVICE Vector<T, V> as_operands(Vector<T, V> v) {
-  if constexpr (Mma::kRounds) {
-    EDET_UNROLL
-    for (int i = 0; i < V; i++) v.value[i] = Mma::operand(v.value[i]);
-  }
-  return v;
+// V channels of a pixel, as words; of one that is not aligned, those of the `c` that are left.
+template <bool kWritten = false, class T>
+EDET_DEVICE Words load_words(const T* p, int c, bool aligned) {
+  if (aligned) return load_map<kWritten, 4>(words(p));
+  const Vector<T, kVector<T>> v = load_pixel<kWritten>(p, c, false);
+  Words bits;
+  memcpy(&bits, &v, sizeof(v));
+  return bits;
 }
 
 struct Affine {
@@ -440,28 +535,23 @@ EDET_DEVICE void store_product(const Mma& product, Shared<typename Mma::Type> st
       });
   sync_threads();
   const int real = int(c_out - n < columns ? c_out - n : columns);
-  if (aligned) {
-    constexpr int kAcross = Mma::kColumns / V;
+  const auto store_vectors = [&](auto size) {
+    constexpr int kSize = decltype(size)::value, kAcross = Mma::kColumns / kSize;
     EDET_LOOP
     for (int i = opaque(thread().x); i < Mma::kRows * kAcross; i += kProductThreads) {
-      const int row = i / kAcross, column = i % kAcross * V;
+      const int row = i / kAcross, column = i % kAcross * kSize;
       if (column >= real) continue;
       T* const to = pixel(row);
       if (!to) continue;
       store(to + n + column,
-            finish(load<V>(stage + (row * Mma::kPitchW + column)), to + n + column));
+            finish(load<kSize>(stage + (row * Mma::kPitchW + column)), to + n + column));
     }
-  } else {
-    EDET_LOOP
-    for (int i = opaque(thread().x); i < Mma::kRows * Mma::kColumns; i += kProductThreads) {
-      const int row = i / Mma::kColumns, column = i % Mma::kColumns;
-      if (column >= real) continue;
-      T* const to = pixel(row);
-      if (!to) continue;
-      store(to + n + column,
-            finish(load<1>(stage + (row * Mma::kPitchW + column)), to + n + column));
-    }
+  };
+  if (aligned) return store_vectors(std::integral_constant<int, V>{});
+  if constexpr (V == 8) {  // even channels begin at a word
+    if (c_out % 2 == 0) return store_vectors(std::integral_constant<int, 2>{});
   }
+  store_vectors(std::integral_constant<int, 1>{});
 }
 // Stores a vector of results as it is.
 struct AsItIs {

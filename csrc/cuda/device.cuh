@@ -181,8 +181,11 @@ EDET_DEVICE Vector<T, V> load_constant(const T* p) {
   } else if constexpr (sizeof(v) == 8) {
     const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p));
     memcpy(&v, &bits, sizeof(v));
+  } else if constexpr (sizeof(v) == 4) {
+    const unsigned bits = __ldg(reinterpret_cast<const unsigned*>(p));
+    memcpy(&v, &bits, sizeof(v));
   } else {
-    static_assert(V == 1, "an access is 8 or 16 bytes or one element");
+    static_assert(V == 1, "an access is 4, 8 or 16 bytes or one element");
     v.value[0] = __ldg(p);
   }
   return v;

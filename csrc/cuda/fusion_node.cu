@@ -7,7 +7,7 @@
 // once for every tile of 64 pixels, are the most bytes.
 // Budget: 255 registers, tensor cores.
 //
-// A block owns tiles of 8×8 (or 4×8) pixels and a slice of the output channels.
+// A block owns tiles of 8×8 (4×8, 4×4) pixels and a slice of the output channels.
 #include "fusion_node.h"
 
 #include "node_tile.cuh"
@@ -67,11 +67,11 @@ node(EDET_PARAMS(Plan) plan) {
     if (thread().x == 0) {
       int l = 0;
       while (number >= plan.first_tile[l + 1]) l++;
-      const int across = divide_up(int(p.level[l].w), kTileWidth);
+      const int across = divide_up(int(p.level[l].w), kTileWidth<Mma>);
       const int down = divide_up(int(p.level[l].h), kTileHeight<Mma>);
       const int local = number - plan.first_tile[l], n = int(block().y) * plan.columns;
       tile.set({l, local / (across * down), local / across % down * kTileHeight<Mma>,
-                local % across * kTileWidth, n, min(int(p.c_out) - n, plan.columns)});
+                local % across * kTileWidth<Mma>, n, min(int(p.c_out) - n, plan.columns)});
     }
     sync_threads();
     compute_tile<Mma>(LevelNode{plan, tile}, tile, memory, first, plan.resident, [&] {
@@ -96,7 +96,7 @@ Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& devic
   for (int l = 0; l < p.levels; l++) {
     const NodeLevel& level = p.level[l];
     plan.first_tile[l] = static_cast<int>(tiles);
-    tiles += p.n * divide_up(level.h, kTileHeight<Mma>) * divide_up(level.w, kTileWidth);
+    tiles += p.n * divide_up(level.h, kTileHeight<Mma>) * divide_up(level.w, kTileWidth<Mma>);
     if (tiles > INT32_MAX) return kInvalidValue;
     plan.aligned_out = plan.aligned_out && is_aligned(level.out);
   }
@@ -133,11 +133,17 @@ Error fusion_node(const FusionNodeParams& p, Stream stream, bool pdl) {
   for (int l = 0; l < p.levels; l++) pixels += p.n * p.level[l].h * p.level[l].w;
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    const ProductShape shape = product_shape<Operand>(p.c_out, device.shared_bytes);
-    // Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 times; but a map of few
-    // tiles is sooner done by many blocks.
-    const bool few = pixels * shape.slices < int64_t(64) * 2 * device.multiprocessors;
-    return by_tiles<Operand>(shape, few, [&](auto mma) {
+    // a layer much wider than its input, such as a head's prediction: many blocks with few columns
+    const bool wide = p.c_out > 2 * std::max<int64_t>(64, p.c);
+    const ProductShape shape = wide ? ProductShape{4, divide_up(p.c_out, int64_t(128))}
+                                    : product_shape<Operand>(p.c_out, device.shared_bytes);
+    // Tiles of 8×8 pixels read 1.56 times their pixels, those of 4×8 1.88 and of 4×4 2.25 times;
+    // but a map of few tiles is sooner done by many blocks.
+    const int64_t work = pixels * shape.slices;
+    const int rows = work >= int64_t(64) * 2 * device.multiprocessors ? 64
+                     : work > int64_t(16) * device.multiprocessors    ? 32
+                                                                      : 16;
+    return by_tiles<Operand>(shape, rows, [&](auto mma) {
       using Mma = typename decltype(mma)::Type;
       return launch_node<Mma>(p, shape.slices, device, stream, pdl);
     });

@@ -21,40 +21,17 @@ struct Plan {
   bool aligned_in, aligned_out;
 };
 
-// Where a block's shared memory holds the weights, and its bytes.
+// Where a block's shared memory holds the weights, and its bytes: rows of two chunks, or the result
+// in their place; weights of two chunks, or of all that the slice needs.
 struct Memory {
   int w, bytes;
 };
 template <class Mma>
 EDET_EVERYWHERE constexpr Memory memory_of(int chunks, bool resident) {
   Memory m{};
-  m.w = resident && Mma::kBytesOut > Mma::kBytesA ? Mma::kBytesOut : Mma::kBytesA;
-  m.bytes = m.w + Mma::kBytesW * (resident ? chunks : 1);
-  if (m.bytes < Mma::kBytesOut) m.bytes = Mma::kBytesOut;
+  m.w = 2 * Mma::kBytesA > Mma::kBytesOut ? 2 * Mma::kBytesA : Mma::kBytesOut;
+  m.bytes = m.w + Mma::kBytesW * (resident ? chunks : 2);
   return m;
-}
-
-// A vector of a pixel times the gates of its channels, of which `c` are left; `aligned` when 16
-// bytes of them may be read at once.
-template <class T, int V>
-EDET_DEVICE Vector<T, V> times(const Vector<T, V>& v, const float* gate, int c, bool aligned) {
-  float x[V], factor[V] = {};
-  to_floats(v, x);
-  if (aligned) {
-    EDET_UNROLL
-    for (int j = 0; j < V; j += 4) {
-      const Vector<float, 4> four = load_constant<float, 4>(gate + j);
-      EDET_UNROLL
-      for (int i = 0; i < 4; i++) factor[j + i] = four.value[i];
-    }
-  } else {
-    EDET_UNROLL
-    for (int j = 0; j < V; j++)
-      if (j < c) factor[j] = load_constant<float, 1>(gate + j).value[0];
-  }
-  EDET_UNROLL
-  for (int j = 0; j < V; j++) x[j] *= factor[j];
-  return from_floats<T>(x);
 }
 
 template <class T, int V>
@@ -71,45 +48,98 @@ EDET_DEVICE Vector<T, V> sum_of(const Vector<T, V>& a, const Vector<T, V>& b) {
   }
 }
 
-// Rows [row0, row0 + kRows) and channels [k, k + depth) of the input; zeros where there are none.
+// What a thread brings of a tile's rows to shared memory, gated: one vector of every 32nd row. Read
+// while the block works on the chunk before.
 template <class Mma>
-EDET_DEVICE void load_rows(const Plan& plan, int64_t row0, int k, int depth,
-                           Shared<typename Mma::Type> a) {
+class RowPart {
   using T = typename Mma::Type;
-  constexpr int V = kVector<T>;
-  const ProjectionParams& p = plan.p;
-  // whose gates: the image of the first row, and the row in it
-  const uint32_t image_rows = uint32_t(p.image_rows);
-  int64_t image = 0;
-  uint32_t first_row = 0;
-  if (p.gate) {
-    image = uint32_t(row0) / image_rows;
-    first_row = uint32_t(row0 - image * p.image_rows);
-  }
-  const bool one_further = image_rows >= Mma::kRows;  // rows of two images at most
-  EDET_UNROLL
-  for (int i = thread().x; i < Mma::kRows * kVectors; i += kProductThreads) {
-    const int vector = i % kVectors, row = i / kVectors, channel = k + vector * V;
-    if (vector * V >= depth) continue;
-    const bool real = row0 + row < p.rows && channel < p.c_in;
-    const T* from = static_cast<const T*>(p.input) + (row0 + row) * p.c_in + channel;
-    const Shared<T> to = a + (row * Mma::kPitchA + vector * V);
-    if (plan.aligned_in && !p.gate && !Mma::kRounds) {
-      cp_async_16(to, from, real);
-      continue;
-    }
-    Vector<T, V> v{};
-    if (real) v = load_pixel(from, p.c_in - channel, plan.aligned_in);
-    if (real && p.gate) {
-      const uint32_t local = first_row + uint32_t(row);
+  static constexpr int V = kVector<T>, kStep = kProductThreads / kVectors;
+  static constexpr int kParts = Mma::kRows / kStep;
+
+ public:
+  EDET_DEVICE explicit RowPart(const Plan& plan) : plan_(plan) {}
+
+  // Goes to the first channels of rows [row0, row0 + kRows).
+  EDET_DEVICE void begin(int64_t row0) {
+    const ProjectionParams& p = plan_.p;
+    const int c = int(p.c_in), vector = thread().x % kVectors, row = thread().x / kVectors;
+    left_ = c - vector * V;
+    from_ = static_cast<const T*>(p.input) + (row0 + row) * c + vector * V;
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) real_[j] = row0 + row + j * kStep < p.rows;
+    if (!p.gate) return;
+    // whose gates: the image of the first row, and the row in it
+    const uint32_t image_rows = uint32_t(p.image_rows);
+    const bool one_further = image_rows >= Mma::kRows;  // rows of two images at most
+    const uint32_t first = uint32_t(row0) / image_rows;
+    const uint32_t first_row = uint32_t(row0 - int64_t(first) * p.image_rows);
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const uint32_t local = first_row + uint32_t(row + j * kStep);
       const uint32_t next = local < image_rows ? 0 : one_further ? 1 : local / image_rows;
-      v = times(v, p.gate + (image + next) * p.c_in + channel, int(p.c_in) - channel,
-                plan.aligned_in);
+      gates_[j] = p.gate + int64_t(first + next) * c + vector * V;
     }
-    store(to, as_operands<Mma>(v));
   }
-  cp_async_wait_all();
-}
+  // Reads the next chunk's channels; zeros where there are none.
+  EDET_DEVICE void load() {
+    const int c = int(plan_.p.c_in);
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      v_[j] = {};
+      EDET_UNROLL
+      for (int i = 0; i < V; i++) gate_[j][i] = 0.0f;
+      if (!real_[j] || left_ <= 0) continue;
+      v_[j] = load_words<true>(from_ + j * kStep * c, left_, plan_.aligned_in);
+      if (plan_.p.gate) load_gate(gates_[j], gate_[j]);
+    }
+    from_ += kChunk<T>;
+    left_ -= kChunk<T>;
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) gates_[j] += kChunk<T>;
+  }
+  EDET_DEVICE void store_to(Shared<T> a) const {
+    a = a + (thread().x / kVectors * Mma::kPitchA + thread().x % kVectors * V);
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      Words v = v_[j];
+      if (plan_.p.gate || Mma::kRounds) {
+        float x[V];
+        to_floats<T>(v, x);
+        EDET_UNROLL
+        for (int i = 0; i < V; i++) {
+          if (plan_.p.gate) x[i] *= gate_[j][i];
+          if constexpr (Mma::kRounds) x[i] = Mma::operand(x[i]);
+        }
+        v = to_words<T>(x);
+      }
+      store(as<uint32_t>(a + j * kStep * Mma::kPitchA), v);
+    }
+  }
+
+ private:
+  EDET_DEVICE void load_gate(const float* gate, float (&factor)[V]) const {
+    if (plan_.aligned_in) {
+      EDET_UNROLL
+      for (int i = 0; i < V; i += 4) {
+        const Vector<float, 4> four = load_written<float, 4>(gate + i);
+        EDET_UNROLL
+        for (int j = 0; j < 4; j++) factor[i + j] = four.value[j];
+      }
+    } else {
+      EDET_UNROLL
+      for (int i = 0; i < V; i++)
+        if (i < left_) factor[i] = load_written<float, 1>(gate + i).value[0];
+    }
+  }
+
+  const Plan& plan_;
+  int left_ = 0;  // channels
+  const T* from_ = nullptr;
+  const float* gates_[kParts] = {};
+  bool real_[kParts] = {};
+  Words v_[kParts];
+  float gate_[kParts][V];
+};
 
 template <class Mma>
 EDET_KERNEL(kProductThreads, Mma::kBlocks)
@@ -127,24 +157,43 @@ multiply(EDET_PARAMS(Plan) plan) {
   }
   const Projection& to = p.projection[which];
   const int columns = int(to.c_out - n < plan.columns ? to.c_out - n : plan.columns);
-  bool first = true;
+  WeightPart<Mma> weights;
+  RowPart<Mma> rows(plan);
+  bool with_weights = true;  // that are not in shared memory yet
+  const auto begin = [&](int64_t at) {
+    if (with_weights) weights.begin(to.pw, c, int(to.c_out), n, columns);
+    rows.begin(at);
+  };
+  const auto load = [&] {
+    if (with_weights) weights.load();
+    rows.load();
+  };
+  const int64_t step = int64_t(grid_size().x) * Mma::kRows;
+  int64_t row0 = int64_t(block().x) * Mma::kRows;
+  if (row0 >= p.rows) return;
+  begin(row0);
+  weights.load();
+  griddep_wait();
+  rows.load();
 
-  for (int64_t row0 = int64_t(block().x) * Mma::kRows; row0 < p.rows;
-       row0 += int64_t(grid_size().x) * Mma::kRows) {
+  for (; row0 < p.rows; row0 += step) {
     Mma product;
     for (int chunk = 0; chunk < chunks; chunk++) {
-      const int k = chunk * kChunk<T>;
-      const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-      const Shared<T> weights = w + (plan.resident ? chunk * (Mma::kBytesW / int(sizeof(T))) : 0);
-      sync_threads();  // the chunk before, or the tile before, is no longer read
-      if (first || !plan.resident) {
-        load_weights<Mma>(to.pw, c, to.c_out, k, n, depth, columns, weights);
+      const int turn = chunk % 2;
+      const Shared<T> left = a + turn * (Mma::kBytesA / int(sizeof(T)));
+      const Shared<T> right = w + (plan.resident ? chunk : turn) * (Mma::kBytesW / int(sizeof(T)));
+      if (with_weights) weights.store_to(right);
+      rows.store_to(left);
+      // the next chunk is on its way during the product
+      const bool last = chunk + 1 == chunks;
+      if (last && row0 + step < p.rows) {
+        if (plan.resident) with_weights = false;
+        begin(row0 + step);
       }
-      load_rows<Mma>(plan, row0, k, depth, a);
+      if (!last || row0 + step < p.rows) load();
       sync_threads();
-      product.mma(a, weights, depth, columns);
+      product.mma(left, right, round_up(min(kChunk<T>, c - chunk * kChunk<T>), kDepth), columns);
     }
-    first = false;
     store_product(
         product, a,
         [&](int column) {
@@ -162,12 +211,13 @@ multiply(EDET_PARAMS(Plan) plan) {
           if (row0 + row >= p.rows) return nullptr;
           return static_cast<T*>(to.out) + (row0 + row) * to.c_out;
         });
+    if (row0 + step < p.rows) sync_threads();  // rows come where the result is read
   }
 }
 
 template <class Mma>
 Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& device,
-                      Stream stream) {
+                      Stream stream, bool pdl) {
   using T = typename Mma::Type;
   Plan plan{};
   plan.p = p;
@@ -187,24 +237,46 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
       [&](bool resident) { return memory_of<Mma>(chunks, resident).bytes; }, &blocks);
   if (error != kSuccess) return error;
   plan.resident = blocks.resident;
-  return launch(multiply<Mma>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan);
+  return launch(multiply<Mma>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan, pdl);
+}
+
+// A block's rows and columns. Wide blocks read their rows seldom; but a map of few rows is sooner
+// done by many blocks, so that each multiprocessor has one. 64 rows of 128 columns would leave no
+// registers for what is on its way.
+struct Cut {
+  int rows, columns;
+};
+Cut cut_of(const ProjectionParams& p, int64_t widest, const Device& device) {
+  const Cut large = widest <= 64 ? Cut{64, 64} : Cut{32, 128};
+  int64_t slices = 0;
+  for (int i = 0; i < p.projections; i++) {
+    slices += divide_up(p.projection[i].c_out, large.columns);
+  }
+  const bool few = divide_up(p.rows, large.rows) * slices < device.multiprocessors;
+  return few ? Cut{32, 64} : large;
 }
 
 }  // namespace
 
-Error project(const ProjectionParams& p, Stream stream) {
+Error project(const ProjectionParams& p, Stream stream, bool pdl) {
   if (p.rows * p.c_in == 0) return kSuccess;
   if (p.gate && p.rows > UINT32_MAX) return kInvalidValue;  // rows are divided in 32 bits
   int64_t widest = 0;
   for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    const ProductShape shape = product_shape<Operand>(widest, device.shared_bytes);
-    const int64_t columns = round_up(divide_up(widest, shape.slices), kPanel);
-    const bool few = p.rows < int64_t(64) * device.multiprocessors;
-    return by_tiles<Operand>(shape, few, [&](auto mma) {
-      return launch_multiply<typename decltype(mma)::Type>(p, columns, device, stream);
-    });
+    const Cut cut = cut_of(p, widest, device);
+    const int64_t columns = round_up(divide_up(widest, divide_up(widest, cut.columns)), kPanel);
+    if (cut.rows == 64) {
+      return launch_multiply<BlockMma<Operand, 2, 2>>(p, columns, device, stream,
+                                                      pdl && device.capability >= 90);
+    }
+    if (cut.columns == 128) {
+      return launch_multiply<BlockMma<Operand, 1, 4>>(p, columns, device, stream,
+                                                      pdl && device.capability >= 90);
+    }
+    return launch_multiply<BlockMma<Operand, 1, 2>>(p, columns, device, stream,
+                                                    pdl && device.capability >= 90);
   });
 }
 

@@ -22,7 +22,9 @@ struct ProjectionParams {
   const void* residual;  // like the output of the only projection, or null
 };
 
-// Launches on `stream` of the current device; no output may overlap the input.
-cudaError_t project(const ProjectionParams& params, cudaStream_t stream);
+// Launches on `stream` of the current device; no output may overlap the input. `pdl`: the launch
+// may begin while the one before it, which writes the input and the gates and nothing else that is
+// read, still runs (from compute capability 9.0).
+cudaError_t project(const ProjectionParams& params, cudaStream_t stream, bool pdl = false);
 
 }  // namespace edet::cuda

@@ -13,9 +13,11 @@
 
 namespace edet::cuda {
 
-constexpr int kTileWidth = 8;
+// Tiles of pixels: 8×8, 4×8 or 4×4.
 template <class Mma>
-constexpr int kTileHeight = Mma::kRows / kTileWidth;
+constexpr int kTileWidth = Mma::kRows == 16 ? 4 : 8;
+template <class Mma>
+constexpr int kTileHeight = Mma::kRows / kTileWidth<Mma>;
 
 // What a block computes at once: pixels from (y0, x0) on, output channels [n, n + columns). It lies
 // in shared memory, from where each phase of the computation reads it again: registers are scarce.
@@ -48,7 +50,7 @@ class SharedTile {
 };
 
 template <class Mma>
-constexpr int kPatchPixels = (kTileHeight<Mma> + 2) * (kTileWidth + 2);
+constexpr int kPatchPixels = (kTileHeight<Mma> + 2) * (kTileWidth<Mma> + 2);
 
 // Where a block's shared memory holds what, in bytes: tiles, depthwise weights, factors of the
 // edges, scales and shifts, the patch, the product's left operand, its weights. All but one are
@@ -74,7 +76,7 @@ struct NodeMemory {
   }
 };
 
-// Per-channel floats of a chunk are kept in groups of 4, so that 8 lanes, each in need of V
+// Factors of a chunk's channels are kept in groups of 4, so that 8 lanes, each in need of V
 // neighbours, read 16 bytes from different banks.
 template <class T>
 EDET_DEVICE int float_place(int channel) {
@@ -87,12 +89,12 @@ EDET_DEVICE Vector<float, 4> load_floats(Shared<float> floats, int vector, int g
 }
 
 // What a thread brings of the depthwise weights of a chunk, from channel k on, to shared memory:
-// read when the chunk begins, and stored when its maps have come.
+// read during the product of the chunk before, and stored when it is over.
 template <class T>
 class DepthwisePart {
  public:
   // `aligned`: 16 bytes may be read at once.
-  EDET_DEVICE DepthwisePart(const float* from, int c, int k, bool aligned) {
+  EDET_DEVICE void load(const float* from, int c, int k, bool aligned) {
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) {
       const int i = opaque(thread().x) + j * kProductThreads;
@@ -104,7 +106,7 @@ class DepthwisePart {
     for (int j = 0; j < kParts; j++) {
       const int i = opaque(thread().x) + j * kProductThreads;
       if (i >= 9 * kFours) continue;
-      store(dw + (i / kFours * kChunk<T> + float_place<T>(i % kFours * 4)), v_[j]);
+      store(dw + i * 4, v_[j]);
     }
   }
 
@@ -169,8 +171,8 @@ EDET_DEVICE void fuse_any(const Node& node, const SharedTile& tile, int k, int d
   for (int i = thread().x; i < kPatchPixels<Mma> * kVectors; i += kProductThreads) {
     const int vector = i % kVectors, pixel = i / kVectors, channel = k + vector * V;
     if (vector * V >= depth) continue;
-    const int y = y0 - 1 + pixel / (kTileWidth + 2);
-    const int x = x0 - 1 + pixel % (kTileWidth + 2);
+    const int y = y0 - 1 + pixel / (kTileWidth<Mma> + 2);
+    const int x = x0 - 1 + pixel % (kTileWidth<Mma> + 2);
     Vector<T, V> result;
     if (y < 0 || y >= h || x < 0 || x >= w || channel >= c) {
       EDET_UNROLL
@@ -218,6 +220,7 @@ template <class T, FuseKind kKind>
 class PatchReader {
  public:
   static constexpr int V = kVector<T>, kSame = same_edges(kKind), kTaps = resized_taps(kKind);
+  static constexpr int kRows = kTaps == 9 ? 3 : 1;  // of taps, and columns
   // Of one pixel: all loads can be on their way before the first is used.
   struct Item {
     Words same[kSame], tap[kTaps > 0 ? kTaps : 1];
@@ -245,43 +248,64 @@ class PatchReader {
     return uint32_t(y) < uint32_t(h_) && uint32_t(x) < uint32_t(w_);
   }
 
-  // Of a pixel outside of the map, the nearest one inside.
-  EDET_DEVICE Item load(int y, int x) const {
+  // Where a pixel's numbers are; of one outside of the map, those of the nearest one inside.
+  struct Place {
+    int same, row[kRows], column[kRows];
+  };
+  EDET_DEVICE Place place(int y, int x) const {
     y = min(max(y, 0), h_ - 1), x = min(max(x, 0), w_ - 1);
-    Item item;
-    EDET_UNROLL
-    for (int e = 0; e < kSame; e++) {
-      item.same[e] = e == 0 || both_ ? at(same_[e], y * w_ + x) : Words{};
-    }
+    Place p{};
+    p.same = (y * w_ + x) * c_;
     if constexpr (kKind == FuseKind::down) {
-      item.tap[0] = at(resized_, y / 2 * edge_w_ + x / 2);
-    } else if constexpr (kTaps == 9) {
+      p.row[0] = (y / 2 * edge_w_ + x / 2) * c_;
+    } else if constexpr (kKind == FuseKind::up) {
       const int top = 2 * y - before_y_, left = 2 * x - before_x_;
       EDET_UNROLL
       for (int i = 0; i < 3; i++) {
         // a tap outside of the map is one of the window's inside: a maximum may count it twice
-        const int row = min(max(top + i, 0), last_y_) * edge_w_;
-        EDET_UNROLL
-        for (int j = 0; j < 3; j++) {
-          const int column = min(max(left + j, 0), last_x_);
-          item.tap[i * 3 + j] = at(resized_, row + column);
-        }
+        p.row[i] = min(max(top + i, 0), last_y_) * edge_w_ * c_;
+        p.column[i] = min(max(left + i, 0), last_x_) * c_;
+      }
+    }
+    return p;
+  }
+  EDET_DEVICE Item load(const Place& p) const {
+    Item item;
+    EDET_UNROLL
+    for (int e = 0; e < kSame; e++) {
+      item.same[e] = e == 0 || both_ ? at(same_[e], p.same) : Words{};
+    }
+    if constexpr (kTaps > 0) {
+      EDET_UNROLL
+      for (int i = 0; i < kTaps; i++) {
+        item.tap[i] = at(resized_, p.row[i / kRows] + p.column[i % kRows]);
       }
     }
     return item;
   }
 
+  // What is left of an item when its window's largest is known.
+  struct Edges {
+    Words edge[kSame + 1];
+  };
+  static EDET_DEVICE Edges reduce(const Item& item) {
+    Edges edges{};
+    EDET_UNROLL
+    for (int e = 0; e < kSame; e++) edges.edge[e] = item.same[e];
+    Words largest = item.tap[0];
+    EDET_UNROLL
+    for (int i = 1; i < kTaps; i++) largest = max_nan<T>(largest, item.tap[i]);
+    if constexpr (kTaps > 0) edges.edge[kSame] = largest;
+    return edges;
+  }
+
   // Σ factor · edge, activated.
-  static EDET_DEVICE Words fuse(Item& item, const float (&factor)[kSame + 1]) {
-    if constexpr (kKind == FuseKind::one) return item.same[0];
+  static EDET_DEVICE Words fuse(const Edges& edges, const float (&factor)[kSame + 1]) {
+    if constexpr (kKind == FuseKind::one) return edges.edge[0];
     float sum[V] = {}, x[V];
     EDET_UNROLL
     for (int e = 0; e <= kSame; e++) {
-      if (e == kSame) {
-        EDET_UNROLL
-        for (int i = 1; i < kTaps; i++) item.tap[0] = max_nan<T>(item.tap[0], item.tap[i]);
-      }
-      to_floats<T>(e < kSame ? item.same[e] : item.tap[0], x);
+      to_floats<T>(edges.edge[e], x);
       EDET_UNROLL
       for (int j = 0; j < V; j++) sum[j] = e ? sum[j] + factor[e] * x[j] : factor[e] * x[j];
     }
@@ -291,8 +315,8 @@ class PatchReader {
   }
 
  private:
-  EDET_DEVICE Words at(const T* map, int pixel) const {
-    return load_written<uint32_t, 4>(words(map + pixel * c_));
+  static EDET_DEVICE Words at(const T* map, int offset) {
+    return load_written<uint32_t, 4>(words(map + offset));
   }
 
   int c_, h_, w_;
@@ -303,20 +327,42 @@ class PatchReader {
 };
 
 // As fuse_patch.
-template <class Mma, FuseKind kKind, class Node>
+template <class Mma, FuseKind kKind, class Node, class Await>
 EDET_DEVICE void fuse_known(const Node& node, const SharedTile& tile, int k, int depth,
-                            Shared<float> factors, Shared<typename Mma::Type> patch) {
+                            Shared<float> factors, Shared<typename Mma::Type> patch,
+                            const Await& await) {
   using T = typename Mma::Type;
   using Reader = PatchReader<T, kKind>;
   constexpr int V = kVector<T>, kStep = kProductThreads / kVectors;
   constexpr int kItems = divide_up(kPatchPixels<Mma>, kStep);
   // pixels of a thread whose loads are on their way together
   constexpr int kTogether = kKind == FuseKind::up ? 1 : kItems;
+  // whether a pixel's loads are on their way while the one before is fused: if sums leave registers
+  constexpr bool kAhead = Mma::kRows * Mma::kColumns <= 64 * 64;
   // what follows from the thread alone is not kept from tile to tile: registers are scarce
   const int t = opaque(thread().x), vector = t % kVectors, channel = k + vector * V;
-  if (vector * V >= depth) return;
   const bool real = channel < node.c();
   const Reader reader(node, tile.image(), real ? channel : 0);
+  const int y0 = tile.y0() - 1, x0 = tile.x0() - 1, first = t / kVectors;
+  typename Reader::Place place[kTogether];
+  const auto go = [&](int begin) {
+    EDET_UNROLL
+    for (int i = 0; i < kTogether; i++) {  // the last pixel twice costs less than a branch
+      const int pixel = min(first + (begin + i) * kStep, kPatchPixels<Mma> - 1);
+      place[i] =
+          reader.place(y0 + pixel / (kTileWidth<Mma> + 2), x0 + pixel % (kTileWidth<Mma> + 2));
+    }
+  };
+  typename Reader::Item item[kTogether];
+  const auto load_items = [&] {
+    EDET_UNROLL
+    for (int i = 0; i < kTogether; i++) item[i] = reader.load(place[i]);
+  };
+  if (kAhead) go(0);
+  await();
+  if (vector * V >= depth) return;
+  if (!kAhead) go(0);
+  load_items();
   float factor[Reader::kSame + 1] = {};
   if constexpr (kKind != FuseKind::one) {
     EDET_UNROLL
@@ -326,90 +372,100 @@ EDET_DEVICE void fuse_known(const Node& node, const SharedTile& tile, int k, int
       if (e < node.edges() - 1 || e == Reader::kSame) factor[e] = get(factors + edge * kChunk<T>);
     }
   }
-  const int y0 = tile.y0() - 1, x0 = tile.x0() - 1, first = t / kVectors;
   EDET_LOOP
   for (int begin = 0; begin < kItems; begin += kTogether) {
-    typename Reader::Item item[kTogether];
+    const int next = begin + kTogether;
+    const bool more = next < kItems && first + next * kStep < kPatchPixels<Mma>;  // of the warp
+    if (kAhead && more) go(next);
+    typename Reader::Edges edges[kTogether];
     EDET_UNROLL
-    for (int i = 0; i < kTogether; i++) {  // the last pixel twice costs less than a branch
-      const int pixel = min(first + (begin + i) * kStep, kPatchPixels<Mma> - 1);
-      item[i] = reader.load(y0 + pixel / (kTileWidth + 2), x0 + pixel % (kTileWidth + 2));
-    }
+    for (int i = 0; i < kTogether; i++) edges[i] = Reader::reduce(item[i]);
+    if (kAhead && more) load_items();
     EDET_UNROLL
     for (int i = 0; i < kTogether; i++) {
       const int pixel = first + (begin + i) * kStep;
       if (pixel < kPatchPixels<Mma>) {
-        const int y = y0 + pixel / (kTileWidth + 2), x = x0 + pixel % (kTileWidth + 2);
-        Words result = Reader::fuse(item[i], factor);
+        const int y = y0 + pixel / (kTileWidth<Mma> + 2), x = x0 + pixel % (kTileWidth<Mma> + 2);
+        Words result = Reader::fuse(edges[i], factor);
         if (!real || !reader.inside(y, x)) result = Words{};
         store(as<uint32_t>(patch + (pixel * kChunk<T> + vector * V)), result);
       }
     }
+    if (!more) break;
+    if (!kAhead) {
+      go(next);
+      load_items();
+    }
   }
 }
 
-// Fills the patch by the way that is right for the node.
-template <class Mma, class Node>
+// Fills the patch by the way that is right for the node, when await() has returned: what does not
+// need the maps is done before.
+template <class Mma, class Node, class Await>
 EDET_DEVICE void fuse_patch(const Node& node, const SharedTile& tile, int k, int depth,
-                            Shared<float> factors, Shared<typename Mma::Type> patch) {
+                            Shared<float> factors, Shared<typename Mma::Type> patch,
+                            const Await& await) {
   if constexpr (sizeof(typename Mma::Type) == 2) {
     const FuseKind kind = node.kind();
     if (kind == FuseKind::down) {
-      return fuse_known<Mma, FuseKind::down>(node, tile, k, depth, factors, patch);
+      return fuse_known<Mma, FuseKind::down>(node, tile, k, depth, factors, patch, await);
     }
     if (kind == FuseKind::up) {
-      return fuse_known<Mma, FuseKind::up>(node, tile, k, depth, factors, patch);
+      return fuse_known<Mma, FuseKind::up>(node, tile, k, depth, factors, patch, await);
     }
     if (kind == FuseKind::one) {
-      return fuse_known<Mma, FuseKind::one>(node, tile, k, depth, factors, patch);
+      return fuse_known<Mma, FuseKind::one>(node, tile, k, depth, factors, patch, await);
     }
   }
+  await();
   fuse_any<Mma>(node, tile, k, depth, factors, patch);
 }
 
-// Convolves the patch into the product's left operand: a thread computes one vector of channels of
-// kTilesM pixels below each other, which share the rows of the patch.
+// Convolves the patch into the product's left operand. A warp computes a column of the tile, or a
+// half of it, each lane one word of channels of all its rows: they share the rows of the patch and
+// the weights, and neighbouring lanes' words lie in neighbouring banks.
 template <class Mma>
 EDET_DEVICE void convolve_patch(Shared<typename Mma::Type> patch, Shared<float> dw, int depth,
                                 Shared<typename Mma::Type> a) {
   using T = typename Mma::Type;
-  constexpr int V = kVector<T>, kDown = Mma::kRows / 32;
-  const int t = opaque(thread().x), vector = t % kVectors, x = t / kVectors % kTileWidth;
-  const int y = t / (kVectors * kTileWidth) * kDown;
-  if (vector * V >= depth) return;
+  constexpr int V = 4 / int(sizeof(T)), kDown = Mma::kRows / (kProductThreads / kWarp);
+  const int t = opaque(thread().x), channel = t % kWarp * V;
+  const int x = t / kWarp % kTileWidth<Mma>, y = t / kWarp / kTileWidth<Mma> * kDown;
+  if (channel >= depth) return;
   float sum[kDown][V] = {};
-  // the loads of three columns at once would leave no registers
-  EDET_LOOP
-  for (int dx = 0; dx < 3; dx++) {
-    float column[kDown + 2][V];
+  const auto add_column = [&](int dx) {
+    Vector<float, V> w[3];
+    EDET_UNROLL
+    for (int dy = 0; dy < 3; dy++) w[dy] = load<V>(dw + ((dy * 3 + dx) * kChunk<T> + channel));
     EDET_UNROLL
     for (int r = 0; r < kDown + 2; r++) {
-      const int pixel = (y + r) * (kTileWidth + 2) + x + dx;
-      to_floats(load<V>(patch + (pixel * kChunk<T> + vector * V)), column[r]);
-    }
-    EDET_UNROLL
-    for (int dy = 0; dy < 3; dy++) {
+      float in[V];
+      to_floats(load<V>(patch + (((y + r) * (kTileWidth<Mma> + 2) + x + dx) * kChunk<T> + channel)),
+                in);
       EDET_UNROLL
-      for (int group = 0; group < V / 4; group++) {
-        const Vector<float, 4> w = load_floats<T>(dw + (dy * 3 + dx) * kChunk<T>, vector, group);
+      for (int dy = 0; dy < 3; dy++) {
+        const int row = r - dy;
+        if (row < 0 || row >= kDown) continue;
         EDET_UNROLL
-        for (int r = 0; r < kDown; r++) {
-          EDET_UNROLL
-          for (int j = 0; j < 4; j++) {
-            sum[r][group * 4 + j] += w.value[j] * column[r + dy][group * 4 + j];
-          }
-        }
+        for (int j = 0; j < V; j++) sum[row][j] += w[dy].value[j] * in[j];
       }
     }
+  };
+  if constexpr (kDown > 4) {  // the loads of three columns at once would leave no registers
+    EDET_LOOP
+    for (int dx = 0; dx < 3; dx++) add_column(dx);
+  } else {
+    EDET_UNROLL
+    for (int dx = 0; dx < 3; dx++) add_column(dx);
   }
   EDET_UNROLL
-  for (int r = 0; r < kDown; r++) {
+  for (int row = 0; row < kDown; row++) {
     if constexpr (Mma::kRounds) {
       EDET_UNROLL
-      for (int j = 0; j < V; j++) sum[r][j] = Mma::operand(sum[r][j]);
+      for (int j = 0; j < V; j++) sum[row][j] = Mma::operand(sum[row][j]);
     }
-    const Vector<T, V> result = from_floats<T>(sum[r]);
-    store(a + (((y + r) * kTileWidth + x) * Mma::kPitchA + vector * V), result);
+    store(a + (((y + row) * kTileWidth<Mma> + x) * Mma::kPitchA + channel),
+          from_floats<T>(sum[row]));
   }
 }
 
@@ -440,12 +496,13 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
   // What is small is on its way while the weights come, and stored while the maps do.
   const AffinePart<Mma> affine_part(node.scale(), node.shift(), tile.n(), tile.columns(),
                                     node.c_out());
+  DepthwisePart<T> dw_part;
+  const bool load_dw = first || chunks > 1;
+  if (load_dw) dw_part.load(node.dw(), c, 0, node.aligned_in());
   Mma product;
   for (int chunk = 0; chunk < chunks; chunk++) {
     const int k = chunk * kChunk<T>;
     const int depth = round_up(min(kChunk<T>, c - k), kDepth);
-    const bool load_dw = first || chunks > 1;
-    DepthwisePart<T> dw_part(node.dw(), load_dw ? c : 0, k, node.aligned_in());
     if (load_dw && (first || node.weights().per_channel)) {
       const int t = opaque(thread().x);
       const EdgeFactors part(node.weights(), t < kChunk<T> ? node.edges() : 0, c,
@@ -455,15 +512,17 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
       }
       if (t < kChunk<T>) part.template store_to<T>(factors + float_place<T>(t), kChunk<T>);
     }
+    if (load_dw) dw_part.store_to(dw);  // the chunk before is convolved
+    if (chunk == 0) affine_part.store_to(affine);
     sync_threads();
     if (!resident) load_chunk(k, w);
-    if (chunk == 0) await();
-    fuse_patch<Mma>(node, tile, k, depth, factors, patch);
-    if (load_dw) dw_part.store_to(dw);
-    if (chunk == 0) affine_part.store_to(affine);
+    fuse_patch<Mma>(node, tile, k, depth, factors, patch, [&] {
+      if (chunk == 0) await();
+    });
     sync_threads();
     convolve_patch<Mma>(patch, dw, depth, a);
     sync_threads();
+    if (chunk + 1 < chunks) dw_part.load(node.dw(), c, k + kChunk<T>, node.aligned_in());
     product.mma(a, place(chunk), depth, tile.columns());
   }
   const int h = node.h(), width = node.w(), c_out = node.c_out(), y0 = tile.y0(), x0 = tile.x0();
@@ -473,7 +532,7 @@ EDET_DEVICE void compute_tile(const Node& node, const SharedTile& tile, Shared<c
     const auto factors_of = [&](int column) { return AffinePart<Mma>::get(affine, column); };
     store_product(product, patch, factors_of, tile.n(), tile.columns(), c_out, node.aligned_out(),
                   change, AsItIs{}, [&](int row) -> T* {
-                    const int y = row / kTileWidth, x = row % kTileWidth;
+                    const int y = row / kTileWidth<Mma>, x = row % kTileWidth<Mma>;
                     if (y0 + y >= h || x0 + x >= width) return nullptr;
                     return out + int64_t(y * width + x) * c_out;
                   });

@@ -77,15 +77,22 @@ convolve(EDET_PARAMS(Plan) plan) {
       const int y = y0 + pixel / kWidth, x = x0 + pixel % kWidth;
       if (y >= p.out_h || x >= p.out_w) continue;
       float sum[V] = {};
-      for (int tap = 0; tap < kTaps; tap++) {
-        const int row = pixel / kWidth * 2 + tap / 9, column = pixel % kWidth * 2 + tap / 3 % 3;
-        const float in = get(image + ((row * kColumns + column) * 3 + tap % 3));
+      Shared<float> from = image + (pixel / kWidth * 2 * kColumns + pixel % kWidth * 2) * 3;
+      Shared<float> w = weights + place(0, channel);
+      EDET_LOOP
+      for (int dy = 0; dy < 3; dy++) {
         EDET_UNROLL
-        for (int group = 0; group < V / 4; group++) {
-          const Vector<float, 4> w = load<4>(weights + place(tap, channel + 4 * group));
+        for (int i = 0; i < kTaps / 3; i++) {  // three neighbouring pixels' three channels
+          const float in = get(from + i);
           EDET_UNROLL
-          for (int j = 0; j < 4; j++) sum[group * 4 + j] += in * w.value[j];
+          for (int group = 0; group < V / 4; group++) {
+            const Vector<float, 4> four = load<4>(w + group * (plan.padded / (V / 4)));
+            EDET_UNROLL
+            for (int j = 0; j < 4; j++) sum[group * 4 + j] += in * four.value[j];
+          }
+          w = w + plan.padded;
         }
+        from = from + kColumns * 3;
       }
       EDET_UNROLL
       for (int j = 0; j < V; j += 2) {

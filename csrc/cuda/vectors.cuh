@@ -9,19 +9,33 @@ namespace edet::cuda {
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));  // channels of a 16-byte access
 
-// A 16-byte vector of 16-bit numbers.
+// A 16-byte vector of numbers of any type.
 using Words = Vector<uint32_t, 4>;
 
-template <class T>
-EDET_DEVICE void to_floats(const Words& v, float (&x)[8]) {
+template <class T, int V>
+EDET_DEVICE void to_floats(const Words& v, float (&x)[V]) {
+  static_assert(V == kVector<T>, "all of them");
   EDET_UNROLL
-  for (int i = 0; i < 4; i++) unpack<T>(v.value[i], x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 2) {
+      unpack<T>(v.value[i], x[2 * i], x[2 * i + 1]);
+    } else {
+      x[i] = bits_float(v.value[i]);
+    }
+  }
 }
-template <class T>
-EDET_DEVICE Words to_words(const float (&x)[8]) {
+template <class T, int V>
+EDET_DEVICE Words to_words(const float (&x)[V]) {
+  static_assert(V == kVector<T>, "all of them");
   Words v;
   EDET_UNROLL
-  for (int i = 0; i < 4; i++) v.value[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 2) {
+      v.value[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    } else {
+      v.value[i] = float_bits(x[i]);
+    }
+  }
   return v;
 }
 template <class T>

@@ -103,8 +103,9 @@ uint32_t max_nan(uint32_t a, uint32_t b) {
 
 template <class T, int V>
 Vector<T, V> load_constant(const T* p) {
-  static_assert(sizeof(Vector<T, V>) == 16 || sizeof(Vector<T, V>) == 8 || V == 1,
-                "an access is 8 or 16 bytes or one element");
+  static_assert(sizeof(Vector<T, V>) == 16 || sizeof(Vector<T, V>) == 8 ||
+                    sizeof(Vector<T, V>) == 4 || V == 1,
+                "an access is 4, 8 or 16 bytes or one element");
   emulation::global_access(p, sizeof(Vector<T, V>), emulation::Use::constant);
   Vector<T, V> v;
   std::memcpy(&v, p, sizeof v);
