@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +167,24 @@ def as_line(row: Row) -> str:
         f"{row.p50_ms:9.1f} {row.p99_ms:9.1f} "
         f"{row.memory_mib[0]:7.0f} → {row.memory_mib[1]:.0f}"
     )
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The lines of a result file's table, as docs/serving.md has it."""
+    lines = [
+        "| clients | images of a request | threads | requests, answered, wrong | CPU ms per image "
+        "| p50 ms | p99 ms | memory before → after, MiB |",
+        "|---:|---:|---:|---|---:|---:|---:|---|",
+    ]
+    for row in result["rows"]:
+        setting, (before, after) = row["setting"], row["memory_mib"]
+        lines.append(
+            f"| {setting['clients']} | {setting['batch']} | {setting['threads']} "
+            f"| {row['sent']}, {row['answered']}, {row['wrong']} "
+            f"| {1e3 * row['cpu_seconds_per_image']:.1f} "
+            f"| {row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {before:.0f} → {after:.0f} |"
+        )
+    return lines
 
 
 def whole(text: str) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import edet
+from .detection.predictor import Prediction, Predictor
+from .detection.results import Detections
 
 __all__ = ["TritonPythonModel"]
 
@@ -46,7 +47,7 @@ class TritonPythonModel:
         gpu = args["model_instance_kind"] == "GPU"
         self._most = int(options["max_detections"])
         self._workers = int(options["workers"])
-        self._predictor = edet.Predictor(
+        self._predictor = Predictor(
             Path(args["model_repository"], args["model_version"], options["checkpoint"]),
             score_threshold=float(options["score_threshold"]),
             nms=options["nms"],
@@ -67,7 +68,7 @@ class TritonPythonModel:
         found = self._predictor.stream((x for xs in images for x in xs), workers=self._workers)
         return [self._response([next(found) for _ in xs]) for xs in images]
 
-    def _response(self, found: Sequence[edet.Prediction]) -> Any:
+    def _response(self, found: Sequence[Prediction]) -> Any:
         """The objects of a request's images, or why one of them cannot be used."""
         rows = []
         for i, prediction in enumerate(found):
@@ -80,7 +81,7 @@ class TritonPythonModel:
             output_tensors=[self._triton.Tensor(name, x) for name, x in columns.items()]
         )
 
-    def _padded(self, found: edet.Detections) -> dict[str, np.ndarray[Any, Any]]:
+    def _padded(self, found: Detections) -> dict[str, np.ndarray[Any, Any]]:
         """The output tensors of one image."""
         count, most = len(found), self._most
         boxes, scores = np.zeros((most, 4), np.float32), np.zeros(most, np.float32)

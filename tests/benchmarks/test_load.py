@@ -28,6 +28,13 @@ def test_all_requests_are_answered(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_the_figures_of_the_page_are_the_result_files():
+    result = json.loads((load.ROOT / "benchmarks/results/load-cpu.json").read_text())
+    page = (load.ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert "\n".join(load.markdown(result)) in page
+    assert result["machine"]["note"]  # it was not alone
+
+
 def test_answers_to_another_client_are_seen(monkeypatch, capsys):
     detect = edet.Predictor.__call__
     calls = []

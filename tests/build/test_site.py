@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -60,17 +61,28 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", ["[x](none.md)", "[x](guide.md#none)", "[x](../none.py)"])
-def test_a_broken_link_is_an_error(tmp_path, link):
+def test_a_broken_link_is_an_error(tmp_path):
     for module in ("sphinx", "myst_parser", "pydata_sphinx_theme"):
         pytest.importorskip(module, reason="needs the extra docs")
     source = tmp_path / "docs"
     source.mkdir()
     shutil.copy(DOCS / "conf.py", source)
     (source / "index.rst").write_text("Title\n=====\n\n.. toctree::\n\n   guide\n")
-    (source / "guide.md").write_text("# Guide\n\n[here](#guide)\n")
+    (source / "guide.md").write_text("# Guide\n\n[x](#guide) [y](none.md) [z](guide.md#nowhere)\n")
     done = built(source, tmp_path / "site")
-    assert done.returncode == 0, done.stderr
-    (source / "guide.md").write_text(f"# Guide\n\n{link}\n")
-    done = built(source, tmp_path / "site")
-    assert done.returncode != 0 and "none" in done.stderr
+    assert done.returncode != 0
+    [one, two] = [line for line in done.stderr.splitlines() if "guide.md:3" in line]
+    assert "none.md" in one + two and "nowhere" in one + two
+
+
+def test_links_to_files_outside_become_names():
+    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
+    assert spec and spec.loader
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    page = ["[the list](../CMakeLists.txt), [here](guide.md), ![plot](demo.jpg)"]
+    conf.name_files_outside(None, "page", page)
+    assert page == ["`CMakeLists.txt`, [here](guide.md), ![plot](demo.jpg)"]
+    for broken in ("[x](../none.py)", "![x](../none.png)"):
+        with pytest.raises(FileNotFoundError, match=r"page (links to|shows) \.\./none"):
+            conf.name_files_outside(None, "page", [broken])

@@ -104,6 +104,25 @@ def config_text(
     )
 
 
+def write_model(folder: Path, predictor: Predictor, config: str) -> None:
+    """Writes a model's folder; a server that looks never sees half of it."""
+    half = folder.with_name(f".{secrets.token_hex(4)}")
+    try:
+        (half / "1").mkdir(parents=True)
+        (half / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
+        labels = range(1, predictor.model.config.num_classes + 1)
+        save_described(
+            predictor.model,
+            half / "1" / "model.pt",
+            class_names=[label_name(label, predictor.label_names) for label in labels],
+        )
+        (half / "config.pbtxt").write_text(config, encoding="utf-8")
+        os.rename(half, folder)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+
+
 def triton_repository(
     model: Annotated[
         str,
@@ -171,29 +190,15 @@ def triton_repository(
             class_names=None if class_names is None else read_class_names(class_names, num_classes),
         )
         check_writable(output, "--output", create=True)
-        half = output / f".{secrets.token_hex(4)}"  # a server that looks never sees half of it
-        try:
-            (half / "1").mkdir(parents=True)
-            (half / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
-            labels = range(1, predictor.model.config.num_classes + 1)
-            save_described(
-                predictor.model,
-                half / "1" / "model.pt",
-                class_names=[label_name(label, predictor.label_names) for label in labels],
-            )
-            text = config_text(
-                predictor,
-                dtype,
-                name=name,
-                gpu=gpu,
-                instances=instances,
-                threads=threads,
-                workers=workers,
-                delay=delay,
-            )
-            (half / "config.pbtxt").write_text(text, encoding="utf-8")
-            os.rename(half, output / name)
-        except BaseException:
-            shutil.rmtree(half, ignore_errors=True)
-            raise
+        text = config_text(
+            predictor,
+            dtype,
+            name=name,
+            gpu=gpu,
+            instances=instances,
+            threads=threads,
+            workers=workers,
+            delay=delay,
+        )
+        write_model(output / name, predictor, text)
         typer.echo(f"Model {name} for tritonserver --model-repository={output}", err=True)
