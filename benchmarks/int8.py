@@ -63,8 +63,8 @@ def calls(name: str, folder: Path, threads: int, ort: bool) -> dict[str, Callabl
     model = edet.create_model(name).eval()
     size = model.config.image_size
     pixels = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8)
-    options = {"mean": model.config.mean, "std": model.config.std}
-    images = edet.preprocess.preprocess(list(pixels), size, **options).images
+    mean, std = model.config.mean, model.config.std
+    images = edet.preprocess.preprocess(list(pixels), size, mean=mean, std=std).images
     set_batch_norms(model, images[:1])
     small = edet.quantize(model, pixels, batch_size=1).freeze()
     x = images[:1]

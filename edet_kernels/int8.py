@@ -408,6 +408,17 @@ def _check_layer(
     _check(f"out_rows{name}", out, (rows, out.shape[1], c_out), torch.float32, x)
 
 
+def _check_inputs(inputs: Sequence[Tensor]) -> None:
+    check_list("inputs", inputs, "maps")
+    for i, x in enumerate(inputs):
+        _check_map(f"inputs[{i}]", x, torch.uint8)
+        if x.shape[:2] != inputs[0].shape[:2]:
+            raise ValueError(
+                f"inputs[{i}] must have batch and channels {tuple(inputs[0].shape[:2])}, "
+                f"got {tuple(x.shape[:2])}"
+            )
+
+
 def nodes(
     inputs: Sequence[Tensor],
     fuse_rows: Sequence[Tensor],
@@ -450,14 +461,7 @@ def nodes(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    check_list("inputs", inputs, "maps")
-    for i, x in enumerate(inputs):
-        _check_map(f"inputs[{i}]", x, torch.uint8)
-        if x.shape[:2] != inputs[0].shape[:2]:
-            raise ValueError(
-                f"inputs[{i}] must have batch and channels {tuple(inputs[0].shape[:2])}, "
-                f"got {tuple(x.shape[:2])}"
-            )
+    _check_inputs(inputs)
     numbers = numbers_of(pool=pool, pre_activation=pre_activation, post_activation=post_activation)
     parts = (fuse_rows, dw_weights, mid_rows, pw_weights, out_rows)
     if len({len(p) for p in parts}) != 1:

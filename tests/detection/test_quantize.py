@@ -27,6 +27,16 @@ def images(count: int = 4, size: int = 64) -> torch.Tensor:
     return (255 * smooth.clamp(0, 1)).to(torch.uint8)
 
 
+def batch_of(model, pictures=None):
+    """Normalised images as the model wants them."""
+    config = model.config
+    pictures = list(images() if pictures is None else pictures)
+    size = pictures[0].shape[-1]
+    return edet.preprocess.preprocess(
+        pictures, (size, size), mean=config.mean, std=config.std
+    ).images
+
+
 def detector(name: str = "tf_efficientdet_d0", **options) -> edet.EfficientDet:
     """A small detector with batch norms that fit its maps."""
     torch.manual_seed(0)
@@ -36,7 +46,7 @@ def detector(name: str = "tf_efficientdet_d0", **options) -> edet.EfficientDet:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = None  # the average of what it sees
-        batch = edet.preprocess.preprocess(list(images(8)), (64, 64)).images
+        batch = batch_of(model, images(8))
         model(batch)
     return model.eval()
 
@@ -52,7 +62,7 @@ def quantised(d0):
 
 
 def outputs(model, batch=None):
-    batch = edet.preprocess.preprocess(list(images()), (64, 64)).images if batch is None else batch
+    batch = batch_of(model) if batch is None else batch
     with torch.no_grad():
         classes, boxes = model(batch)
     return [*classes, *boxes]
@@ -68,7 +78,7 @@ def decibels(exact, found):
 @torch.no_grad()
 def part_errors(model, small, batch=None):
     """Decibels of each part, given the maps of the float model."""
-    batch = edet.preprocess.preprocess(list(images()), (64, 64)).images if batch is None else batch
+    batch = batch_of(model) if batch is None else batch
     maps = model.backbone(batch)
     pyramid = model.fpn(maps)
     return {
@@ -101,7 +111,7 @@ def test_trained_outputs_are_near_the_float_models():
     pytest.importorskip("safetensors")
     model = edet.create_model("edet_lite0_person").eval()
     small = edet.quantize(model, images(4, 128), image_size=128)
-    batch = edet.preprocess.preprocess(list(images(4, 128)), (128, 128)).images
+    batch = batch_of(model, images(4, 128))
     for part, value in part_errors(model, small, batch).items():
         assert value > 17, (part, value)
 
@@ -115,7 +125,7 @@ def test_blocks_are_near_the_float_ones(name):
     settings = edet.quantize(model, images()).backbone.int8
     packed = model.backbone.pack(torch.float32)
     small = Int8Backbone(packed, settings)
-    batch = edet.preprocess.preprocess(list(images()), (64, 64)).images
+    batch = batch_of(model)
     seen = {}
     Int8Backbone.watch(packed, batch, lambda name, x, _: seen.setdefault(name, x))
     source = "stem"
@@ -145,7 +155,7 @@ def test_the_model_given_stays_as_it_is(d0):
 
 @pytest.mark.skipif(not edet_kernels.library.load(), reason=edet_kernels.library.status())
 def test_kernels_compute_what_the_reference_does(quantised):
-    batch = edet.preprocess.preprocess(list(images()), (64, 64)).images
+    batch = batch_of(quantised)
     with torch.no_grad():
         maps = quantised.backbone(batch)
         with edet_kernels.backend("reference"):
@@ -243,7 +253,7 @@ def test_new_weights_are_rounded_anew(d0):
 
 def test_training_runs_the_float_layers(d0):
     small = edet.quantize(d0, images())
-    batch = edet.preprocess.preprocess(list(images()), (64, 64)).images
+    batch = batch_of(d0)
     small.train()
     small(batch)[0][0].sum().backward()
     assert small.class_net.predict.conv_pw.weight.grad.abs().sum() > 0

@@ -293,20 +293,12 @@ class _Layers:
     """The lists that :func:`edet_kernels.int8.nodes` takes, a layer after the other."""
 
     def __init__(self) -> None:
-        self.fuse: list[Tensor] = []
-        self.dw: list[Tensor] = []
-        self.mid: list[Tensor] = []
-        self.pw: list[Tensor] = []
-        self.out: list[Tensor] = []
+        self.parts: list[list[Tensor]] = [[], [], [], [], []]
 
-    def add(self, fuse: Any, dw: Any, mid: Any, pw: Any, out: Any) -> None:
-        for to, rows in (
-            (self.fuse, fuse), (self.dw, dw), (self.mid, mid), (self.pw, pw), (self.out, out)
-        ):  # fmt: skip
-            to.append(torch.stack(rows).contiguous())
-
-    def __iter__(self) -> Any:
-        return iter((self.fuse, self.dw, self.mid, self.pw, self.out))
+    def add(self, *rows: Sequence[Tensor]) -> None:
+        """A layer's tensors of its nodes: fuse rows, dw weights, mid rows, pw weights, out rows."""
+        for part, tensors in zip(self.parts, rows, strict=True):
+            part.append(torch.stack(list(tensors)).contiguous())
 
 
 class Int8Nodes:
@@ -333,7 +325,6 @@ class Int8Nodes:
         self._project(steps)
         self.edges = [steps[f"edge.{j}"] for j in range(self.count)]
         self.edges += [steps[f"{i}.out"] for i in range(len(packed.nodes))]
-        self.layer_list: list[int] = []
         self.layers = _Layers()
         kinds = sorted({len(ids) for ids in packed.nodes})
         self.layer_list = [kinds.index(len(ids)) for ids in packed.nodes]
@@ -412,7 +403,7 @@ class Int8Nodes:
         outputs = packed.outputs if see is _skip else list(every)
         found = int8.nodes(
             inputs,
-            *self.layers,
+            *self.layers.parts,
             layers=self.layer_list,
             edges=packed.nodes,
             sizes=[sizes[level] for level in packed.node_levels],
@@ -517,12 +508,12 @@ class Int8Head:
         for x, steps in zip(maps, self.inputs, strict=True):
             scale, zero = steps.one
             inputs.append(int8.quantize(x.to(dtype), 1 / scale, zero))
-        levels, count = self.levels, len(self.layers.dw)
+        levels, count = self.levels, len(self.layers.parts[0])
         found: list[Tensor] = inputs
         if count:
             found = int8.nodes(
                 inputs,
-                *self.layers,
+                *self.layers.parts,
                 # all layers of a level, then the next: a map is read while it is in the cache
                 layers=list(range(count)) * levels,
                 edges=[

@@ -86,8 +86,9 @@ class Observer:
 def found_range(ends: Tensor, counts: Tensor, method: str, percentile: float) -> Tensor:
     """(2, channels) of histograms (channels, bins) between ``ends`` (2, channels).
 
-    ``percentile`` cuts off what is beyond it at either end; ``mse`` makes the mean squared error of
-    the rounded values least, over shrunken upper and then lower ends.
+    ``percentile`` cuts off what is beyond it at either end, of the values that are not 0; ``mse``
+    makes the mean squared error of the rounded values least, over shrunken upper and then lower
+    ends.
     """
     if method == "minmax":
         return ends
@@ -95,6 +96,11 @@ def found_range(ends: Tensor, counts: Tensor, method: str, percentile: float) ->
     places = (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _BINS
     values = low[:, None] + (high - low)[:, None] * places
     if method == "percentile":
+        # what an activation makes 0 does not count: a channel that is seldom not 0 keeps its range
+        width = (high - low).clamp(min=torch.finfo(torch.float64).tiny)
+        at = (-low / width * _BINS).long().clamp(0, _BINS - 1)
+        others = counts.scatter(1, at[:, None], 0)
+        counts = torch.where(others.sum(1, keepdim=True) > 0, others, counts)
         share = counts.cumsum(1) / counts.sum(1, keepdim=True).clamp(min=1)
         width = (high - low) / _BINS
         top = (share >= percentile / 100).double().argmax(1)
