@@ -51,6 +51,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 #: How a graph of nodes can be launched (EDET_CUDA_LAUNCH), and the ops that are one.
 LAUNCHES = ("nodes", "pdl", "persistent")
 GRAPH_OPS = ("bifpn", "head")
+#: What the gauge predicts, and by how much of it a measured time may differ before it is named.
+PREDICTED = ROOT / "benchmarks" / "results" / "gpu-model.json"
+OFF = 0.3
 #: Variants: ours by its CUDA and by its Triton kernels and eager, as they are and in a CUDA graph,
 #: ours for each launch too, and what torch.compile makes of eager.
 VARIANTS = (
@@ -265,6 +268,40 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def beside_predicted(rows: Sequence[dict[str, Any]], device: str, predicted: dict[str, Any]) -> str:
+    """Measured times beside what the gauge (docs/gpu-model.md) predicts, as Markdown.
+
+    Only of ops that a model calls once, float16 and warm, which are what the gauge predicts.
+
+    Args:
+        rows: of a result.
+        device: the GPU's name, which holds that of the gauge's.
+        predicted: the content of ``results/gpu-model.json``.
+
+    Returns:
+        A table, and a line that names what is off by more than :data:`OFF`; empty when nothing that
+        was measured is predicted.
+    """
+    known = {(r["model"], r["batch"], r["op"]): r["predicted_us"] for r in predicted["rows"]
+             if r["calls"] == 1 and r["gpu"] in device}  # fmt: skip
+    lines, off = [], []
+    for r in rows:
+        us = known.get((r["model"], r["batch"], r["case"]))
+        ours = [t["median_ms"] for name, t in r["times"].items() if name.startswith(OURS)]
+        if us is None or not ours or (r["dtype"], r["cache"]) != ("float16", "warm"):
+            continue
+        measured = 1e3 * min(ours)
+        what = f"{r['case']}, {r['model']}, batch {r['batch']}"
+        lines.append(f"| {what} | {us:.1f} | {measured:.1f} | {measured / us - 1:+.0%} |")
+        if abs(measured / us - 1) > OFF:
+            off.append(what)
+    if not lines:
+        return ""
+    head = ["| | predicted µs | measured µs | off by |", "|---|---|---|---|"]
+    wrong = ", ".join(off) or "nothing"
+    return "\n".join([*head, *lines, f"\nOff by more than {OFF:.0%}: {wrong}"])
+
+
 def softmax_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
     """How many times longer softmax takes than fast fusion: the median over rows alike else."""
     keys = ("model", "batch", "dtype", "cache")
@@ -379,6 +416,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args, result)
     _write(args.output, result)
     print(markdown(result))
+    predicted = json.loads(PREDICTED.read_text(encoding="utf-8"))
+    print("\n" + beside_predicted(result["rows"], result["device"], predicted))
     if result["failures"]:
         sys.exit("\n".join(f"{what}: {why}" for what, why in result["failures"].items()))
 

@@ -114,6 +114,30 @@ def benchmark(tmp_path, *arguments):
     return result
 
 
+def test_measured_times_stand_beside_predicted_ones():
+    def row(case, batch, ms, cache="warm"):
+        times = {"ours, graph": {"median_ms": ms}, "eager": {"median_ms": ms / 9}}
+        return {"case": case, "model": "d0", "batch": batch, "dtype": "float16", "cache": cache,
+                "times": times}  # fmt: skip
+
+    def guess(op, batch, us, calls=1):
+        return {"gpu": "H100", "model": "d0", "batch": batch, "op": op, "calls": calls,
+                "predicted_us": us}  # fmt: skip
+
+    predicted = {"rows": [guess("bifpn", 1, 60.0), guess("stem", 1, 20.0),
+                          guess("head", 1, 70.0, calls=2)]}  # fmt: skip
+    rows = [row("bifpn", 1, 0.066), row("stem", 1, 0.027), row("stem", 1, 9.0, "cold"),
+            row("head", 1, 0.5), row("bifpn", 8, 0.1)]  # fmt: skip
+    text = gpu.beside_predicted(rows, "NVIDIA H100 80GB HBM3", predicted)
+    assert text.splitlines()[2:4] == [
+        "| bifpn, d0, batch 1 | 60.0 | 66.0 | +10% |",
+        "| stem, d0, batch 1 | 20.0 | 27.0 | +35% |",
+    ]
+    assert text.endswith("Off by more than 30%: stem, d0, batch 1")
+    assert len(text.splitlines()) == 6
+    assert gpu.beside_predicted(rows, "NVIDIA A100", predicted) == ""
+
+
 def test_every_variant_has_its_column(on_cpu, tmp_path, monkeypatch, capsys):
     asked = []
     run = Call.__call__
