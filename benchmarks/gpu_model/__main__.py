@@ -8,11 +8,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_model import launches, rates
+from benchmarks.gpu_model.predict import SOURCES as KERNEL_SOURCES
 from benchmarks.gpu_model.predict import Prediction, Predictor
 from benchmarks.gpu_model.sass import ROOT, SOURCES
 
@@ -58,7 +60,7 @@ def rows_of(predictor: Predictor, model: str, batch: int, parts: tuple[str, ...]
         works = [work for call in mine for work in call.works]
         rows.append({
             "model": model, "batch": batch, "gpu": gpu.name, "op": op,
-            "code": code(), "launch": launch, "calls": len(mine),
+            "code": code(p.kernel for p in kernels), "launch": launch, "calls": len(mine),
             "launches": len(predictions),
             "predicted_us": round(sum(predictor.time_us(call) for call in mine), 1),
             "floor_us": round(sum(p.floor_us for p in kernels), 1),
@@ -94,11 +96,12 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        now = code(k["kernel"] for k in row["kernels"])
         lines.append(
             f"| {row['gpu']} | {_short(row['model'])} | {row['batch']} | {row['op']} | "
             f"{row['launches']} | `{row['launch']}` | {row['predicted_us']:.0f} | "
             f"{row['floor_us']:.1f} | {row['gaps_us']:.0f} | {row['mbytes']:.1f} | "
-            f"{row['bound']} | {'as it is' if row['code'] == result['code'] else 'older'} |"
+            f"{row['bound']} | {'as it is' if row['code'] == now else 'older'} |"
         )
     lines += [
         "",
@@ -128,10 +131,11 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def code() -> str:
-    """Names the kernels' sources by their content."""
+def code(kernels: Iterable[str]) -> str:
+    """Names the sources of kernels by their content."""
     content = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.*h"), *SOURCES.glob("*.cu")]):
+    names = sorted({f"{KERNEL_SOURCES[kernel.split('<')[0]]}.cu" for kernel in kernels})
+    for path in [*sorted(SOURCES.glob("*.*h")), *(SOURCES / name for name in names)]:
         content.update(path.read_bytes())
     return content.hexdigest()[:12]
 
@@ -187,7 +191,6 @@ def main() -> None:
     result = {
         "schema": SCHEMA,
         "date": datetime.date.today().isoformat(),
-        "code": code(),
         "compiler": _compiler(),
         "dtype": "float16",
         "launch": options.launch,
