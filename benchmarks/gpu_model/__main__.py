@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_model import launches, rates
+from benchmarks.gpu_model.predict import SOURCES as KERNEL_SOURCES
 from benchmarks.gpu_model.predict import Prediction, Predictor
-from benchmarks.gpu_model.sass import ROOT
+from benchmarks.gpu_model.sass import ROOT, SOURCES
 
 SCHEMA = "edet-gpu-model/1"
 MODELS = ("tf_efficientdet_d0", "tf_efficientdet_d3", "tf_efficientdet_d7")
@@ -57,7 +60,7 @@ def rows_of(predictor: Predictor, model: str, batch: int, parts: tuple[str, ...]
         works = [work for call in mine for work in call.works]
         rows.append({
             "model": model, "batch": batch, "gpu": gpu.name, "op": op,
-            "date": datetime.date.today().isoformat(), "launch": launch, "calls": len(mine),
+            "code": code(p.kernel for p in kernels), "launch": launch, "calls": len(mine),
             "launches": len(predictions),
             "predicted_us": round(sum(predictor.time_us(call) for call in mine), 1),
             "floor_us": round(sum(p.floor_us for p in kernels), 1),
@@ -85,19 +88,20 @@ def tables(result: dict[str, Any]) -> str:
     """The rows as Markdown: ops, then the launches of the ops whose time is the largest."""
     lines = [
         f"Compiled by {result['compiler']}, {result['dtype']}. "
-        "**Predicted from the machine code; not measured on a GPU.** `of the code of`: when a row "
-        "was computed; one that is older than others is of older code.",
+        "**Predicted from the machine code; not measured on a GPU.** Rows of older code were not "
+        "computed again when the kernels changed.",
         "",
         "| GPU | model | batch | op | launches | as | predicted µs | floor µs | of it gaps | MB | "
-        "bound by | of the code of |",
+        "bound by | code |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        now = code(k["kernel"] for k in row["kernels"])
         lines.append(
             f"| {row['gpu']} | {_short(row['model'])} | {row['batch']} | {row['op']} | "
             f"{row['launches']} | `{row['launch']}` | {row['predicted_us']:.0f} | "
             f"{row['floor_us']:.1f} | {row['gaps_us']:.0f} | {row['mbytes']:.1f} | "
-            f"{row['bound']} | {row['date']} |"
+            f"{row['bound']} | {'as it is' if row['code'] == now else 'older'} |"
         )
     lines += [
         "",
@@ -127,13 +131,22 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def code(kernels: Iterable[str]) -> str:
+    """Names the sources of kernels by their content."""
+    content = hashlib.sha256()
+    names = sorted({f"{KERNEL_SOURCES[kernel.split('<')[0]]}.cu" for kernel in kernels})
+    for path in [*sorted(SOURCES.glob("*.*h")), *(SOURCES / name for name in names)]:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:12]
+
+
 def merged(rows: list[dict[str, Any]], before: dict[str, Any]) -> list[dict[str, Any]]:
     """New rows in the place of a result's rows of the same GPU, model, batch and op."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["gpu"], row["model"], row["batch"], PARTS.index(row["op"])
 
-    given = {"date": before.get("date", ""), "launch": before.get("launch", "")}
+    given = {"code": "", "launch": before.get("launch", "")}
     known = {key(row): {**given, **row} for row in before.get("rows", [])}
     known.update({key(row): row for row in rows})
     return [known[k] for k in sorted(known, key=lambda k: (k[0] != "H100", *k))]

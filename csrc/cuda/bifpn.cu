@@ -146,9 +146,12 @@ EDET_DEVICE void set_tile(const Plan& plan, int number, const SharedTile& tile) 
             min(layer.c_out - n, layer.columns)});
 }
 
-// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has.
+// Tiles of 64 pixels need more than 32 KiB of shared memory, half of what Turing has; with 128
+// columns they need more than 128 registers.
 template <class Mma>
-EDET_KERNEL(kProductThreads, EDET_BLOCKS(Mma::kBlocks, Mma::kRows == 64 ? 1 : Mma::kBlocks))
+constexpr int kGraphBlocks = Mma::kRows == 64 && Mma::kColumns == 128 ? 1 : Mma::kBlocks;
+template <class Mma>
+EDET_KERNEL(kProductThreads, EDET_BLOCKS(kGraphBlocks<Mma>, Mma::kRows == 64 ? 1 : Mma::kBlocks))
 bifpn(EDET_PARAMS(Plan) plan) {
   EDET_SHARED(char, memory);
   const auto tile_of = [&](int turn) {

@@ -104,7 +104,8 @@ def test_instructions_of_a_vector(traced, kind, size):
     # vectors of a tile, by the warp
     patch, pixels = (rows + 2) * (columns + 2) * 8 / 32, rows * columns * 8 / 32
     fused = counts["fuse"] + counts.get("activation", 0)
-    assert fused / patch <= FUSED[kind]
+    # of 36 pixels one warp reads four more, and the others read theirs again
+    assert fused / patch <= FUSED[kind] * (1.3 if columns == 4 else 1)
     # the more rows a warp computes, the fewer it reads twice
     assert counts["depthwise"] / pixels <= DEPTHWISE * {16: 1.3, 32: 1, 64: 0.9}[rows * columns]
     assert counts["epilogue"] / pixels <= EPILOGUE * (1.2 if columns == 4 else 1)

@@ -32,4 +32,7 @@ def test_launches(emulated):
         emulated.count_launches(True)
         sample(op)()
         emulated.count_launches(False)
-        assert len(emulated.launches()) == count
+        launches = emulated.launches()
+        assert len(launches) == count
+        # mbconv's projection begins while the block's first kernel ends
+        assert [launch["pdl"] for launch in launches] == [False, True][:count]

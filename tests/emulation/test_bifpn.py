@@ -114,6 +114,18 @@ def test_a_launch_without_a_wish_is_node_by_node(emulated, monkeypatch):
         call()
 
 
+def test_node_launches_overlap_where_the_gpu_can(emulated, turing, monkeypatch):
+    """The first may not: what came before it is not known."""
+    monkeypatch.delenv("EDET_CUDA_LAUNCH")
+    call = sample("bifpn")
+    rest = len(call.options["nodes"]) - 1
+    count_launches(emulated, call)
+    assert [launch["pdl"] for launch in emulated.launches()] == [False] * (rest + 1)
+    emulated.set_device(4, 227 * 1024, 90)
+    count_launches(emulated, call)
+    assert [launch["pdl"] for launch in emulated.launches()] == [False] + [True] * rest
+
+
 def test_all_cells_of_d7x_are_one_launch(emulated):
     graph = bifpn_graph((9, 8), levels=6, cells=8)
     call = sample("bifpn", batch=1, channels=8, graph=graph, fusion="sum")
