@@ -43,17 +43,17 @@ def table(file: Path, page: Path, *, whole: bool) -> str:
     return "\n\n".join([first, *(blocks if whole else blocks[: 2 + picture.exists()])])
 
 
-def updated(text: str, tables: list[str]) -> str:
+def updated(text: str, tables: list[str], begin: str = BEGIN, end: str = END) -> str:
     """``text`` with ``tables`` between its two marks.
 
     Raises:
         ValueError: a mark is missing or there are several.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"a page must hold {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return before + "\n\n".join([BEGIN, *tables, END]) + after
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"a page must hold {begin} and {end} once each")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    return before + "\n\n".join([begin, *tables, end]) + after
 
 
 def main() -> None:

@@ -1,0 +1,73 @@
+"""The trainings behind docs/results.md, shortened: each learns, and the page is what files say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import drawn_shapes
+from benchmarks import accuracy
+from edet.training import Dataset, open_dataset
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Dataset]:
+    folder = tmp_path_factory.mktemp("shapes")
+    drawn_shapes.write_coco(folder, count=24)
+    drawn_shapes.write_coco(folder, "val", count=8, seed=5)
+    return open_dataset(folder), open_dataset(folder, "val")
+
+
+def shortened(name: str) -> accuracy.Comparison:
+    """A comparison of a few dozen steps on small images, with its own variants."""
+    whole = accuracy.COMPARISONS[name]
+    small = {"width": 24, "cells": 1, "head_repeats": 1}
+    variants = {
+        key: dataclasses.replace(v, options=v.options | {"image_size": 64, "cells": 1})
+        for key, v in whole.variants.items()
+    }
+    return dataclasses.replace(
+        whole, variants=variants, options=small, image_size=64, epochs=30, seeds=1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", accuracy.COMPARISONS)
+def test_each_comparison_learns(name: str, shapes: tuple[Dataset, Dataset]) -> None:
+    result = accuracy.compare(shortened(name), *shapes)
+    for variant, row in result["variants"].items():
+        curve = row["runs"][0]["curve"]
+        assert curve[-1]["loss"] < 0.5 * curve[0]["loss"], variant
+        assert row["AP50"] > 0.25, (variant, row["AP50"])
+    assert list(result["variants"]) == list(accuracy.COMPARISONS[name].variants)
+
+
+def test_intervals_are_students() -> None:
+    def rows(*values: float) -> list[dict[str, dict[str, float]]]:
+        return [{"figures": {"AP": value}} for value in values]
+
+    found = accuracy.difference(rows(0.3, 0.5, 0.4), rows(0.2, 0.2, 0.2), "AP")
+    # differences .1, .3, .2: deviation .1, and Student's t of two degrees of freedom is 4.303
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["half_interval"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    alone = accuracy.difference(rows(0.3), rows(0.2), "AP")
+    assert math.isnan(alone["half_interval"])
+
+
+def test_the_page_is_what_the_files_say() -> None:
+    text = accuracy.PAGE.read_text(encoding="utf-8")
+    assert accuracy.page(text, accuracy.result_files()) == text
+
+
+def test_a_result_file_holds_all_that_it_takes_to_repeat_it() -> None:
+    files = accuracy.result_files()
+    assert files
+    for file in files:
+        result = json.loads(Path(file).read_text(encoding="utf-8"))
+        assert result["schema"] == accuracy.SCHEMA
+        for key in ("command", "date", "revision", "machine", "versions", "data"):
+            assert result[key], (file.name, key)
