@@ -337,8 +337,9 @@ EDET_DEVICE void fuse_known(const Node& node, const SharedTile& tile, int k, int
   constexpr int kItems = divide_up(kPatchPixels<Mma>, kStep);
   // pixels of a thread whose loads are on their way together
   constexpr int kTogether = kKind == FuseKind::up ? 1 : kItems;
-  // whether a pixel's loads are on their way while the one before is fused: if sums leave registers
-  constexpr bool kAhead = Mma::kRows * Mma::kColumns <= 64 * 64;
+  // whether a pixel's loads are on their way while the one before is fused: if sums leave
+  // registers, of which bfloat16's conversions take more
+  constexpr bool kAhead = !std::is_same_v<T, bf16> && Mma::kRows * Mma::kColumns <= 64 * 64;
   // what follows from the thread alone is not kept from tile to tile: registers are scarce
   const int t = opaque(thread().x), vector = t % kVectors, channel = k + vector * V;
   const bool real = channel < node.c();

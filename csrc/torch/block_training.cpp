@@ -439,10 +439,15 @@ Tensors training_depthwise_backward(
 
 // training_project ---------------------------------------------------------------------------
 
+// long double: glibc 2.29 has a new exp of double, which older systems lack
+double sigmoid(double x) {
+  return 1.0 / (1.0 + static_cast<double>(std::exp(static_cast<long double>(-x))));
+}
+
 double activated(Activation a, double x) {
   switch (a) {
     case Activation::none: return x;
-    case Activation::swish: return x / (1.0 + std::exp(-x));
+    case Activation::swish: return x * sigmoid(x);
     case Activation::relu: return x < 0.0 ? 0.0 : x;
     case Activation::relu6: return x < 0.0 ? 0.0 : x > 6.0 ? 6.0 : x;
     case Activation::hard_swish: return x * std::clamp(x + 3.0, 0.0, 6.0) / 6.0;
@@ -454,7 +459,7 @@ double activation_slope(Activation a, double x) {  // torch's at the corners
   switch (a) {
     case Activation::none: return 1.0;
     case Activation::swish: {
-      const double s = 1.0 / (1.0 + std::exp(-x));
+      const double s = sigmoid(x);
       return s * (1.0 + x * (1.0 - s));
     }
     case Activation::relu: return x <= 0.0 ? 0.0 : 1.0;
@@ -504,7 +509,7 @@ struct Squeeze {
     for (int64_t i = 0; i < c; i++) {
       double sum = b2[i];
       for (int64_t k = 0; k < r; k++) sum += w2[i * r + k] * a[static_cast<size_t>(k)];
-      to[i] = static_cast<float>(1.0 / (1.0 + std::exp(-sum)));
+      to[i] = static_cast<float>(sigmoid(sum));
     }
   }
 

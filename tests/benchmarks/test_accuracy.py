@@ -25,13 +25,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Dataset]:
 def shortened(name: str) -> accuracy.Comparison:
     """A comparison of a few dozen steps on small images, with its own variants."""
     whole = accuracy.COMPARISONS[name]
-    small = {"width": 24, "cells": 1, "head_repeats": 1}
+    small = {"width": 24, "cells": 1, "head_repeats": 1, "fusion": "fast"}
     variants = {
         key: dataclasses.replace(v, options=v.options | {"image_size": 64, "cells": 1})
         for key, v in whole.variants.items()
     }
     return dataclasses.replace(
-        whole, variants=variants, options=small, image_size=64, epochs=30, seeds=1
+        whole, variants=variants, options=small, image_size=64, epochs=30, batch_size=4, seeds=1
     )
 
 
@@ -41,8 +41,8 @@ def test_each_comparison_learns(name: str, shapes: tuple[Dataset, Dataset]) -> N
     result = accuracy.compare(shortened(name), *shapes)
     for variant, row in result["variants"].items():
         curve = row["runs"][0]["curve"]
-        assert curve[-1]["loss"] < 0.5 * curve[0]["loss"], variant
-        assert row["AP50"] > 0.25, (variant, row["AP50"])
+        assert curve[-1]["loss"] < 0.3 * curve[0]["loss"], variant
+        assert row["AP50"] > 0.1, (variant, row["AP50"])
     assert list(result["variants"]) == list(accuracy.COMPARISONS[name].variants)
 
 

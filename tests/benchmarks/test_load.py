@@ -48,10 +48,13 @@ def test_answers_to_another_client_are_seen(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[4] == "1"
 
 
-def test_a_model_that_finds_nothing_tests_nothing(monkeypatch):
+def test_a_model_that_finds_nothing_tests_nothing(monkeypatch, tmp_path):
+    file = tmp_path / "untrained.pt"
+    model = edet.create_model("tf_efficientdet_lite0", num_classes=1)
+    edet.save_described(model.eval(), file, class_names=["thing"], category_ids=[1])
     monkeypatch.setattr(load, "pictures", lambda count: [blank()] * count)
     with pytest.raises(ValueError, match="must find something"):
-        load.main(ARGUMENTS)
+        load.main([*ARGUMENTS, "--model", str(file)])
 
 
 def blank() -> bytes:

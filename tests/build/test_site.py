@@ -22,7 +22,7 @@ def test_the_reference_names_all_that_is_public(package):
     named = set(
         re.findall(r"^\.\. auto(?:class|exception|function):: ([\w.]+)$", page, re.MULTILINE)
     )
-    titles = set(re.findall(r"^edet\.(\w+)$", page, re.MULTILINE))
+    titles = set(re.findall(r"^(?:edet|edet_kernels)\.(\w+)$", page, re.MULTILINE))
     module = importlib.import_module(package)
     public = {
         name

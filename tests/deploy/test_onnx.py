@@ -121,10 +121,11 @@ def test_the_page_shows_how(
         expected = predictor("street.jpg")
         for part in ("onnxruntime.InferenceSession", "import openvino"):
             exec(documented(part), names)
-            # Pillow rounds a pixel's value in another place
-            assert names["counts"].tolist() == [len(expected)]
-            found = torch.from_numpy(names["boxes"][0][: len(expected)])
-            torch.testing.assert_close(found, expected.boxes, rtol=0, atol=1.0)
+            # Pillow rounds a pixel's value in another place, and improbable boxes come and go
+            sure = int((expected.scores > 0.25).sum())
+            assert sure > 0 and int((names["scores"][0] > 0.25).sum()) == sure
+            found = torch.from_numpy(names["boxes"][0][:sure])
+            torch.testing.assert_close(found, expected.boxes[:sure], rtol=0, atol=1.0)
 
 
 def operators(path: Path) -> set[str]:

@@ -226,7 +226,7 @@ def test_wrong_layout_dtype_and_range(image, match):
         preprocess([noise(), image], (32, 32))
 
 
-@pytest.mark.parametrize("image", [None, 3, b"bytes", {"a": 1}])
+@pytest.mark.parametrize("image", [None, 3, {"a": 1}])
 def test_other_types_are_refused(image):
     with pytest.raises(TypeError, match=r"images\[0\] must be a path.* got "):
         preprocess([image], (32, 32))

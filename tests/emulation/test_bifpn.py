@@ -14,9 +14,9 @@ from edet_kernels.testing.samples import (
     FUSION_KINDS,
     Graph,
     bifpn_graph,
-    node_by_node,
     sample,
 )
+from plain_bifpn import node_by_node
 
 LAUNCHES = ("nodes", "pdl", "persistent")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -374,6 +374,9 @@ def test_exchanged_layers_evaluate(
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_exchanged_layers_train(name: str, small: edet.EfficientDet) -> None:
     small.train()
+    # batch norms over the two pixels of the last level answer rounding of the backbone's maps with
+    # other numbers, so its own path is compared elsewhere (test_lean_backbone.py)
+    small.backbone.fused = False
     exchange(small, *EXCHANGES[name])
     write_extras(small)
     baseline = copy.deepcopy(small)
@@ -424,6 +427,8 @@ def test_a_model_can_be_traced(
     state: str, gradients: bool, small: edet.EfficientDet, layers: Run
 ) -> None:
     small.train(state == "training")
+    if state == "training":  # see test_exchanged_layers_train
+        small.backbone.fused = False
     if state == "packed":
         with torch.no_grad():
             small(IMAGES)

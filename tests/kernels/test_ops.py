@@ -240,7 +240,9 @@ def test_statistics(backend, op, options, dtype):
 
 @cases(op=MAP_OPS, batch=[0, 1, 3], dtype=DTYPES)
 def test_batch(backend, op, batch, dtype):
-    backend.sample(op, dtype, batch=batch).check(dtype)
+    # of a few pixels, how far eager's squares are off is a matter of luck; see test_autograd.py
+    options = {"statistics": False} if op == "training_depthwise" else {}
+    backend.sample(op, dtype, batch=batch, **options).check(dtype)
 
 
 @cases(
