@@ -291,6 +291,12 @@ EDET_INLINE void pointwise_panels(const In* a, int64_t lda, int64_t rows, int64_
   run(Constant<1>{});
 }
 
+}  // namespace edet::cpu::EDET_ISA
+
+#include "pointwise_tiles.h"
+
+namespace edet::cpu::EDET_ISA {
+
 // From this many panels on, the rows are the outer loop: a row of the output is then written from
 // left to right, which the cache needs when rows are long, and the weights come from L2.
 constexpr int64_t kWidePanels = 16;
@@ -298,6 +304,9 @@ constexpr int64_t kWidePanels = 16;
 template <Activation A, class In, class Out>
 void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
                   const Out& out) {
+#if defined(EDET_TILES)
+  if constexpr (sizeof(In) == sizeof(bf16)) return pointwise_tiles<A>(a, lda, rows, w, out);
+#endif
   const int64_t panels = divide_up(w.c_out, kPanel);
   const auto run = [&](auto count, int64_t p, int64_t row, int64_t height) {
     constexpr int NP = decltype(count)::value;
