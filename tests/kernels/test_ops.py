@@ -202,6 +202,19 @@ def test_mbconv_parts(backend, op, expansion, squeeze, residual, dtype):
     backend.sample(op, dtype, channels=20, **options).check(dtype)
 
 
+# the rows of a window may share registers with a row that is not in it
+@cases(op=["mbconv"], kernel=[3, 5], stride=[1, 2], row=[4, 5], expansion=[1, 2], dtype=DTYPES)
+def test_infinity_stays_in_its_windows(backend, op, kernel, stride, row, expansion, dtype):
+    options = {"kernel": kernel, "stride": stride, "expansion": expansion, "squeeze": False}
+    call = backend.sample(op, dtype, size=(12, 6), activation="none", **options)
+    call.maps[0, 1, row, 2] = torch.inf
+    out = call()
+    outside = out[..., 0, :], out[..., -1, :]
+    assert all(row.isfinite().all() for row in outside)
+    assert not out.isfinite().all()
+    call.check(dtype)
+
+
 @cases(
     op=["stem"],
     size=[(1, 1), (2, 3), (16, 16), (33, 57)],
