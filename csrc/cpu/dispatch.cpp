@@ -4,7 +4,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(EDET_HAVE_AMX_BF16)
+#if defined(EDET_HAVE_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -47,10 +47,11 @@ namespace avx512_bf16 {
 extern const Kernels table;
 }
 #endif
-#ifdef EDET_HAVE_AMX_BF16
-namespace amx_bf16 {
+#ifdef EDET_HAVE_AMX
+namespace amx {
 extern const Kernels table;
-}
+extern const Int8Kernels int8_table;
+}  // namespace amx
 #endif
 
 namespace {
@@ -71,12 +72,13 @@ bool has_avx_vnni() {
 }
 #endif
 
-#if defined(EDET_HAVE_AMX_BF16)
-// Whether this CPU multiplies bf16 in tiles (CPUID 7.0, EDX bits 22 and 24) and the kernel lets
-// this process do so: the registers are large, and Linux saves them for those who asked only.
+#if defined(EDET_HAVE_AMX)
+// Whether this CPU multiplies bf16 and bytes in tiles (CPUID 7.0, EDX bits 22, 24 and 25) and the
+// kernel lets this process do so: the registers are large, and Linux saves them for those who asked
+// only.
 bool may_use_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 13) != 13) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -97,8 +99,9 @@ std::vector<InstructionSet> usable() {
 #endif
 #if defined(EDET_HAVE_AVX512_BF16)
     if (__builtin_cpu_supports("avx512bf16")) {
-#if defined(EDET_HAVE_AMX_BF16)
-      if (may_use_tiles()) sets.push_back({"amx_bf16", &amx_bf16::table, bytes});
+#if defined(EDET_HAVE_AMX)
+      if (__builtin_cpu_supports("avx512vnni") && may_use_tiles())
+        sets.push_back({"amx", &amx::table, &amx::int8_table});
 #endif
       sets.push_back({"avx512_bf16", &avx512_bf16::table, bytes});
     }

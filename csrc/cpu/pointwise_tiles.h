@@ -21,7 +21,7 @@ EDET_INLINE void tile_sums(Tiles& tiles, const bf16* a, const bf16* second, int6
                            int64_t c_in, const bf16* w, TileSums& sums) {
   constexpr int64_t kElement = sizeof(bf16), kSumPitch = TileSums::kPitch * sizeof(float);
   constexpr int64_t kWeightPitch = 2 * kPanel * kElement;  // a pair of each of 16 outputs
-  const int64_t step = 2 * tile_pairs(c_in / 2);
+  const int64_t step = 2 * tile_groups(c_in / 2);
   tiles.zero<0>();
   if constexpr (N == 2) tiles.zero<1>();
   if constexpr (R == 2) tiles.zero<2>();
@@ -83,7 +83,7 @@ void pointwise_tiles(const bf16* a, int64_t lda, int64_t rows, const PointwiseWe
   if (!rows) return;
   constexpr bool kPairs = Out::kGroup == 2;
   const int64_t height = rows < kTileRows ? rows : kTileRows, last = rows - height;
-  Tiles tiles(height, tile_pairs(w.c_in / 2));
+  Tiles tiles(height, tile_groups(w.c_in / 2));
   TileSums sums;
   const auto run = [&](auto row_tiles, auto panels, int64_t panel, int64_t first, int64_t second) {
     constexpr int R = decltype(row_tiles)::value, N = decltype(panels)::value;

@@ -311,10 +311,10 @@ def cpu_products() -> str:
     best = ""
     if "avx512_bf16" in built and torch.cpu._is_avx512_bf16_supported():
         best = "avx512_bf16"
-        if "amx_bf16" in built and torch.cpu._is_amx_tile_supported():
-            best = "amx_bf16"
+        if "amx" in built and torch.cpu._is_amx_tile_supported():
+            best = "amx"
     chosen = os.environ.get("EDET_CPU_ISA", best)
-    return {"avx512_bf16": "pairs", "amx_bf16": "tiles"}.get(chosen, "floats")
+    return {"avx512_bf16": "pairs", "amx": "tiles"}.get(chosen, "floats")
 
 
 def flushed(x):

@@ -52,8 +52,9 @@ def test_ops_under_sanitizers(sanitized: Path) -> None:
 
 @pytest.mark.slow
 def test_ops_in_tiles_under_sanitizers() -> None:
-    files = [Path(__file__).parent / name for name in ("test_ops.py", "test_bifpn.py")]
-    choice = "not triton and not emulated and not reference and (bfloat16 or subnormal)"
+    names = ("test_ops.py", "test_bifpn.py", "test_int8.py")
+    files = [Path(__file__).parent / name for name in names]
+    choice = "not triton and not emulated and (bfloat16 or subnormal or test_int8)"
     variables = {"EDET_LIBRARY": str(build_sanitized("tiles")), "EDET_BF16_PRODUCTS": "tiles"}
     sanitizers.assert_tests_pass(*files, "-k", choice, **variables)
 
