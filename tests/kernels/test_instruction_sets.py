@@ -41,7 +41,7 @@ def run(instruction_set, *arguments):
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_ops(instruction_set):
     there = torch.backends.cpu.get_cpu_capability() in SETS[instruction_set]
-    if instruction_set in ("avx512_bf16", "amx"):  # elsewhere test_sanitizers emulates its instructions
+    if instruction_set in ("avx512_bf16", "amx"):  # elsewhere test_sanitizers emulates them
         there = there and torch.cpu._is_avx512_bf16_supported()
     if instruction_set == "amx":
         there = there and torch.cpu._is_amx_tile_supported()
