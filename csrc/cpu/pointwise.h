@@ -302,11 +302,8 @@ namespace edet::cpu::EDET_ISA {
 constexpr int64_t kWidePanels = 16;
 
 template <Activation A, class In, class Out>
-void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
-                  const Out& out) {
-#if defined(EDET_TILES)
-  if constexpr (sizeof(In) == sizeof(bf16)) return pointwise_tiles<A>(a, lda, rows, w, out);
-#endif
+void pointwise_registers(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
+                         const Out& out) {
   const int64_t panels = divide_up(w.c_out, kPanel);
   const auto run = [&](auto count, int64_t p, int64_t row, int64_t height) {
     constexpr int NP = decltype(count)::value;
@@ -338,6 +335,17 @@ void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights
   } else {
     for (int64_t p = 0; p < panels;) p += run(Constant<1>{}, p, 0, rows);
   }
+}
+
+template <Activation A, class In, class Out>
+EDET_INLINE void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
+                              const Out& out) {
+#if defined(EDET_TILES)
+  if constexpr (sizeof(In) == sizeof(bf16))
+    pointwise_tiles<A>(a, lda, rows, w, out);
+  else
+#endif
+    pointwise_registers<A>(a, lda, rows, w, out);
 }
 
 // out (rows, c_out) = activation(a (rows, c_in) · W · scale + shift) (+ add). Swish, the activation
