@@ -86,7 +86,7 @@ def serve(name: str, model: str, file: str, threads: int, pipe: Connection) -> N
     if name == ORT:
         call = rivals.onnx_runtime(Path(file), [image.numpy()], threads)
     else:
-        network = build(model)
+        network = build(model, image.shape[-1])
         set_batch_norms(network, image)
         network.freeze()
 
@@ -113,10 +113,10 @@ def flat(outputs: Any) -> Iterator[Any]:
         yield outputs
 
 
-def build(name: str) -> edet.EfficientDet:
+def build(name: str, image_size: int | None = None) -> edet.EfficientDet:
     """The same network in every process."""
     torch.manual_seed(0)
-    return edet.create_model(name).eval()
+    return edet.create_model(name, image_size=image_size).eval()
 
 
 @contextmanager
@@ -217,17 +217,18 @@ def markdown(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tf_efficientdet_d0")
+    parser.add_argument("--image-size", type=int, help="of a square image; the model's by default")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=4, help="of a runtime in a round")
     parser.add_argument("--json", type=Path, help="a file for the result")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        network = build(options.model)
+        network = build(options.model, options.image_size)
         image = torch.rand(1, 3, *network.config.image_size)
         set_batch_norms(network, image)
         file = str(rivals.export_onnx(eager_copy(network), image, Path(folder))["network"])
@@ -249,6 +250,7 @@ def main() -> None:
             "revision": revision(),
             "versions": rivals.versions(),
             "model": options.model,
+            "image_size": list(network.config.image_size),
             "rows": rows,
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
