@@ -21,6 +21,7 @@ import drawn_shapes
 import edet
 from edet.cli import app, train
 from edet.models.described import read_training
+from edet.training.augment import Augmentation
 from edet.training.trainer import NotFiniteError
 
 SMALL = {"width": 16, "cells": 1, "head_repeats": 1}
@@ -121,6 +122,18 @@ def test_starting_from_weights() -> None:
     trained = edet.read_checkpoint("b/last.pt")
     assert torch.equal(trained["backbone.conv_stem.weight"], model.backbone.conv_stem.weight)
     assert_one_line_error(train_("-c", "start.pth", "--backbone", "x"), "exclude each other")
+
+
+def test_options_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(train, "run", lambda *_: found.extend(_[3:]))
+    options = ["--augmentation", 0.5, "--colour", 0.3, "--mosaic", 0.25, "--weight-decay", 0.01]
+    assert train_(*options).exit_code == 0
+    trainer, fit = found
+    assert trainer["weight_decay"] == 0.01
+    assert fit["augmentation"] == Augmentation.of_strength(0.5, colour=0.3, mosaic=0.25)
+    assert train_("--augmentation", 0).exit_code == 0
+    assert found[3]["augmentation"] is None and found[2]["weight_decay"] is None
 
 
 @pytest.mark.parametrize(

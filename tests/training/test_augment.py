@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,13 +12,23 @@ from torch import Tensor
 
 import drawn_shapes
 import edet
+from edet.detection.preprocess import fit, resize
 from edet.models.configs import get_config
-from edet.training.augment import Augmentation, flip, jitter, on_canvas, to_network
+from edet.training.augment import (
+    Augmentation,
+    flip,
+    jitter,
+    on_canvas,
+    quadrants,
+    recolour,
+    to_network,
+)
 from edet.training.datasets import open_dataset
 from edet.training.loading import (
     TrainingBatches,
     TrainingImages,
     collate,
+    mixed_seed,
     training_loader,
 )
 
@@ -196,3 +207,82 @@ def test_an_image_broken_since_is_replaced_or_ends_the_run(tmp_path: Path) -> No
     with pytest.warns(UserWarning, match=r"the next image takes its place: .*002\.png"):
         batch = collate([TrainingImages(lenient, config, None)[0, 2]])
     assert batch.paths == [tmp_path / "train/003.png"]
+
+
+def test_a_part_of_a_mosaic_keeps_the_networks_scale() -> None:
+    image, boxes = one_square()
+    pixels, moved, kept = jitter(image, boxes, (60, 90), 1.0, (0.5, 0.5), (30, 50))
+    assert pixels.shape == (3, 30, 50)
+    assert torch.equal(pixels, image[:, 15:45, 20:70])  # not scaled to its window
+    assert kept.all() and (moved[0] - bright_box(pixels)).abs().max() <= 1
+
+
+def test_slivers_at_the_edge_of_a_part_are_left_out() -> None:
+    image, _ = one_square()
+    boxes = torch.tensor([[0.0, 0, 41, 60], [0, 0, 50, 60], [60, 0, 90, 60]])
+    _, moved, kept = jitter(image, boxes, (60, 90), 1.0, (0.5, 0.5), (60, 10), 0.1)
+    assert kept.tolist() == [False, True, False]  # of the first, 1 of 41 columns is left
+    assert moved[1].tolist() == [0, 0, 10, 60]
+    assert jitter(image, boxes, (60, 90), 1.0, (0.5, 0.5), (60, 10))[2].tolist() == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_mosaics_hold_four_images_and_their_boxes(tmp_path: Path) -> None:
+    data = open_dataset(drawn_shapes.write_coco(tmp_path, count=9, side=96), "train")
+    config = dataclasses.replace(get_config("tf_efficientdet_lite0"), image_size=(96, 96))
+    always = Augmentation((1.0, 1.0), 0.0, mosaic=1.0)
+    images = TrainingImages(data, config, always, seed=3, mosaic_epochs=2)
+    plain = TrainingImages(data, config, None)
+    joined = 0
+    for index in (0, 1, 8):
+        pixels, boxes, labels, path = images[0, index]
+        assert pixels.shape == (3, 96, 96) and path == plain[0, index][3]
+        assert len(boxes) == len(labels) and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert boxes.min() >= 0 and boxes.max() <= 96
+        centre, others = always.mosaic_parts(
+            (96, 96), len(data), mixed_seed(mixed_seed(3, 0, index), 4)
+        )
+        parts = [data[index], *(data[i] for i in others)]
+        for part, (rows, columns, size) in zip(parts, quadrants((96, 96), centre), strict=True):
+            assert size == (rows.stop - rows.start, columns.stop - columns.start)
+            scaled = resize(part.image, fit(part.image.shape[1:], (96, 96))[1])
+            there = pixels[:, rows, columns][:, : scaled.shape[1], : scaled.shape[2]]
+            assert shows(scaled, there)
+            joined += 1
+        assert torch.equal(images[0, index][0], pixels)  # the same again
+        assert not torch.equal(images[1, index][0], pixels)
+    assert joined == 12
+    assert torch.equal(images[2, 0][0], plain[2, 0][0])  # its epochs are over
+
+
+def shows(image: Tensor, window: Tensor) -> bool:
+    """Whether an image contains a window somewhere."""
+    height, width = window.shape[1:]
+    there = image.unfold(1, height, 1).unfold(2, width, 1)  # 3, rows, columns, height, width
+    return bool((there == window[:, None, None]).all(dim=(0, 3, 4)).any())
+
+
+def test_colours_change_and_boxes_do_not() -> None:
+    image, boxes = one_square()
+    image[0, :30] //= 2
+    labels = torch.tensor([1])
+    same = Augmentation((1.0, 1.0), 0.0)
+    changing = Augmentation((1.0, 1.0), 0.0, colour=0.4)
+    pixels, moved, names = changing(image, boxes, labels, (60, 90), 3)
+    assert pixels.shape == image.shape and not torch.equal(pixels, image)
+    assert torch.equal(moved, boxes) and torch.equal(names, labels)
+    assert torch.equal(changing(image, boxes, labels, (60, 90), 3)[0], pixels)
+    assert torch.equal(same(image, boxes, labels, (60, 90), 3)[0], image)
+    darker = recolour(image, (0.5, 1.0, 1.0))
+    assert (darker.int() - image.int() // 2).abs().max() <= 1
+    grey = recolour(image, (1.0, 1.0, 0.0))
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
+
+
+@pytest.mark.parametrize("name", ["flip", "colour", "mosaic"])
+def test_parts_of_one(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got 1.5"):
+        Augmentation(**{name: 1.5})

@@ -128,6 +128,29 @@ Strength = Annotated[
         metavar="S",
     ),
 ]
+Colour = Annotated[
+    float,
+    typer.Option(
+        help="Brightness, contrast and saturation change by up to this part.",
+        min=0,
+        max=1,
+        metavar="S",
+    ),
+]
+Mosaic = Annotated[
+    float,
+    typer.Option(
+        help="Part of the images that become mosaics of four; none in the last fifth of the "
+        "epochs.",
+        min=0,
+        max=1,
+        metavar="P",
+    ),
+]
+WeightDecay = Annotated[
+    float | None,
+    typer.Option(help="Of the convolutions' weights; as published when left out.", min=0),
+]
 Precision = Annotated[Dtype, typer.Option(help="Autocast to this precision.")]
 Accumulate = Annotated[
     int, typer.Option(help="Parts a batch is computed in, to take less memory.", min=1, metavar="N")
@@ -313,6 +336,9 @@ def train(
     optimizer: Choice = Optimizer.sgd,
     image_size: ImageSize = None,
     augmentation: Strength = 1.0,
+    colour: Colour = 0.0,
+    mosaic: Mosaic = 0.0,
+    weight_decay: WeightDecay = None,
     precision: Precision = Dtype.float32,
     accumulate: Accumulate = 1,
     freeze: Freeze = None,
@@ -345,13 +371,16 @@ def train(
                 "batch_size": batch_size,
                 "learning_rate": learning_rate,
                 "optimizer": optimizer.value,
+                "weight_decay": weight_decay,
                 "precision": precision.value,
                 "accumulate": accumulate,
                 "freeze": [part.value for part in freeze or ()],
             }
             fit_options = {
                 "epochs": epochs,
-                "augmentation": Augmentation.of_strength(augmentation) if augmentation else None,
+                "augmentation": Augmentation.of_strength(augmentation, colour=colour, mosaic=mosaic)
+                if augmentation or colour or mosaic
+                else None,
                 "workers": workers,
                 "seed": seed,
                 "evaluate_every": evaluate_every,

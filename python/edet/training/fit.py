@@ -115,7 +115,14 @@ def fit(
         len(data), trainer.batch_size, seed=seed, rank=rank, processes=processes
     )
     config = trainer.model.config
-    images = TrainingImages(data, config, augmentation, seed=seed, difficult=difficult)
+    images = TrainingImages(
+        data,
+        config,
+        augmentation,
+        seed=seed,
+        difficult=difficult,
+        mosaic_epochs=epochs - epochs // 5,
+    )
     settings = _settings(trainer, data, epochs, seed)
     run = _Run(trainer, data, settings, None if folder is None else Path(folder))
     run.open(resume)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ..detection.preprocess import fit, letterbox, letterbox_fill, resize
 from ..models.configs import ModelConfig
-from .augment import Augmentation, on_canvas, to_network
+from .augment import Augmentation, on_canvas, quadrants, to_network
 from .datasets import Dataset, Sample
 from .formats import DatasetError
 
@@ -68,6 +68,7 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
         config: of the model, for its image size and mean colour.
         augmentation: None for the letterbox of :class:`edet.Predictor` alone.
         difficult: learn VOC's difficult objects too.
+        mosaic_epochs: the first epochs, in which images may become mosaics; None for all.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
         *,
         seed: int = 0,
         difficult: bool = True,
+        mosaic_epochs: int | None = None,
     ) -> None:
         self.dataset, self.image_size = dataset, config.image_size
         self.fill = letterbox_fill(config.mean)
         self.augmentation, self.seed, self.difficult = augmentation, seed, difficult
+        self.mosaic_epochs = mosaic_epochs
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -97,16 +100,42 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
                 warnings.warn(f"left out, the next image takes its place: {error}", stacklevel=2)
         raise DatasetError("no image of the data set can be read any more")
 
+    def _wanted(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, boxes and labels of what is to be learnt of a sample."""
+        wanted = ~sample.crowd if self.difficult else ~(sample.crowd | sample.difficult)
+        return sample.image, sample.boxes[wanted], sample.labels[wanted]
+
+    def _mosaic(
+        self, samples: list[Sample], augmentation: Augmentation, centre: tuple[int, int], seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Four samples, each augmented for its part of the network's input."""
+        canvas = on_canvas(torch.empty(3, 0, 0, dtype=torch.uint8), self.image_size, self.fill)
+        boxes, labels = [], []
+        parts = quadrants(self.image_size, centre)
+        for i, (sample, (rows, columns, window)) in enumerate(zip(samples, parts, strict=True)):
+            pixels, there, classes = augmentation(
+                *self._wanted(sample), self.image_size, mixed_seed(seed, i), window=window
+            )
+            top, left = rows.start, columns.start
+            canvas[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
+            boxes.append(there + there.new_tensor([left, top, left, top]))
+            labels.append(classes)
+        return canvas, torch.cat(boxes), torch.cat(labels)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Path]:
         epoch, index = key
-        sample = self._sample(index)
-        wanted = ~sample.crowd if self.difficult else ~(sample.crowd | sample.difficult)
-        boxes, labels = sample.boxes[wanted], sample.labels[wanted]
-        if self.augmentation is None:
-            image, boxes = to_network(sample.image, boxes, self.image_size, self.fill)
+        sample, augmentation = self._sample(index), self.augmentation
+        image, boxes, labels = self._wanted(sample)
+        if augmentation is None:
+            image, boxes = to_network(image, boxes, self.image_size, self.fill)
             return image, boxes, labels, sample.path
         seed = mixed_seed(self.seed, epoch, index)
-        image, boxes, labels = self.augmentation(sample.image, boxes, labels, self.image_size, seed)
+        if self.mosaic_epochs is None or epoch < self.mosaic_epochs:
+            mosaic = augmentation.mosaic_parts(self.image_size, len(self), mixed_seed(seed, 4))
+            if mosaic is not None:
+                samples = [sample, *map(self._sample, mosaic[1])]
+                return *self._mosaic(samples, augmentation, mosaic[0], seed), sample.path
+        image, boxes, labels = augmentation(image, boxes, labels, self.image_size, seed)
         return on_canvas(image, self.image_size, self.fill), boxes, labels, sample.path
 
 
