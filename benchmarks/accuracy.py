@@ -44,6 +44,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 WAYS = {"fused": "auto", "layers": "reference"}
 #: Precisions a detector is evaluated in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Images to learn from that an int8 copy takes its ranges from.
+CALIBRATION_IMAGES = 32
 #: Boxes of an image that is not a crowd.
 FEW_BOXES = 10
 #: Student's t for a two-sided interval of 95 %, by degrees of freedom from 1.
@@ -193,7 +195,7 @@ def figures(found: Evaluation) -> dict[str, Any]:
 
 
 def detector(run: Path, data: Dataset, validation: Dataset, command: str) -> dict[str, Any]:
-    """Figures of a run of ``edet train``, in each precision, fused and by PyTorch's layers."""
+    """Figures of a run of ``edet train``, in each precision, fused and by layers, and in int8."""
     training = read_training(run / "last.pt")
     _, description = load_described(run / "best.pt")
     precisions = {}
@@ -213,6 +215,12 @@ def detector(run: Path, data: Dataset, validation: Dataset, command: str) -> dic
                 part = score(
                     [truths[i] for i in few], [found.found[i] for i in few], data.class_names
                 )
+    step = max(len(data) // CALIBRATION_IMAGES, 1)
+    seen = [data[i].image for i in range(0, len(data), step)][:CALIBRATION_IMAGES]
+    model, _ = load_described(run / "best.pt")
+    found = evaluate(edet.quantize(model, seen), validation)
+    precisions["int8"] = figures(found)
+    log(f"int8: {found}")
     config = description.config
     return {
         "kind": "detector",

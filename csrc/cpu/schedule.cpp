@@ -41,16 +41,14 @@ void Schedule::run(const Runtime& runtime, const Ready& ready, const Body& body)
     int threads;
     std::atomic<int> entered{0};
   } context{this, &ready, &body, threads};
-  const auto enter = [](void* opaque, int64_t begin, int64_t end) {
+  const auto enter = [](void* opaque) {
     auto* c = static_cast<Context*>(opaque);
-    // one call may stand for several threads; each queue is emptied by whoever finds it
-    for (int64_t i = begin; i < end; i++)
-      c->schedule->work(*c->ready, *c->body, c->entered.fetch_add(1), c->threads);
+    return c->schedule->work(*c->ready, *c->body, c->entered.fetch_add(1), c->threads);
   };
   if (threads > 1)
-    runtime.parallel(threads, enter, &context);
+    on_threads(runtime, enter, &context);
   else
-    enter(&context, 0, 1);
+    enter(&context);
   if (error_) std::rethrow_exception(error_);
 }
 
@@ -72,13 +70,14 @@ bool Schedule::try_next(Queue& queue, const Ready& ready, const Body& body, int 
   return true;
 }
 
-void Schedule::work(const Ready& ready, const Body& body, int thread, int threads) {
+int64_t Schedule::work(const Ready& ready, const Body& body, int thread, int threads) {
   const auto queue = [&](int i) -> Queue& { return queues_[static_cast<size_t>(i % threads)]; };
   const auto empty = [&] {
     for (int i = 0; i < threads; i++)
       if (queue(i).next.load(std::memory_order_relaxed) < queue(i).tasks.size()) return false;
     return true;
   };
+  bool any = false;
   for (int spins = 0; !empty() && !failed_.load(std::memory_order_relaxed);) {
     bool ran = try_next(queue(thread), ready, body, thread);
     const bool own_left =
@@ -87,12 +86,14 @@ void Schedule::work(const Ready& ready, const Body& body, int thread, int thread
       for (int i = 1; i < threads && !ran; i++)
         ran = try_next(queue(thread + i), ready, body, thread);
     if (ran) {
+      any = true;
       spins = 0;
       continue;
     }
     if (++spins % kSpins == 0) std::this_thread::yield();
     pause();
   }
+  return any ? now() : 0;
 }
 
 bool Schedule::done(int64_t step, int64_t begin, int64_t end) const {

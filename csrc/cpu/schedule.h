@@ -9,13 +9,9 @@
 #include <memory>
 #include <vector>
 
-namespace edet::cpu {
+#include "workers.h"
 
-// The host's threads: parallel(n, f, context) calls f(context, begin, end) over [0, n).
-struct Runtime {
-  int threads;
-  void (*parallel)(int64_t n, void (*f)(void* context, int64_t begin, int64_t end), void* context);
-};
+namespace edet::cpu {
 
 class Schedule {
  public:
@@ -51,7 +47,8 @@ class Schedule {
     std::atomic<size_t> next{0};
   };
 
-  void work(const Ready& ready, const Body& body, int thread, int threads);
+  // Runs tasks until none is left; gives the time when it had run its last, 0 when it ran none.
+  int64_t work(const Ready& ready, const Body& body, int thread, int threads);
   // Runs the next task of a queue if it is ready; false when there is none.
   bool try_next(Queue& queue, const Ready& ready, const Body& body, int thread);
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import drawn_shapes
+import edet
 from benchmarks import accuracy
-from edet.training import Dataset, open_dataset
+from edet.training import Dataset, Trainer, open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,23 @@ def test_each_comparison_learns(name: str, shapes: tuple[Dataset, Dataset]) -> N
         assert curve[-1]["loss"] < 0.3 * curve[0]["loss"], variant
         assert row["AP50"] > 0.1, (variant, row["AP50"])
     assert list(result["variants"]) == list(accuracy.COMPARISONS[name].variants)
+
+
+def test_a_run_in_each_precision(tmp_path: Path, shapes: tuple[Dataset, Dataset]) -> None:
+    small = {"num_classes": 2, "image_size": 64, "width": 16, "cells": 1, "head_repeats": 1}
+    trainer = Trainer(edet.create_model("tf_efficientdet_lite0", **small), batch_size=8)
+    trainer.fit(shapes[0], epochs=1, validation=shapes[1], folder=tmp_path, workers=0)
+    result = accuracy.detector(tmp_path, *shapes, "edet train")
+    assert list(result["precisions"]) == [
+        "float32, fused",
+        "float32, layers",
+        "bfloat16, fused",
+        "bfloat16, layers",
+        "float16, fused",
+        "int8",
+    ]
+    assert all(0 <= row["AP"] <= row["AP50"] <= 1 for row in result["precisions"].values())
+    assert len(result["curve"]) == 1 and result["few_boxes"]["images"] == 8
 
 
 def test_intervals_are_students() -> None:
