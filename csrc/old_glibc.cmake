@@ -7,9 +7,9 @@ set(pthread_functions
     pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once pthread_rwlock_destroy pthread_rwlock_init
     pthread_rwlock_rdlock pthread_rwlock_timedrdlock pthread_rwlock_timedwrlock pthread_rwlock_tryrdlock
     pthread_rwlock_trywrlock pthread_rwlock_unlock pthread_rwlock_wrlock pthread_rwlockattr_destroy
-    pthread_rwlockattr_init pthread_rwlockattr_setpshared pthread_setspecific pthread_spin_destroy pthread_spin_init
-    pthread_spin_lock pthread_spin_trylock pthread_spin_unlock sem_destroy sem_init sem_post sem_timedwait sem_trywait
-    sem_wait)
+    pthread_rwlockattr_init pthread_rwlockattr_setpshared pthread_setspecific pthread_sigmask pthread_spin_destroy
+    pthread_spin_init pthread_spin_lock pthread_spin_trylock pthread_spin_unlock sem_destroy sem_init sem_post
+    sem_timedwait sem_trywait sem_wait)
 set(dl_functions dlclose dlerror dlopen dlsym dlvsym)
 set(dl_later_functions dlmopen)
 set(rt_functions shm_open shm_unlink)

@@ -3,6 +3,9 @@
 
 #include <pthread.h>
 #include <signal.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -101,17 +104,15 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t thread;
     const auto enter = [](void* pool) -> void* { static_cast<Pool*>(pool)->work(); };
-    while (workers_ < count && !pthread_create(&thread, &attributes, enter, this)) {
-      workers_++;
-#if defined(__linux__)
-      pthread_setname_np(thread, "edet-worker");
-#endif
-    }
+    while (workers_ < count && !pthread_create(&thread, &attributes, enter, this)) workers_++;
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
   }
 
   [[noreturn]] void work() {
+#if defined(__linux__)
+    prctl(PR_SET_NAME, "edet-worker");
+#endif
     for (uint64_t seen = 0;;) {
       const auto called = [&] { return state_.load() >> 32 != seen; };
       if (!spin(called)) {

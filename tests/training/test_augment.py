@@ -236,7 +236,8 @@ def test_mosaics_hold_four_images_and_their_boxes(tmp_path: Path) -> None:
     data = open_dataset(drawn_shapes.write_coco(tmp_path, count=9, side=96), "train")
     config = dataclasses.replace(get_config("tf_efficientdet_lite0"), image_size=(96, 96))
     always = Augmentation((1.0, 1.0), 0.0, mosaic=1.0)
-    images = TrainingImages(data, config, always, seed=3, mosaic_epochs=2)
+    images = TrainingImages(data, config, always, seed=3)
+    images.mosaic_epochs = 2
     plain = TrainingImages(data, config, None)
     joined = 0
     for index in (0, 1, 8):

@@ -100,9 +100,6 @@ def fit(
         tensorboard: write for TensorBoard too.
         callbacks: called with every :class:`Event`; one may set ``trainer.stopping``.
 
-    Returns:
-        what happened.
-
     Raises:
         ValueError, DatasetError: an argument, or data of other classes than the model's.
         CheckpointError: the run to resume is another one.
@@ -115,14 +112,8 @@ def fit(
         len(data), trainer.batch_size, seed=seed, rank=rank, processes=processes
     )
     config = trainer.model.config
-    images = TrainingImages(
-        data,
-        config,
-        augmentation,
-        seed=seed,
-        difficult=difficult,
-        mosaic_epochs=epochs - epochs // 5,
-    )
+    images = TrainingImages(data, config, augmentation, seed=seed, difficult=difficult)
+    images.mosaic_epochs = epochs - epochs // 5
     settings = _settings(trainer, data, epochs, seed)
     run = _Run(trainer, data, settings, None if folder is None else Path(folder))
     run.open(resume)

@@ -68,7 +68,9 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
         config: of the model, for its image size and mean colour.
         augmentation: None for the letterbox of :class:`edet.Predictor` alone.
         difficult: learn VOC's difficult objects too.
-        mosaic_epochs: the first epochs, in which images may become mosaics; None for all.
+
+    Attributes:
+        mosaic_epochs: the first epochs, in which images may become mosaics; None: all.
     """
 
     def __init__(
@@ -79,12 +81,11 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
         *,
         seed: int = 0,
         difficult: bool = True,
-        mosaic_epochs: int | None = None,
     ) -> None:
         self.dataset, self.image_size = dataset, config.image_size
         self.fill = letterbox_fill(config.mean)
         self.augmentation, self.seed, self.difficult = augmentation, seed, difficult
-        self.mosaic_epochs = mosaic_epochs
+        self.mosaic_epochs: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
