@@ -57,6 +57,7 @@ class History:
     best: float = math.nan
 
 
+# Long: the arguments and what each is, two lines for one, are half of it
 def fit(
     trainer: Trainer,
     data: Dataset,
