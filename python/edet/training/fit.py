@@ -57,7 +57,6 @@ class History:
     best: float = math.nan
 
 
-# Long: the arguments and what each is, two lines for one, are half of it
 def fit(
     trainer: Trainer,
     data: Dataset,
