@@ -397,7 +397,7 @@ def _detector_page(result: dict[str, Any]) -> list[str]:
     size = "×".join(map(str, result["image_size"]))
     data = result["data"]
     blocks = [
-        f"### {result['name']}",
+        f"## {result['name']}",
         f"`{result['model']}` at {size}, {data['train']['images']} images to learn from, "
         f"{data['validation']['images']} to evaluate on; seed {result['settings']['seed']}, "
         f"{result['settings']['epochs']} epochs.",
@@ -438,12 +438,13 @@ def _comparison_page(result: dict[str, Any]) -> list[str]:
         for name, v in result["variants"].items()
     ]
     header = ["", "AP", f"against {names[0]}", "AP50", "parameters", "CPU ms of a step"]
-    data = result["data"]
+    data, seeds = result["data"], "one seed"
+    if result["seeds"] > 1:
+        seeds = f"{result['seeds']} seeds, intervals of 95 % over them"
     return [
-        f"### {result['title']}",
+        f"## {result['title']}",
         f"{result['asks']} {result['epochs']} epochs on {data['train']['images']} images, "
-        f"evaluated on {data['validation']['images']}; {result['seeds']} seed(s), intervals of "
-        "95 % over the seeds.",
+        f"evaluated on {data['validation']['images']}; {seeds}.",
         f"    {result['command']}",
         _table([*header, "inference, layers, ms", "fused, ms"], rows),
     ]

@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
     capability = torch.backends.cpu.get_cpu_capability()
     usable = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
     if usable == "avx512" and torch.cpu._is_avx512_bf16_supported():
-        usable = "avx512_bf16"
+        usable = "amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16"
     built = info.cpu if info else ()
     best = usable if usable in built else "baseline" if built else "reference"
     return {

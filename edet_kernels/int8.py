@@ -8,7 +8,6 @@ are explained in the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +17,28 @@ from . import int8_reference, library, reference
 from .backend import BackendError, current_backend, has_kernel
 from .fakes import empty_map, fake
 from .names import INT8_OPS, MAX_EDGES, POOLS, Size
-from .ops.checks import check_list, check_word, numbers_of, shape_of
+from .ops.backbone import conv_geometry
+from .ops.byte_checks import (
+    check_graph,
+    check_inputs,
+    check_layer,
+    check_mbconv,
+    pointwise_shape,
+)
+from .ops.checks import (
+    check_image,
+    check_integer,
+    check_list,
+    check_map,
+    check_normalisation,
+    check_number,
+    check_stride,
+    check_weight,
+    check_word,
+    columns_of,
+    length_of,
+    numbers_of,
+)
 from .packing import PANEL
 
 
@@ -58,35 +78,6 @@ def _run(op: str, *args: Any) -> Any:
         return function(*args)
 
 
-def _check_map(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} must be (N, C, H, W) with C, H, W ≥ 1, got {shape_of(x)}")
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
-
-
-def _check(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if tuple(t.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {tuple(shape)}, got {shape_of(t)}")
-    if t.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like the maps, got {t.device}")
-
-
-def _pointwise_shape(c_out: int, c_in: int) -> tuple[int, int, int, int]:
-    return -(-c_out // PANEL), -(-c_in // 4), PANEL, 4
-
-
-def _check_zero(zero: int) -> None:
-    if not isinstance(zero, int) or not 0 <= zero <= 255:
-        raise ValueError(f"zero must be an integer of 0 to 255, got {zero!r}")
-
-
 def quantize(input: Tensor, inverse: float, zero: int) -> Tensor:
     """round(clamp(input·inverse + zero, 0, 255)), to nearest even, as bytes; NaN becomes 0.
 
@@ -98,8 +89,9 @@ def quantize(input: Tensor, inverse: float, zero: int) -> Tensor:
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_map("input", input, torch.float32)
-    _check_zero(zero)
+    check_map("input", input, torch.float32)
+    check_number("inverse", inverse)
+    check_integer("zero", zero, 0, 255)
     if runs_kernel("int8_quantize", input.device):
         return _run("int8_quantize", input, inverse, zero)
     return int8_reference.quantize(input, inverse, zero)
@@ -116,8 +108,9 @@ def dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_map("input", input, torch.uint8)
-    _check_zero(zero)
+    check_map("input", input, torch.uint8)
+    check_number("scale", scale)
+    check_integer("zero", zero, 0, 255)
     if runs_kernel("int8_dequantize", input.device):
         return _run("int8_dequantize", input, scale, zero)
     return int8_reference.dequantize(input, scale, zero)
@@ -153,20 +146,18 @@ def stem(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_zero(zero)
-    if not isinstance(image, Tensor) or image.dtype not in (torch.uint8, torch.float32):
-        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"image must be a uint8 or float32 tensor, got {got}")
-    _check_map("image", image, image.dtype)
+    check_number("inverse", inverse)
+    check_integer("zero", zero, 0, 255)
+    check_image(image)
+    if image.dtype not in (torch.uint8, torch.float32):
+        raise TypeError(f"image must be uint8 or float32, got {image.dtype}")
     (number,) = numbers_of(activation=activation)
     check_word("padding", padding, POOLS)
-    if image.shape[1] != 3:
-        raise ValueError(f"image must be (N, 3, H, W), got {shape_of(image)}")
-    c_out = scale.shape[0]
-    _check("weight", weight, (-(-c_out // PANEL), 27, PANEL), torch.float32, image)
-    _check("shift", shift, (c_out,), torch.float32, image)
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std must be given together")
+    c_out = length_of("scale", scale)
+    check_weight("weight", weight, [(-(-c_out // PANEL), 27, PANEL)], image, torch.float32)
+    for name, t in (("scale", scale), ("shift", shift)):
+        check_weight(name, t, [(c_out,)], image, torch.float32)
+    check_normalisation(mean, std, image)
     if not runs_kernel("int8_stem", image.device):
         x = reference.stem(
             image,
@@ -180,8 +171,7 @@ def stem(
             dtype=torch.float32,
         )
         return int8_reference.quantize(x, inverse, zero)
-    axes = [reference.conv_geometry(n, 3, 2, padding) for n in image.shape[2:]]
-    before, size = [b for b, _ in axes], [n for _, n in axes]
+    before, size = conv_geometry(image, 3, 2, padding)
     return _run(
         "int8_stem", image, weight, scale, shift, mean, std, before, size, number, inverse, zero
     )
@@ -200,52 +190,6 @@ def _fake_stem(
     *_: Any,
 ) -> Tensor:
     return empty_map(image, scale.shape[0], *size, dtype=torch.uint8)
-
-
-def _check_mbconv(
-    input: Tensor,
-    expand: Sequence[Tensor] | None,
-    depthwise: Sequence[Tensor],
-    squeeze: Sequence[Tensor] | None,
-    project: Sequence[Tensor],
-) -> int:
-    """Checks the parts of a block; the side of its depthwise kernel."""
-    for name, parts, count in (
-        ("expand", expand, 2),
-        ("depthwise", depthwise, 3),
-        ("squeeze", squeeze, 5),
-        ("project", project, 2),
-    ):
-        if parts is not None and len(parts) != count:
-            raise ValueError(f"{name} must be {count} tensors, got {len(parts)}")
-    weight, rows, pad = depthwise
-    c_in, c_mid, c_out = input.shape[1], pad.shape[0], project[1].shape[-1]
-    kernel = weight.shape[0]
-    if kernel not in (3, 5):
-        raise ValueError(f"the depthwise weight must be packed 3×3 or 5×5, got {shape_of(weight)}")
-    if expand is None:
-        if c_mid != c_in:
-            raise ValueError(f"pad must be ({c_in},) without expand, got {shape_of(pad)}")
-    else:
-        _check("expand weight", expand[0], _pointwise_shape(c_mid, c_in), torch.int8, input)
-        _check("expand rows", expand[1], (4, c_mid), torch.float32, input)
-    wide = 4 if kernel == 3 else 8
-    _check("depthwise weight", weight, (kernel, c_mid, wide), torch.int8, input)
-    _check("depthwise rows", rows, (4, c_mid), torch.float32, input)
-    _check("pad", pad, (c_mid,), torch.uint8, input)
-    if squeeze is None:
-        _check("project weight", project[0], _pointwise_shape(c_out, c_mid), torch.int8, input)
-    else:
-        shape = -(-c_out // PANEL), c_mid, PANEL
-        _check("project weight", project[0], shape, torch.float32, input)
-        reduced = squeeze[1].shape[-1]
-        _check("reduce weight", squeeze[0], (reduced, c_mid), torch.int16, input)
-        _check("reduce rows", squeeze[1], (2, reduced), torch.float32, input)
-        _check("excite weight", squeeze[2], (c_mid, reduced), torch.int16, input)
-        _check("excite rows", squeeze[3], (2, c_mid), torch.float32, input)
-        _check("zeros", squeeze[4], (c_mid,), torch.float32, input)
-    _check("project rows", project[1], (2, c_out), torch.float32, input)
-    return kernel
 
 
 def mbconv(
@@ -282,16 +226,15 @@ def mbconv(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_map("input", input, torch.uint8)
+    check_map("input", input, torch.uint8)
     (number,) = numbers_of(activation=activation)
     check_word("padding", padding, POOLS)
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    kernel = _check_mbconv(input, expand, depthwise, squeeze, project)
+    check_stride(stride)
+    check_number("residual", residual)
+    kernel = check_mbconv(input, expand, depthwise, squeeze, project)
     if residual and (stride != 1 or project[1].shape[1] != input.shape[1]):
         raise ValueError(f"residual must be 0 for a result of another shape, got {residual}")
-    axes = [reference.conv_geometry(n, kernel, stride, padding) for n in input.shape[2:]]
-    before, size = [b for b, _ in axes], [n for _, n in axes]
+    before, size = conv_geometry(input, kernel, stride, padding)
     if runs_kernel("int8_mbconv", input.device):
         return _run(
             "int8_mbconv",
@@ -355,17 +298,17 @@ def lateral(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_map("input", input, torch.uint8)
+    check_map("input", input, torch.uint8)
     (number,) = numbers_of(pool=pool)
     check_list("pw_weights", pw_weights, "tensors", MAX_EDGES)
+    check_list("rows", rows, "tensors", MAX_EDGES)
     if len(pw_weights) != len(rows):
         raise ValueError(f"rows must be {len(pw_weights)} tensors, got {len(rows)}")
-    if not isinstance(pooled, int) or pooled < 0:
-        raise ValueError(f"pooled must be an integer ≥ 0, got {pooled!r}")
+    check_integer("pooled", pooled, 0, MAX_EDGES)
     for weight, row in zip(pw_weights, rows, strict=True):
-        c_out = row.shape[-1]
-        _check("pw_weight", weight, _pointwise_shape(c_out, input.shape[1]), torch.int8, input)
-        _check("rows", row, (2, c_out), torch.float32, input)
+        shape = pointwise_shape(columns_of("rows", row, 2), input.shape[1])
+        check_weight("pw_weight", weight, [shape], input, torch.int8)
+        check_weight("rows", row, [tuple(row.shape)], input, torch.float32)
     if runs_kernel("int8_lateral", input.device):
         return _run("int8_lateral", input, list(pw_weights), list(rows), pooled, number)
     return int8_reference.lateral(input, pw_weights, rows, pooled=pooled, pool=pool)
@@ -383,40 +326,6 @@ def _fake_lateral(
             h, w = (h + 1) // 2, (w + 1) // 2
             maps.append(empty_map(input, channels, h, w))
     return maps
-
-
-def _check_layer(
-    i: int, fuse: Tensor, dw: Tensor, mid: Tensor, pw: Tensor, out: Tensor, x: Tensor
-) -> None:
-    name = f"[{i}]"
-    for word, t, dims in (("fuse_rows", fuse, 3), ("out_rows", out, 3), ("dw_weights", dw, 4)):
-        if not isinstance(t, Tensor) or t.dim() != dims or 0 in t.shape:
-            got = shape_of(t) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{word}{name} must be a tensor of {dims} dimensions, got {got}")
-    rows, kinds, c = fuse.shape
-    c_out, weights = out.shape[2], dw.shape[0]
-    if kinds != 1 and kinds < 4:
-        raise ValueError(f"fuse_rows{name} must have 1 or n + 3 rows, got {kinds}")
-    if out.shape[1] not in (2, 4):
-        raise ValueError(f"out_rows{name} must have 2 or 4 rows, got {out.shape[1]}")
-    if weights not in (1, rows):
-        raise ValueError(f"dw_weights{name} must have 1 or {rows} rows, got {weights}")
-    _check(f"fuse_rows{name}", fuse, (rows, kinds, c), torch.float32, x)
-    _check(f"dw_weights{name}", dw, (weights, 3, c, 4), torch.int8, x)
-    _check(f"mid_rows{name}", mid, (rows, 2, c), torch.float32, x)
-    _check(f"pw_weights{name}", pw, (weights, *_pointwise_shape(c_out, c)), torch.int8, x)
-    _check(f"out_rows{name}", out, (rows, out.shape[1], c_out), torch.float32, x)
-
-
-def _check_inputs(inputs: Sequence[Tensor]) -> None:
-    check_list("inputs", inputs, "maps")
-    for i, x in enumerate(inputs):
-        _check_map(f"inputs[{i}]", x, torch.uint8)
-        if x.shape[:2] != inputs[0].shape[:2]:
-            raise ValueError(
-                f"inputs[{i}] must have batch and channels {tuple(inputs[0].shape[:2])}, "
-                f"got {tuple(x.shape[:2])}"
-            )
 
 
 def nodes(
@@ -461,25 +370,23 @@ def nodes(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_inputs(inputs)
+    check_inputs(inputs)
     numbers = numbers_of(pool=pool, pre_activation=pre_activation, post_activation=post_activation)
     parts = (fuse_rows, dw_weights, mid_rows, pw_weights, out_rows)
+    names = ("fuse_rows", "dw_weights", "mid_rows", "pw_weights", "out_rows")
+    for name, part in zip(names, parts, strict=True):
+        check_list(name, part, "tensors")
     if len({len(p) for p in parts}) != 1:
         raise ValueError("weights and rows must be lists of one length")
-    for i, part in enumerate(zip(*parts, strict=True)):
-        _check_layer(i, *part, inputs[0])
-    if not len(layers) == len(edges) == len(sizes):
-        raise ValueError("layers, edges and sizes must name the same nodes")
+    kinds = [check_layer(i, *part, inputs[0]) for i, part in enumerate(zip(*parts, strict=True))]
+    graph = check_graph(inputs, kinds, layers, edges, sizes, outputs)
     if runs_kernel("int8_nodes", inputs[0].device):
         return _run(
             "int8_nodes",
             list(inputs),
             *map(list, parts),
             list(layers),
-            list(chain.from_iterable(edges)),
-            list(map(len, edges)),
-            list(chain.from_iterable(sizes)),
-            list(outputs),
+            *graph,
             *numbers,
         )
     return int8_reference.nodes(

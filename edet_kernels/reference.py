@@ -7,6 +7,7 @@ have been checked by :mod:`edet_kernels.ops`; weights may be convolution weights
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -305,7 +306,9 @@ def training_moments(input: Tensor, *, products: bool = True) -> tuple[Tensor, T
         return mean, squares
     deviations = input.to(mean.dtype) - mean.view(1, -1, 1, 1)
     rows = deviations.permute(1, 0, 2, 3).flatten(1)
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type  # meta has no autocast
+    known = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if known else nullcontext():
         return mean, rows @ rows.t()
 
 

@@ -29,7 +29,7 @@ extern const BlockKernels block_table;
 static const BlockKernels& choose() {
   const std::string isa = kernels().isa;
 #ifdef EDET_HAVE_AVX512_BF16
-  if (isa == "avx512_bf16") return avx512_bf16::block_table;
+  if (isa == "avx512_bf16" || isa == "amx") return avx512_bf16::block_table;
 #endif
 #ifdef EDET_HAVE_AVX512
   if (isa == "avx512") return avx512::block_table;

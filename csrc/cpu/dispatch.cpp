@@ -4,6 +4,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(EDET_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <stdexcept>
@@ -43,11 +47,17 @@ namespace avx512_bf16 {
 extern const Kernels table;
 }
 #endif
+#ifdef EDET_HAVE_AMX
+namespace amx {
+extern const Kernels table;
+extern const Int8Kernels int8_table;
+}  // namespace amx
+#endif
 
 namespace {
 
-// An instruction set by its name: VNNI makes no difference to maps of floats, pairs of bf16 none to
-// maps of bytes.
+// An instruction set by its name: VNNI makes no difference to maps of floats, bf16 none to maps of
+// bytes.
 struct InstructionSet {
   const char* name;
   const Kernels* kernels;
@@ -59,6 +69,18 @@ struct InstructionSet {
 bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+#if defined(EDET_HAVE_AMX)
+// Whether this CPU multiplies bf16 and bytes in tiles (CPUID 7.0, EDX bits 22, 24 and 25) and the
+// kernel lets this process do so: the registers are large, and Linux saves them for those who asked
+// only.
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 13) != 13) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -76,8 +98,13 @@ std::vector<InstructionSet> usable() {
     if (__builtin_cpu_supports("avx512vnni")) bytes = &avx512_vnni::int8_table;
 #endif
 #if defined(EDET_HAVE_AVX512_BF16)
-    if (__builtin_cpu_supports("avx512bf16"))
+    if (__builtin_cpu_supports("avx512bf16")) {
+#if defined(EDET_HAVE_AMX)
+      if (__builtin_cpu_supports("avx512vnni") && may_use_tiles())
+        sets.push_back({"amx", &amx::table, &amx::int8_table});
+#endif
       sets.push_back({"avx512_bf16", &avx512_bf16::table, bytes});
+    }
 #endif
     if (bytes != &avx512::int8_table) sets.push_back({"avx512_vnni", &avx512::table, bytes});
     sets.push_back({"avx512", &avx512::table, &avx512::int8_table});

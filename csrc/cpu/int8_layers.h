@@ -3,6 +3,7 @@
 #pragma once
 
 #include "int8_lanes.h"
+#include "int8_tiles.h"
 
 namespace edet::cpu::EDET_ISA {
 
@@ -49,6 +50,9 @@ void byte_tile(const uint8_t* a, int64_t lda, int64_t k, const int8_t* w, int64_
 template <class Emit>
 EDET_INLINE void byte_pointwise(const uint8_t* a, int64_t lda, int64_t rows, int64_t k,
                                 const int8_t* w, int64_t panels, const Emit& emit) {
+#if defined(EDET_TILES)
+  byte_pointwise_tiles(a, lda, rows, k, w, panels, emit);
+#else
   const auto run = [&](auto count, int64_t p) {
     constexpr int NP = decltype(count)::value;
     const int8_t* from = w + p * k * kPanel;
@@ -77,6 +81,7 @@ EDET_INLINE void byte_pointwise(const uint8_t* a, int64_t lda, int64_t rows, int
       p += run(Constant<1>{}, p);
     }
   }
+#endif
 }
 
 // Rows (count, c) of bytes whose k, c rounded up to 4, may be read: as they lie, or in scratch.

@@ -6,17 +6,17 @@
 #include "depthwise.h"
 #include "dispatch.h"
 #include "fuse.h"
+#include "mbconv_pairs.h"
 #include "pointwise.h"
 
 namespace edet::cpu::EDET_ISA {
 
 inline int64_t mbconv_scratch(const MbconvParams& p) {
   const int64_t channels = p.chunk_panels * kPanel;
-  const int64_t columns = (p.out_w - 1) * p.stride + p.kernel;
-  const int64_t expand =
-      p.kernel * (columns > p.w + p.kernel ? columns : p.w + p.kernel) * channels +
-      p.kernel * p.kernel * channels + 3 * channels + p.w * padded(p.c_in) +
-      operand_scratch(p.c_in, p.chunk_panels);
+  // of pairs of rows: two input rows, and the taps twice; of floats: K rows instead of pairs
+  const int64_t expand = p.kernel * pair_row_lanes(p, channels) +
+                         p.kernel * (p.kernel + 1) * channels + 4 * channels +
+                         2 * p.w * padded(p.c_in) + operand_scratch(p.c_in, p.chunk_panels);
   const int64_t op = padded(p.c_out), mp = padded(p.c_mid);
   const int64_t project = kLateralPixels * mp + 2 * op + operand_scratch(p.c_mid, op / kPanel);
   const int64_t squeeze = 2 * mp + 4 * padded(p.c_reduced) + 2 * mp;
@@ -26,12 +26,12 @@ inline int64_t mbconv_scratch(const MbconvParams& p) {
 
 // Input row y as it enters the depthwise convolution: expanded and activated, or as it is.
 template <class T>
-EDET_INLINE void mbconv_row(const MbconvParams& p, const PointwiseWeights<Operand<T>>& expand,
+EDET_INLINE void mbconv_row(const MbconvParams& p, const PointwiseWeights<float>& expand,
                             int64_t image, int64_t y, int64_t first, int64_t cp, float* pixels,
                             float* row) {
   const T* from = static_cast<const T*>(p.input) + (image * p.h + y) * p.w * p.c_in;
   if (p.expand) {
-    const Operand<T>* a = operand_rows(from, p.w, p.c_in, pixels);
+    const float* a = operand_rows(from, p.w, p.c_in, pixels);
     return pointwise<float>(a, operand_pitch<T>(p.c_in), p.w, expand, {row, cp, nullptr});
   }
   const int64_t c = p.c_mid - first < cp ? p.c_mid - first : cp;
@@ -71,26 +71,21 @@ void mbconv_depthwise(const float* const* rows, const float* dw, const float* sh
   });
 }
 
+// The first phase with rolling rows of floats.
 template <class T>
-void mbconv_expand_as(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
-                      float* scratch) {
-  using In = Operand<T>;
+void mbconv_expand_floats(const MbconvParams& p, int64_t image, int64_t band, int64_t first,
+                          int64_t c, float* scratch) {
   const int K = p.kernel, S = p.stride;
   const int64_t pitch = padded(p.c_mid);
-  const int64_t first = chunk * p.chunk_panels * kPanel;
-  const int64_t left = p.c_mid - first;
-  const int64_t c = left < p.chunk_panels * kPanel ? left : p.chunk_panels * kPanel;
   const int64_t cp = padded(c);
-  const int64_t columns = (p.out_w - 1) * S + K;  // that the depthwise convolution reads of a row
-  const int64_t row_floats = (columns > p.w + K ? columns : p.w + K) * cp;
+  const int64_t row_floats = pair_row_lanes(p, cp);
 
   float* ring = scratch;  // (K, columns or more, cp); row y of the input is in ring row y mod K
   float* dw = ring + K * row_floats;
   float* shift = dw + K * K * cp;
   float* e_scale = shift + cp;
   float* e_shift = e_scale + cp;
-  float* operands = e_shift + cp;
-  float* pixels = operands + operand_scratch(p.c_in, cp / kPanel);  // one input row, as operands
+  float* pixels = e_shift + cp;  // one input row, as operands
   for (int t = 0; t < K * K; t++) {
     copy_padded(p.dw + t * p.c_mid + first, c, cp, dw + t * cp);
     for (int64_t i = 0; i < c; i++) dw[t * cp + i] *= p.dw_scale[first + i];
@@ -105,11 +100,8 @@ void mbconv_expand_as(const MbconvParams& p, int64_t image, int64_t band, int64_
   const int64_t y_begin = band * p.band_rows;
   const int64_t y_end = y_begin + p.band_rows < p.out_h ? y_begin + p.band_rows : p.out_h;
   // whole panels are stored: the channels past c_mid are zero
-  const In* panels = nullptr;
-  if (p.expand)
-    panels = operand_weights<In>(p.expand + first * p.c_in, p.c_in, cp / kPanel, operands);
-  const PointwiseWeights<In> expand{panels, e_scale,     e_shift, whole_steps<In>(p.c_in),
-                                    cp,     p.activation};
+  const PointwiseWeights<float> expand{
+      p.expand ? p.expand + first * p.c_in : nullptr, e_scale, e_shift, p.c_in, cp, p.activation};
   const auto ring_row = [&](int64_t y) { return ring + (y + K) % K * row_floats; };
   int64_t next = y_begin * S - p.pad_top;  // first input row not yet in the ring
   for (int64_t y = y_begin; y < y_end; y++) {
@@ -130,6 +122,22 @@ void mbconv_expand_as(const MbconvParams& p, int64_t image, int64_t band, int64_
     std::memset(sums, 0, sizeof(float) * static_cast<size_t>(cp));
     convolve(rows, dw, shift, cp, p.out_w, p.activation, out, pitch, sums);
   }
+}
+
+template <class T>
+void mbconv_expand_as(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
+                      float* scratch) {
+  const int64_t channels = p.chunk_panels * kPanel, first = chunk * channels;
+  const int64_t c = p.c_mid - first < channels ? p.c_mid - first : channels;
+#if defined(EDET_PAIRS)
+  if constexpr (sizeof(Operand<T>) == sizeof(bf16)) {
+    const auto run =
+        p.kernel == 3 ? (p.stride == 1 ? &mbconv_expand_pairs<3, 1> : &mbconv_expand_pairs<3, 2>)
+                      : (p.stride == 1 ? &mbconv_expand_pairs<5, 1> : &mbconv_expand_pairs<5, 2>);
+    return run(p, image, band, first, c, scratch);
+  } else
+#endif
+    mbconv_expand_floats<T>(p, image, band, first, c, scratch);
 }
 
 inline void mbconv_expand(const MbconvParams& p, int64_t image, int64_t band, int64_t chunk,
@@ -175,14 +183,33 @@ inline void mbconv_squeeze(const MbconvParams& p, int64_t image, float* scratch)
   for (int64_t i = 0; i < pitch; i += kWidth) store(gate + i, sigmoid(load(gate + i)));
 }
 
-// One panel of the projection times the gate of an image.
-inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
+// One panel of the projection times the gate of an image, as operands.
+template <class T>
+void mbconv_gate_as(const MbconvParams& p, int64_t image, int64_t panel) {
+  using In = Operand<T>;
   const float* gate = p.gate + image * padded(p.c_mid);
   const float* from = p.project + panel * p.c_mid * kPanel;
-  float* to = p.gated + (image * (padded(p.c_out) / kPanel) + panel) * p.c_mid * kPanel;
-  for (int64_t k = 0; k < p.c_mid; k++)
-    for (int64_t i = 0; i < kPanel; i += kWidth)
-      store(to + k * kPanel + i, load(from + k * kPanel + i) * gate[k]);
+  const int64_t panels = padded(p.c_out) / kPanel;
+  In* to = reinterpret_cast<In*>(p.gated + image * panels * kPanel * p.c_mid) +
+           panel * whole_steps<In>(p.c_mid) * kPanel;
+  for (int64_t k = 0; k < p.c_mid; k += Product<In>::kStep)
+    for (int64_t i = 0; i < kPanel; i += kWidth, to += kWidth * Product<In>::kStep) {
+      const vf first = load(from + k * kPanel + i) * gate[k];
+#if defined(EDET_PAIRS)
+      if constexpr (sizeof(In) == sizeof(bf16)) {
+        const bool both = k + 1 < p.c_mid;
+        const vu pairs =
+            pair_of(first, both ? load(from + (k + 1) * kPanel + i) * gate[k + 1] : vf{});
+        std::memcpy(to, &pairs, sizeof pairs);
+      } else
+#endif
+        store(to, first);
+    }
+}
+
+inline void mbconv_gate(const MbconvParams& p, int64_t image, int64_t panel) {
+  if (p.dtype == DType::bf16) return mbconv_gate_as<bf16>(p, image, panel);
+  mbconv_gate_as<float>(p, image, panel);
 }
 
 template <class T>
@@ -195,22 +222,19 @@ void mbconv_project_as(const MbconvParams& p, int64_t image, int64_t begin, int6
   float* shift = scale + op;
   copy_padded(p.project_scale, p.c_out, op, scale);
   copy_padded(p.project_shift, p.c_out, op, shift);
-  const float* mid = p.mid + (image * area + begin) * mp;
-  const float* weight = p.gated ? p.gated + image * op * p.c_mid : p.project;
-  const float* gate = p.c_reduced && !p.gated ? p.gate + image * mp : nullptr;
-  In* strip = reinterpret_cast<In*>(scratch);  // (kLateralPixels, mp)
-  const In* a = strip;
-  if constexpr (sizeof(In) == sizeof(float))
-    if (!gate) a = mid;
-  if (a == strip)
+  const In* a = reinterpret_cast<const In*>(p.mid) + (image * area + begin) * mp;
+  if (p.c_reduced && !p.gated) {
+    const float* gate = p.gate + image * mp;
+    In* strip = reinterpret_cast<In*>(scratch);  // (kLateralPixels, mp)
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < mp; i += kWidth) {
-        const vf v = load(mid + r * mp + i);
-        store(strip + r * mp + i, gate ? v * load(gate + i) : v);
-      }
+      for (int64_t i = 0; i < mp; i += kWidth)
+        store_operand(strip + r * mp + i, load(a + r * mp + i) * load(gate + i));
+    a = strip;
+  }
+  const In* panels = p.gated ? reinterpret_cast<const In*>(p.gated + image * op * p.c_mid)
+                             : operand_weights<In>(p.project, p.c_mid, op / kPanel, shift + op);
   const int64_t at = (image * area + begin) * p.c_out;
   const T* input = p.residual ? static_cast<const T*>(p.input) + at : nullptr;
-  const In* panels = operand_weights<In>(weight, p.c_mid, op / kPanel, shift + op);
   pointwise<T, In>(a, mp, rows,
                    {panels, scale, shift, whole_steps<In>(p.c_mid), p.c_out, Activation::none},
                    {static_cast<T*>(p.out) + at, p.c_out, input});

@@ -39,6 +39,7 @@ using Operand = typename OperandOf<T>::type;
 
 // EDET_BF16_PAIRS takes that way without the instruction too, for tests on other CPUs.
 #if defined(__AVX512BF16__) || defined(EDET_BF16_PAIRS)
+#define EDET_PAIRS
 template <>
 struct OperandOf<bf16> {
   using type = bf16;
@@ -47,6 +48,17 @@ struct OperandOf<bf16> {
 #if defined(__AVX512BF16__)
 EDET_INLINE vf add_pairs(vf sum, vu a, vu w) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+}
+// Both as bf16 operands, the first in the low half of each lane; subnormal numbers become zero.
+EDET_INLINE vu pair_of(vf low, vf high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (vu)_mm512_permutexvar_epi16(order, halves);
+}
+EDET_INLINE void store_operand(bf16* p, vf v) {
+  const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
 }
 #else
 // What the instruction reads and writes: subnormal numbers are zeros of their sign.
@@ -64,6 +76,11 @@ EDET_INLINE vf add_pairs(vf sum, vu a, vu w) {
   add(a << 16, w << 16);
   return sum;
 }
+EDET_INLINE vu pair_of(vf low, vf high) {
+  const vh a = float_to_bf16(flushed(low)), b = float_to_bf16(flushed(high));
+  return __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu) << 16;
+}
+EDET_INLINE void store_operand(bf16* p, vf v) { store(p, flushed(v)); }
 #endif
 
 // Pairs of bf16 by one instruction, vdpbf16ps: it adds the product of the second numbers, then that
@@ -85,6 +102,8 @@ struct Product<bf16> {
   static EDET_INLINE vf add(vf sum, vu a, vu w) { return add_pairs(sum, a, w); }
 };
 #endif
+
+EDET_INLINE void store_operand(float* p, vf v) { store(p, v); }
 
 // Inputs of a product, with those that fill up its last step: zeros.
 template <class In>
@@ -132,10 +151,11 @@ EDET_INLINE const In* operand_weights(const float* packed, int64_t c_in, int64_t
 // grows with the square root of the length instead of with the length.
 constexpr int64_t kSumBlock = 64;
 
-// acc[m][v] = a[m, begin…end) · W of MR rows and V registers of output channels.
-template <int MR, int V, class In>
-EDET_INLINE void pointwise_block(const In* a, int64_t lda, int64_t begin, int64_t end, const In* w,
-                                 int64_t panel, vf (&acc)[MR][V]) {
+// acc[m][v] = a[m, begin…end) · W of MR rows and V registers of output channels. Rows come in
+// groups of G: row m lies at (m / G) · lda + (m % G) · apart.
+template <int MR, int V, int G, class In>
+EDET_INLINE void pointwise_block(const In* a, int64_t lda, int64_t apart, int64_t begin,
+                                 int64_t end, const In* w, int64_t panel, vf (&acc)[MR][V]) {
   using P = Product<In>;
 #pragma GCC unroll 16
   for (int m = 0; m < MR; m++)
@@ -149,7 +169,7 @@ EDET_INLINE void pointwise_block(const In* a, int64_t lda, int64_t begin, int64_
                         (v % kPanelVectors) * kWidth * P::kStep);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
-      const auto x = P::broadcast(a + m * lda + i);
+      const auto x = P::broadcast(a + (m / G) * lda + (m % G) * apart + i);
 #pragma GCC unroll 16
       for (int v = 0; v < V; v++) acc[m][v] = P::add(acc[m][v], x, b[v]);
     }
@@ -159,23 +179,82 @@ EDET_INLINE void pointwise_block(const In* a, int64_t lda, int64_t begin, int64_
 // Where a product goes: rows of T, `pitch` apart; `add`, when given, is added and lies like data.
 template <class T>
 struct PointwiseOut {
+  static constexpr int kGroup = 1;
+  static constexpr int64_t apart = 0;
+
   T* data;
   int64_t pitch;
   const T* add;
+
+  EDET_INLINE PointwiseOut from(int64_t row, int64_t channel) const {
+    const int64_t at = row * pitch + channel;
+    return {data + at, pitch, add ? add + at : nullptr};
+  }
+
+  // Stores activation(acc · scale + shift) (+ add) of one register of channels, of which `left`
+  // are the output's.
+  template <Activation A, int MR, int V>
+  EDET_INLINE void put(vf (&acc)[MR][V], int v, vf scale, vf shift, int64_t left) const {
+    T* to = data + v * kWidth;
+    if (left >= kWidth) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) acc[m][v] = activate<A, T>(acc[m][v] * scale + shift);
+      if (add)
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) acc[m][v] += load(add + m * pitch + v * kWidth);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) store(to + m * pitch, acc[m][v]);
+    } else if (left > 0) {
+      const int n = static_cast<int>(left);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) {
+        vf r = activate<A, T>(acc[m][v] * scale + shift);
+        if (add) r += load_tail(add + m * pitch + v * kWidth, n);
+        store_tail(to + m * pitch, r, n);
+      }
+    }
+  }
 };
+
+#if defined(EDET_PAIRS)
+// The products of two rows of a map, `apart` elements from each other, as pairs of bf16: whole
+// registers, `pitch` lanes between pixels. What is not in `keep` is zero: a row outside the map.
+struct PairOut {
+  static constexpr int kGroup = 2;
+
+  uint32_t* data;
+  int64_t pitch, apart;
+  uint32_t keep;
+
+  EDET_INLINE PairOut from(int64_t row, int64_t channel) const {
+    return {data + row * pitch + channel, pitch, apart, keep};
+  }
+
+  template <Activation A, int MR, int V>
+  EDET_INLINE void put(vf (&acc)[MR][V], int v, vf scale, vf shift, int64_t) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m += 2) {
+      const vf low = activate<A, bf16>(acc[m][v] * scale + shift);
+      const vf high = activate<A, bf16>(acc[m + 1][v] * scale + shift);
+      const vu pairs = pair_of(low, high) & keep;
+      std::memcpy(data + m / 2 * pitch + v * kWidth, &pairs, sizeof pairs);
+    }
+  }
+};
+#endif
 
 // out[m, :] = activation((a[m, :] · W) · scale + shift) (+ add) for MR rows and NP panels, of which
 // `columns` channels are stored.
-template <int MR, int NP, Activation A, class In, class T>
+template <int MR, int NP, Activation A, class In, class Out>
 void pointwise_tile(const In* a, int64_t lda, int64_t k, const In* w, const float* scale,
-                    const float* shift, int64_t columns, const PointwiseOut<T>& out) {
-  constexpr int V = NP * kPanelVectors;
+                    const float* shift, int64_t columns, const Out& out) {
+  constexpr int V = NP * kPanelVectors, G = Out::kGroup;
   const int64_t panel = k * kPanel;
   const int64_t tail = k > kSumBlock ? (k - 1) / kSumBlock * kSumBlock : 0;
   float earlier[MR * V * kWidth];  // sums of the blocks before the last
   for (int64_t begin = 0; begin < tail; begin += kSumBlock) {
     vf acc[MR][V];
-    pointwise_block<MR, V>(a, lda, begin, begin + kSumBlock, w, panel, acc);
+    pointwise_block<MR, V, G>(a, lda, out.apart, begin, begin + kSumBlock, w, panel, acc);
 #pragma GCC unroll 32
     for (int i = 0; i < MR * V; i++) {
       float* sum = earlier + i * kWidth;
@@ -183,71 +262,54 @@ void pointwise_tile(const In* a, int64_t lda, int64_t k, const In* w, const floa
     }
   }
   vf acc[MR][V];
-  pointwise_block<MR, V>(a, lda, tail, k, w, panel, acc);
+  pointwise_block<MR, V, G>(a, lda, out.apart, tail, k, w, panel, acc);
   if (tail) {
 #pragma GCC unroll 32
     for (int i = 0; i < MR * V; i++) acc[i / V][i % V] += load(earlier + i * kWidth);
   }
 #pragma GCC unroll 16
-  for (int v = 0; v < V; v++) {
-    const vf s = load(scale + v * kWidth), t = load(shift + v * kWidth);
-    const int64_t left = columns - v * kWidth;
-    T* to = out.data + v * kWidth;
-    if (left >= kWidth) {
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) acc[m][v] = activate<A>(acc[m][v] * s + t);
-      if (out.add)
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) acc[m][v] += load(out.add + m * out.pitch + v * kWidth);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) store(to + m * out.pitch, acc[m][v]);
-    } else if (left > 0) {
-      const int n = static_cast<int>(left);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) {
-        vf r = activate<A>(acc[m][v] * s + t);
-        if (out.add) r += load_tail(out.add + m * out.pitch + v * kWidth, n);
-        store_tail(to + m * out.pitch, r, n);
-      }
-    }
-  }
+  for (int v = 0; v < V; v++)
+    out.template put<A>(acc, v, load(scale + v * kWidth), load(shift + v * kWidth),
+                        columns - v * kWidth);
 }
 
-// Full tiles of MR rows, then tiles of 4, 2 and 1 for what is left.
-template <int NP, Activation A, class In, class T>
+// Full tiles of MR rows, then tiles of 4, 2 and 1 for what is left; `rows` counts groups of rows.
+template <int NP, Activation A, class In, class Out>
 EDET_INLINE void pointwise_panels(const In* a, int64_t lda, int64_t rows, int64_t k, const In* w,
                                   const float* scale, const float* shift, int64_t columns,
-                                  const PointwiseOut<T>& out) {
+                                  const Out& out) {
+  constexpr int G = Out::kGroup;
   int64_t i = 0;
   const auto run = [&](auto height) {
-    constexpr int MR = decltype(height)::value;
-    for (; rows - i >= MR; i += MR) {
-      const int64_t at = i * out.pitch;
-      pointwise_tile<MR, NP, A, In, T>(
-          a + i * lda, lda, k, w, scale, shift, columns,
-          {out.data + at, out.pitch, out.add ? out.add + at : nullptr});
-    }
+    constexpr int H = decltype(height)::value;
+    for (; rows - i >= H; i += H)
+      pointwise_tile<H * G, NP, A>(a + i * lda, lda, k, w, scale, shift, columns, out.from(i, 0));
   };
-  run(Constant<tile_rows(NP)>{});
-  if constexpr (tile_rows(NP) > 4) run(Constant<4>{});
+  run(Constant<tile_rows(NP) / G>{});
+  if constexpr (tile_rows(NP) > 4 * G) run(Constant<4>{});
   run(Constant<2>{});
   run(Constant<1>{});
 }
+
+}  // namespace edet::cpu::EDET_ISA
+
+#include "pointwise_tiles.h"
+
+namespace edet::cpu::EDET_ISA {
 
 // From this many panels on, the rows are the outer loop: a row of the output is then written from
 // left to right, which the cache needs when rows are long, and the weights come from L2.
 constexpr int64_t kWidePanels = 16;
 
-template <Activation A, class In, class T>
-void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
-                  const PointwiseOut<T>& out) {
+template <Activation A, class In, class Out>
+void pointwise_registers(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
+                         const Out& out) {
   const int64_t panels = divide_up(w.c_out, kPanel);
   const auto run = [&](auto count, int64_t p, int64_t row, int64_t height) {
     constexpr int NP = decltype(count)::value;
-    const int64_t from = p * kPanel, at = row * out.pitch + from;
-    pointwise_panels<NP, A, In, T>(a + row * lda, lda, height, w.c_in, w.panels + from * w.c_in,
-                                   w.scale + from, w.shift + from, w.c_out - from,
-                                   {out.data + at, out.pitch, out.add ? out.add + at : nullptr});
+    const int64_t from = p * kPanel;
+    pointwise_panels<NP, A>(a + row * lda, lda, height, w.c_in, w.panels + from * w.c_in,
+                            w.scale + from, w.shift + from, w.c_out - from, out.from(row, from));
     return NP;
   };
   if constexpr (kMaxTilePanels == 4) {
@@ -275,14 +337,25 @@ void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights
   }
 }
 
+template <Activation A, class In, class Out>
+EDET_INLINE void pointwise_as(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
+                              const Out& out) {
+#if defined(EDET_TILES)
+  if constexpr (sizeof(In) == sizeof(bf16))
+    pointwise_tiles<A>(a, lda, rows, w, out);
+  else
+#endif
+    pointwise_registers<A>(a, lda, rows, w, out);
+}
+
 // out (rows, c_out) = activation(a (rows, c_in) · W · scale + shift) (+ add). Swish, the activation
 // of the published models, is applied in registers, the others in a second pass.
 template <class T, class In>
 inline void pointwise(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
                       const PointwiseOut<T>& out) {
   if (w.activation == Activation::swish)
-    return pointwise_as<Activation::swish, In, T>(a, lda, rows, w, out);
-  pointwise_as<Activation::none, In, T>(a, lda, rows, w, out);
+    return pointwise_as<Activation::swish>(a, lda, rows, w, out);
+  pointwise_as<Activation::none>(a, lda, rows, w, out);
   if (w.activation == Activation::none) return;
   const int64_t whole = w.c_out / kWidth * kWidth;
   const int rest = static_cast<int>(w.c_out - whole);
@@ -290,11 +363,32 @@ inline void pointwise(const In* a, int64_t lda, int64_t rows, const PointwiseWei
     constexpr Activation A = decltype(tag)::value;
     for (int64_t r = 0; r < rows; r++) {
       T* row = out.data + r * out.pitch;
-      for (int64_t i = 0; i < whole; i += kWidth) store(row + i, activate<A>(load(row + i)));
-      if (rest) store_tail(row + whole, activate<A>(load_tail(row + whole, rest)), rest);
+      for (int64_t i = 0; i < whole; i += kWidth) store(row + i, activate<A, T>(load(row + i)));
+      if (rest) store_tail(row + whole, activate<A, T>(load_tail(row + whole, rest)), rest);
     }
   });
 }
+
+#if defined(EDET_PAIRS)
+// The same for pairs of rows; activations other than swish are taken of the rounded products.
+inline void pointwise_pairs(const bf16* a, int64_t lda, int64_t pixels,
+                            const PointwiseWeights<bf16>& w, const PairOut& out) {
+  if (w.activation == Activation::swish)
+    return pointwise_as<Activation::swish>(a, lda, pixels, w, out);
+  pointwise_as<Activation::none>(a, lda, pixels, w, out);
+  if (w.activation == Activation::none) return;
+  with_activation(w.activation, [&](auto tag) {
+    constexpr Activation A = decltype(tag)::value;
+    for (int64_t i = 0; i < pixels * out.pitch; i += kWidth) {
+      vu pairs;
+      std::memcpy(&pairs, out.data + i, sizeof pairs);
+      pairs = pair_of(activate<A, bf16>((vf)(pairs << 16)),
+                      activate<A, bf16>((vf)(pairs & 0xffff0000u)));
+      std::memcpy(out.data + i, &pairs, sizeof pairs);
+    }
+  });
+}
+#endif
 
 // Rows (count, c) of T as floats, `pitch` apart and zero past c; the rows of T are `stride` apart.
 template <class T>

@@ -222,9 +222,31 @@ EDET_INLINE vf sigmoid(vf x) {
 #endif
 }
 
-template <Activation A>
+// The same for a result that is rounded to T: for bf16, whose rounding is 2e-3, to 2e-4.
+template <class T>
+EDET_INLINE vf sigmoid_for(vf x) {
+  return sigmoid(x);
+}
+#if defined(__AVX512F__)
+template <>
+EDET_INLINE vf sigmoid_for<bf16>(vf x) {
+  // the bound keeps t − n a number for x = inf; it is the first operand, so that a NaN stays
+  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)(x * -1.44269504f));
+  const __m512 n = _mm512_roundscale_ps(t, 0);
+  const vf f = (vf)t - (vf)n;
+  vf p = set1(0.0551716685f);
+  p = p * f + 0.242611125f;
+  p = p * f + 0.693260968f;
+  p = p * f + 0.999928057f;
+  const vf d = (vf)_mm512_scalef_ps((__m512)p, n) + 1.0f;
+  return (vf)_mm512_rcp14_ps((__m512)d);
+}
+#endif
+
+// The activation of a value that is rounded to T.
+template <Activation A, class T = float>
 EDET_INLINE vf activate(vf x) {
-  if constexpr (A == Activation::swish) return x * sigmoid(x);
+  if constexpr (A == Activation::swish) return x * sigmoid_for<T>(x);
   if constexpr (A == Activation::relu) return select(x < 0.0f, vf{}, x);
   if constexpr (A == Activation::relu6) return clamp(x, 0.0f, 6.0f);
   if constexpr (A == Activation::hard_swish)

@@ -16,14 +16,22 @@ from ..names import POOLS, Size
 from ..operators import for_reference, run
 from ..packing import PANEL, as_packed_depthwise, as_packed_pointwise, pack_stem
 from .checks import (
+    check_flag,
+    check_image,
     check_maps,
+    check_normalisation,
     check_out,
+    check_parts,
+    check_stride,
     check_weight,
     check_word,
+    length_of,
     numbers_of,
-    out_channels,
     shape_of,
 )
+
+#: What squeeze-excite is given.
+SQUEEZE = "reduce_weight, reduce_bias, excite_weight, excite_bias"
 
 
 def conv_geometry(x: Tensor, kernel: int, stride: int, padding: str) -> tuple[list[int], Size]:
@@ -38,16 +46,6 @@ def given_padding(given: dict[str, Any], x: Tensor, kernel: int, stride: int) ->
     same = [reference.conv_geometry(n, kernel, stride, "same") for n in x.shape[-2:]]
     wanted = list(zip(before, size, strict=True))
     return {**given, "padding": "same" if same == wanted else "symmetric"}
-
-
-def _check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[1] != 3:
-        got = shape_of(image) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"image must be (N, 3, H, W), got {got}")
-    if 0 in image.shape[2:]:
-        raise ValueError(f"image must have at least one pixel, got {shape_of(image)}")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"image must be uint8 or float, got {image.dtype}")
 
 
 def stem(
@@ -80,7 +78,9 @@ def stem(
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it was.
     """
-    _check_image(image)
+    check_image(image)
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"image must be uint8 or float, got {image.dtype}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a float dtype or None, got {dtype!r}")
     low = autocast_dtype(image)
@@ -91,15 +91,11 @@ def stem(
         raise TypeError(f"dtype must be the image's ({image.dtype}), got {dtype}")
     (number,) = numbers_of(activation=activation)
     check_word("padding", padding, POOLS)
-    c_out = out_channels(scale)
+    c_out = length_of("scale", scale)
     check_weight("scale", scale, [(c_out,)], image)
     check_weight("shift", shift, [(c_out,)], image)
     check_weight("weight", weight, [(c_out, 3, 3, 3), (-(-c_out // PANEL), 27, PANEL)], image)
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std must be given together")
-    for name, t in (("mean", mean), ("std", std)):
-        if t is not None:
-            check_weight(name, t, [(3,)], image)
+    check_normalisation(mean, std, image)
     pads, size = conv_geometry(image, 3, 2, padding)
     like = image if image.is_floating_point() else scale.to(dtype)
     if runs_reference("stem", [like, image, weight, scale, shift, mean, std]):
@@ -150,12 +146,6 @@ def _stem_for_reference(given: dict[str, Any]) -> dict[str, Any]:
     return given_padding(given, given["image"], 3, 2)
 
 
-def _check_parts(name: str, parts: Sequence[Tensor], content: str) -> None:
-    count = content.count(",") + 1
-    if len(parts) != count:
-        raise ValueError(f"{name} must be ({content}), got {len(parts)} tensors")
-
-
 def _check_mbconv(
     input: Tensor,
     expand: Sequence[Tensor] | None,
@@ -166,16 +156,16 @@ def _check_mbconv(
     residual: bool,
 ) -> int:
     """Checks the parts of an inverted residual block; the side of its depthwise kernel."""
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    _check_parts("depthwise", depthwise, "dw_weight, scale, shift")
-    _check_parts("project", project, "pw_weight, scale, shift")
-    c_in, c_mid = input.shape[1], depthwise[1].shape[0]
+    check_stride(stride)
+    check_flag("residual", residual)
+    check_parts("depthwise", depthwise, "dw_weight, scale, shift")
+    check_parts("project", project, "pw_weight, scale, shift")
+    c_in, c_mid = input.shape[1], length_of("depthwise scale", depthwise[1], "C_mid")
     if expand is not None:
-        _check_parts("expand", expand, "pw_weight, scale, shift")
+        check_parts("expand", expand, "pw_weight, scale, shift")
         check_out(expand[1], expand[2], expand[0], c_in, input)
     dw = depthwise[0]
-    kernel = dw.shape[-1] if dw.dim() == 4 else {9: 3, 25: 5}.get(dw.shape[0], 0)
+    kernel = dw.shape[-1] if dw.dim() == 4 else {9: 3, 25: 5}.get(dw.numel() // c_mid, 0)
     if kernel not in (3, 5):
         raise ValueError(f"dw_weight must be a 3×3 or 5×5 depthwise weight, got {shape_of(dw)}")
     expected = c_in if expand is None else expand[1].shape[0]
@@ -184,8 +174,7 @@ def _check_mbconv(
     for name, t in (("scale", depthwise[1]), ("shift", depthwise[2])):
         check_weight(f"depthwise {name}", t, [(c_mid,)], input)
     if squeeze is not None:
-        content = "reduce_weight, reduce_bias, excite_weight, excite_bias"
-        _check_parts("squeeze", squeeze, content)
+        check_parts("squeeze", squeeze, SQUEEZE)
         check_out(squeeze[1], squeeze[1], squeeze[0], c_mid, input)
         check_out(squeeze[3], squeeze[3], squeeze[2], squeeze[1].shape[0], input)
     check_out(project[1], project[2], project[0], c_mid, input)

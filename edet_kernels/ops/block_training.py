@@ -19,8 +19,18 @@ from ..backend import runs_reference
 from ..fakes import empty_map, fake
 from ..names import POOLS
 from ..operators import backward, for_reference, run
-from .backbone import conv_geometry, given_padding
-from .checks import check_maps, check_weight, check_word, numbers_of, shape_of
+from .backbone import SQUEEZE, conv_geometry, given_padding
+from .checks import (
+    check_flag,
+    check_maps,
+    check_parts,
+    check_stride,
+    check_weight,
+    check_word,
+    length_of,
+    numbers_of,
+    shape_of,
+)
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -44,6 +54,7 @@ def training_moments(input: Tensor, *, products: bool = True) -> tuple[Tensor, T
     """
     input = cast(input)
     check_maps("input", [input])
+    check_flag("products", products)
     if runs_reference("training_moments", [input]):
         return reference.training_moments(input, products=products)
     mean, found = run("training_moments", input, products)
@@ -74,13 +85,12 @@ def _training_moments_backward(
 
 
 def _check_kernel(dw_weight: Tensor) -> int:
-    shape = shape_of(dw_weight) if isinstance(dw_weight, Tensor) else type(dw_weight).__name__
     if (
         not isinstance(dw_weight, Tensor)
         or dw_weight.dim() != 4
         or dw_weight.shape[-1] not in (3, 5)
     ):
-        raise ValueError(f"dw_weight must be (C, 1, k, k) with k 3 or 5, got {shape}")
+        raise ValueError(f"dw_weight must be (C, 1, k, k) with k 3 or 5, got {shape_of(dw_weight)}")
     return dw_weight.shape[-1]
 
 
@@ -117,8 +127,8 @@ def training_depthwise(
     """
     input = cast(input)
     check_maps("input", [input])
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    check_stride(stride)
+    check_flag("statistics", statistics)
     (number,) = numbers_of(activation=activation)
     check_word("padding", padding, POOLS)
     kernel, c_in = _check_kernel(dw_weight), input.shape[1]
@@ -229,20 +239,19 @@ def training_project(
     """
     input = cast(input)
     check_maps("input", [input])
+    check_flag("statistics", statistics)
     (number,) = numbers_of(activation=activation)
     c = input.shape[1]
     for name, t in (("scale", scale), ("offset", offset)):
         check_weight(name, t, [(c,)], input)
     if not isinstance(project_weight, Tensor) or project_weight.dim() != 4:
-        raise ValueError(f"project_weight must be (C_out, {c}, 1, 1), got {project_weight!r:.40}")
+        raise ValueError(
+            f"project_weight must be (C_out, {c}, 1, 1), got {shape_of(project_weight)}"
+        )
     check_weight("project_weight", project_weight, [(project_weight.shape[0], c, 1, 1)], input)
     if squeeze is not None:
-        if len(squeeze) != 4:
-            raise ValueError(
-                "squeeze must be (reduce_weight, reduce_bias, excite_weight, excite_bias), "
-                f"got {len(squeeze)} tensors"
-            )
-        r = squeeze[1].numel()
+        check_parts("squeeze", squeeze, SQUEEZE)
+        r = length_of("reduce_bias", squeeze[1], "R")
         for name, t, shape in (
             ("reduce_weight", squeeze[0], (r, c, 1, 1)),
             ("reduce_bias", squeeze[1], (r,)),

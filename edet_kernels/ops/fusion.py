@@ -181,6 +181,7 @@ def _graph_lists(
     nodes: tuple[tuple[int, ...], ...],
     sizes: tuple[Size, ...],
     outputs: tuple[int, ...],
+    name: str,
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """Checks a node graph over inputs of ``extents`` (H, W); its edges, counts, sizes, outputs."""
     first = len(extents)
@@ -190,13 +191,14 @@ def _graph_lists(
         )
     known = list(extents)
     for i, (edges, size) in enumerate(zip(nodes, sizes, strict=True)):
-        check_list(f"nodes[{i}]", edges, "ids", MAX_EDGES)
+        check_list(f"{name}[{i}]", edges, "ids", MAX_EDGES)
         if not all(0 <= e < len(known) for e in edges):
+            last = len(known) - 1
             raise ValueError(
-                f"nodes[{i}] must name inputs or earlier nodes (0 to {len(known) - 1}), got {edges}"
+                f"{name}[{i}] must name inputs or earlier nodes (0 to {last}), got {edges}"
             )
         for e in edges:
-            check_resize(f"nodes[{i}], edge {e},", known[e], size)
+            check_resize(f"{name}[{i}], edge {e},", known[e], size)
         known.append(size)
     if len(set(outputs)) != len(outputs):
         raise ValueError(f"outputs must be different nodes, got {outputs}")
@@ -217,24 +219,33 @@ def _split(values: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     return [list(values[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
-def _graph(
+def _check_ids(name: str, ids: object) -> None:
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(e, int) for e in ids):
+        raise ValueError(f"{name} must be a tuple of ids, got {ids!r:.80}")
+
+
+def graph_lists(
     inputs: Sequence[Tensor],
     nodes: Sequence[Sequence[int]],
     sizes: Sequence[Size],
     outputs: Sequence[int],
+    name: str = "nodes",
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """:func:`_graph_lists` of ``inputs``, from its cache where that may be used."""
-    for name, value in (("nodes", nodes), ("sizes", sizes), ("outputs", outputs)):
-        check_list(name, value, "nodes" if name == "outputs" else "tuples")
+    """Checks a graph of nodes over ``inputs``; its edges, their counts, sizes and outputs, flat.
+
+    ``name`` is that of the argument ``nodes``. What was checked once is remembered.
+    """
+    for argument, value in ((name, nodes), ("sizes", sizes), ("outputs", outputs)):
+        check_list(argument, value, "nodes" if argument == "outputs" else "tuples")
     for i, edges in enumerate(nodes):
-        if not isinstance(edges, (list, tuple)):
-            raise ValueError(f"nodes[{i}] must be a tuple of ids, got {edges!r}")
+        _check_ids(f"{name}[{i}]", edges)
+    _check_ids("outputs", outputs)
     for i, size in enumerate(sizes):
         check_size(f"sizes[{i}]", size)
     extents = tuple((y.shape[-2], y.shape[-1]) for y in inputs)
     # Dynamo warns of caches, which it does not need
     lists = _graph_lists.__wrapped__ if torch.compiler.is_compiling() else _graph_lists
-    return lists(extents, tuple(map(tuple, nodes)), tuple(map(tuple, sizes)), tuple(outputs))
+    return lists(extents, tuple(map(tuple, nodes)), tuple(map(tuple, sizes)), tuple(outputs), name)
 
 
 def bifpn(
@@ -283,7 +294,7 @@ def bifpn(
         "post_activation": post_activation,
     }
     numbers = numbers_of(**words)
-    graph = _graph(inputs, nodes, sizes, outputs)
+    graph = graph_lists(inputs, nodes, sizes, outputs)
     c, count, most = x.shape[1], len(nodes), max(graph[1])
     check_edges(edge_weights, [(count, most), (count, most, c)], fusion, x)
     panels = -(-c // PANEL)

@@ -16,6 +16,7 @@ from ..names import MAX_EDGES
 from ..operators import backward, run
 from ..packing import as_packed_depthwise, as_packed_pointwise
 from .checks import (
+    check_integer,
     check_levels,
     check_list,
     check_maps,
@@ -224,8 +225,7 @@ def lateral(
             "pw_weights, scales and shifts must be lists of one length, "
             f"got {len(pw_weights)}, {len(scales)} and {len(shifts)}"
         )
-    if not isinstance(pooled, int) or pooled < 0:
-        raise ValueError(f"pooled must be an integer ≥ 0, got {pooled!r}")
+    check_integer("pooled", pooled, 0, MAX_EDGES)
     for weight, scale, shift in zip(pw_weights, scales, shifts, strict=True):
         check_out(scale, shift, weight, input.shape[1], input)
     if runs_reference("lateral", [input, *pw_weights, *scales, *shifts]):

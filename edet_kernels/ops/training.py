@@ -16,6 +16,8 @@ from ..operators import backward, for_reference, run
 from ..packing import as_packed_depthwise, as_packed_pointwise
 from .checks import (
     check_edges,
+    check_flag,
+    check_integer,
     check_list,
     check_maps,
     check_out,
@@ -32,10 +34,14 @@ def _check_nodes(
     edge_counts: Sequence[int],
     sizes: Sequence[Size],
     edge_weights: Tensor | None,
+    statistics: bool,
 ) -> None:
     """Checks that ``edge_counts`` and ``sizes`` describe nodes over ``inputs``, and their edges."""
+    check_flag("statistics", statistics)
     check_list("edge_counts", edge_counts, "numbers")
     check_list("sizes", sizes, "tuples")
+    for i, count in enumerate(edge_counts):
+        check_integer(f"edge_counts[{i}]", count, 1, MAX_EDGES)
     if sum(edge_counts) != len(inputs) or len(sizes) != len(edge_counts):
         raise ValueError(
             "edge_counts and sizes must describe every node and input, got "
@@ -100,7 +106,7 @@ def training_node(
     x, n, c = inputs[0], len(inputs), inputs[0].shape[1]
     words: dict[str, Any] = {"fusion": fusion, "pool": pool, "activation": activation}
     numbers = numbers_of(**words)
-    _check_nodes(inputs, edge_counts, sizes, edge_weights)
+    _check_nodes(inputs, edge_counts, sizes, edge_weights, statistics)
     check_edges(edge_weights, [(n,), (n, c)], fusion, x)
     if (scales is None) != (offsets is None):
         raise ValueError("scales and offsets must be given together")

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +22,6 @@ from .extras import require
 from .files import replacing
 from .models.configs import get_config
 from .models.factory import create_model
-
-if TYPE_CHECKING:
-    pass
 
 MODEL = "tf_efficientdet_d0"
 #: Comes with its weights.

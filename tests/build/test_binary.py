@@ -89,8 +89,8 @@ def test_stable_abi_of_torch_2_10():
 @pytest.mark.parametrize(
     ("kind", "isa"),
     [
-        *(("cpu", isa) for isa in ("avx2", "avx512", "avx512_bf16")),
-        *(("int8", isa) for isa in ("avx2", "avx2_vnni", "avx512", "avx512_vnni")),
+        *(("cpu", isa) for isa in ("avx2", "avx512", "avx512_bf16", "amx")),
+        *(("int8", isa) for isa in ("avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx")),
     ],
 )
 def test_no_function_of_one_instruction_set_can_be_linked_into_another(kind, isa):

@@ -12,6 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import edet
+from edet.fused.describe import Mismatch, check_pointwise
 from edet.fused.module import PackedModule
 from edet.training.trainer import MovingAverage, Trainer
 
@@ -267,3 +268,42 @@ def test_writes_between_training_and_evaluation(model: edet.EfficientDet) -> Non
         found = model.eval()(images)[0][0]
     wanted = model(images)[0][0].detach()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes"),
+    [
+        ("box_net.predict.conv_dw", {"dilation": (2, 2), "padding": (2, 2)}),
+        ("class_net.conv_rep.0.conv_dw", {"padding_mode": "circular"}),
+        ("box_net.conv_rep.0.conv_dw", {"dilation": (2, 2), "padding": "same"}),
+        ("backbone.blocks.1.1.conv_dw", {"dilation": (2, 2), "padding": (2, 2)}),
+    ],
+)
+def test_a_convolution_that_was_made_another(model, layer, changes):
+    """Its numbers are attributes, not weights: what was packed before went on being used."""
+
+    def change(of: edet.EfficientDet) -> edet.EfficientDet:
+        for name, value in changes.items():
+            setattr(of.get_submodule(layer), name, value)
+        of.get_submodule(layer)._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        return of
+
+    model.eval()
+    images = torch.randn(1, 3, 64, 64)
+    changed, frozen = change(copy.deepcopy(model)), copy.deepcopy(model)
+    predictor = make(frozen)
+    with torch.no_grad():
+        for network in (model, frozen):
+            before = network(images)
+            found, right = change(network)(images), changed(images)
+            for ours, theirs in zip(found, right, strict=True):
+                torch.testing.assert_close(ours, theirs)
+            assert any(not torch.equal(found[i][0], before[i][0]) for i in range(2))
+    found, right = predictor(IMAGE), make(changed)(IMAGE)
+    torch.testing.assert_close(found.scores, right.scores)
+    torch.testing.assert_close(found.boxes, right.boxes)
+
+
+def test_a_pointwise_convolution_with_a_padding_is_no_plain_one():
+    with pytest.raises(Mismatch, match="x: the 1×1 convolution has a padding"):
+        check_pointwise("x", nn.Conv2d(3, 3, 1, padding=1))

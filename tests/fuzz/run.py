@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+#: The ops; their package itself is imported when the fuzzer watches.
+OPS = [
+    op
+    for ops in ("OPS", "INT8_OPS")
+    for op in runpy.run_path(os.fspath(ROOT / "edet_kernels" / "names.py"))[ops]
+]
 
 #: Packages whose branches guide the fuzzer.
 WATCHED = ["PIL", "edet", "edet_kernels"]
@@ -98,7 +106,10 @@ def seeds(name: str) -> list[bytes]:
     if name == "detections":
         row = '{"box": [1, 2, 3, 4.5], "score": 0.5, "label": 1, "name": "cat"}'
         return [f'{{"image_size": [4, 5], "detections": [{row}]}}'.encode()]
-    return [bytes([i]) * 200 for i in (0, 1, 2, 3, 4, 60, 250)]
+    # every decision the same, and all kinds of them
+    return [bytes([i]) * 200 for i in (0, 1, 2, 3, 4, 60, 250)] + [
+        np.random.default_rng(i).bytes(100) for i in range(40)
+    ]
 
 
 def fuzz(name: str, folder: Path, corpus: Path, flags: list[str]) -> None:
@@ -129,8 +140,8 @@ def fuzz(name: str, folder: Path, corpus: Path, flags: list[str]) -> None:
 def main() -> int:
     """Runs each target in a process of its own; the number of targets with a finding."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ("picture", "checkpoint", "class_names", "detections", "arguments")
-    parser.add_argument("target", choices=(*names, "all"))
+    names = ("picture", "checkpoint", "class_names", "detections", *OPS)
+    parser.add_argument("target", choices=(*names, "arguments", "all"))
     parser.add_argument("--runs", type=int, default=100_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1, help="of the fuzzer; the same, the same run")
     parser.add_argument("--corpus", type=Path, help="folder of inputs to begin with and to add to")

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
+import op_calls
 import torch
+from op_calls import CALLED
 
 import edet
-import edet_kernels
 from edet.detection.images import ImageError, load_image
 from edet.detection.labels import read_class_names
 from edet.models.checkpoints import CheckpointError, read_checkpoint
-
-T = TypeVar("T")
 
 #: The only folder that may be written to; the runner makes it.
 FOLDER = Path(os.environ.get("EDET_FUZZ_FOLDER", "."))
@@ -85,137 +83,9 @@ def detections(data: bytes) -> None:
     assert edet.Detections.from_json(text).to_json() == text
 
 
-_SIZES = (0, 1, 2, 3, 5, 8, 16, 17)
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
-_ODD = (None, -1, 0, 1, 1.5, float("nan"), float("inf"), 2**63, "", "hard", True, [], (1,))
-
-
-class Source:
-    """Decisions taken from the bytes of an input, one each, so that the fuzzer can steer them."""
-
-    def __init__(self, data: bytes) -> None:
-        self._bytes = iter(data)
-
-    def below(self, count: int) -> int:
-        """A number from 0 to ``count`` − 1."""
-        return next(self._bytes, 0) % count
-
-    def choice(self, values: Sequence[T]) -> T:
-        """One of the values."""
-        return values[self.below(len(values))]
-
-    def chance(self, part: float) -> bool:
-        """True in about ``part`` of the cases, and not where the bytes have come to an end."""
-        return next(self._bytes, 0) > 255 * (1 - part)
-
-    def number(self) -> float:
-        """A number in [0, 1]."""
-        return self.below(256) / 255
-
-
-def _tensor(source: Source, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    if shape is None or source.chance(0.1):
-        shape = tuple(source.choice(_SIZES) for _ in range(source.below(6)))
-    dtype = source.choice(_DTYPES) if source.chance(0.15) else torch.float32
-    if source.chance(0.02):
-        return torch.empty(shape, dtype=dtype, device="meta")
-    values = 4 * torch.rand(shape, generator=torch.Generator().manual_seed(source.below(99)))
-    values = (values - 1).to(dtype)
-    if values.is_floating_point() and values.numel() and source.chance(0.2):
-        values.view(-1)[0] = source.choice((float("nan"), float("inf"), -float("inf"), 1e30))
-    if source.chance(0.2) and values.ndim > 1:
-        values = values.transpose(0, -1)
-    return values
-
-
-def _argument(source: Source, usual: Any) -> Any:
-    """``usual``, or once in a while something else."""
-    if not source.chance(0.2):
-        return usual
-    if source.chance(0.5):
-        return source.choice(_ODD)
-    return _tensor(source)
-
-
-def _nms(source: Source) -> Any:
-    batch, count = source.choice(_SIZES), source.choice(_SIZES)
-    return edet_kernels.nms(
-        _argument(source, _tensor(source, (batch, count, 4))),
-        _argument(source, _tensor(source, (batch, count))),
-        _argument(source, torch.zeros(batch, count, dtype=torch.int64)),
-        method=_argument(source, source.choice(("hard", "gaussian"))),
-        iou_threshold=_argument(source, source.number()),
-        sigma=_argument(source, source.number()),
-        score_threshold=_argument(source, source.number() - 0.5),
-        max_detections=_argument(source, source.below(20)),
-        class_agnostic=_argument(source, source.chance(0.5)),
-    )
-
-
-def _detect(source: Source) -> Any:
-    batch, cells, classes = (source.choice(_SIZES[:5]) for _ in range(3))
-    sizes = [(source.choice(_SIZES), source.choice(_SIZES)) for _ in range(source.below(4))]
-    anchors = sum(h * w for h, w in sizes) * cells
-    return edet_kernels.detect(
-        _argument(source, [_tensor(source, (batch, cells * classes, h, w)) for h, w in sizes]),
-        _argument(source, [_tensor(source, (batch, cells * 4, h, w)) for h, w in sizes]),
-        _argument(source, _tensor(source, (anchors, 4))),
-        limits=_argument(source, None),
-        method=_argument(source, "hard"),
-        max_detections=_argument(source, source.below(20)),
-        max_candidates=_argument(source, source.below(200)),
-    )
-
-
-def _weighted_fusion(source: Source) -> Any:
-    n, c = source.choice(_SIZES[:4]), source.choice(_SIZES)
-    count = source.below(4)
-    inputs = [_tensor(source, (n, c, source.choice(_SIZES), 4)) for _ in range(count)]
-    return edet_kernels.weighted_fusion(
-        _argument(source, inputs),
-        _argument(source, _tensor(source, (count,))),
-        size=_argument(source, (source.choice(_SIZES), source.choice(_SIZES))),
-        fusion=_argument(source, source.choice(("fast", "softmax", "unbounded", "sum"))),
-        pool=_argument(source, source.choice(("same", "symmetric"))),
-        activation=_argument(source, source.choice(("none", "swish", "relu"))),
-    )
-
-
-def _separable_conv(source: Source) -> Any:
-    c, out = source.choice(_SIZES), source.choice(_SIZES)
-    return edet_kernels.separable_conv(
-        _argument(source, [_tensor(source, (2, c, source.choice(_SIZES), 3)) for _ in range(2)]),
-        _argument(source, _tensor(source, (c, 1, 3, 3))),
-        _argument(source, _tensor(source, (out, c, 1, 1))),
-        _argument(source, _tensor(source, (2, out))),
-        _argument(source, _tensor(source, (2, out))),
-        activation=_argument(source, "swish"),
-    )
-
-
-def _stem(source: Source) -> Any:
-    out = source.choice(_SIZES)
-    return edet_kernels.stem(
-        _argument(source, _tensor(source, (2, 3, source.choice(_SIZES), source.choice(_SIZES)))),
-        _argument(source, _tensor(source, (out, 3, 3, 3))),
-        _argument(source, _tensor(source, (out,))),
-        _argument(source, _tensor(source, (out,))),
-        mean=_argument(source, None),
-        std=_argument(source, None),
-        padding=_argument(source, "same"),
-        activation=_argument(source, "swish"),
-        dtype=_argument(source, None),
-    )
-
-
-_OPS = (_nms, _detect, _weighted_fusion, _separable_conv, _stem)
-
-
 def arguments(data: bytes) -> None:
-    """An op with odd arguments: a result, or ValueError or TypeError."""
-    source = Source(data)
-    with suppress(ValueError, TypeError):
-        source.choice(_OPS)(source)
+    """Any op with odd arguments, which the first byte chooses: see op_calls.py."""
+    op_calls.run(CALLED[data[0] % len(CALLED) if data else 0], data[1:])
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -224,6 +94,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "class_names": class_names,
     "detections": detections,
     "arguments": arguments,
+    **{op: partial(op_calls.run, op) for op in CALLED},
 }
 
 warnings.simplefilter("ignore")  # Pillow's and NumPy's, of damaged files

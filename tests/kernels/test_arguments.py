@@ -99,8 +99,8 @@ TABLE = {
         ("pw_weights", MAP[:, :, :1, :1], ".*: pw_weights.* must be .*list.*"),
         ("pw_weights", None, ".*: pw_weights.* must be .*list.*"),
         ("pw_weights", [FLOATS, None], "ValueError: pw_weight.* must be (24, 24, 1, 1).*(24,)"),
-        ("pooled", -1, "ValueError: pooled must be an integer ≥ 0, got -1"),
-        ("pooled", 1.0, ".*: pooled must be an integer ≥ 0, got 1.0"),
+        ("pooled", -1, "ValueError: pooled must be an integer of 0 to 16, got -1"),
+        ("pooled", 1.0, ".*: pooled must be an integer of 0 to 16, got 1.0"),
         ("pool", "valid", "ValueError: pool must be one of same, symmetric, got 'valid'"),
     ],
     "head": [

@@ -14,6 +14,7 @@ SETS = {
     "avx2": ("AVX2", "AVX512"),
     "avx512": ("AVX512",),
     "avx512_bf16": ("AVX512",),
+    "amx": ("AVX512",),
 }
 
 #: Those that differ in maps of bytes, and the flag of the CPUs that have them; None: all of x86-64.
@@ -23,6 +24,7 @@ BYTE_SETS = {
     "avx2_vnni": "avx_vnni",
     "avx512": "avx512bw",
     "avx512_vnni": "avx512_vnni",
+    "amx": "amx_int8",
 }
 
 
@@ -39,8 +41,10 @@ def run(instruction_set, *arguments):
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_ops(instruction_set):
     there = torch.backends.cpu.get_cpu_capability() in SETS[instruction_set]
-    if instruction_set == "avx512_bf16":  # elsewhere test_sanitizers emulates its instruction
+    if instruction_set in ("avx512_bf16", "amx"):  # elsewhere test_sanitizers emulates them
         there = there and torch.cpu._is_avx512_bf16_supported()
+    if instruction_set == "amx":
+        there = there and torch.cpu._is_amx_tile_supported()
     if not there:
         pytest.skip(f"this CPU has no {instruction_set}")
     if instruction_set == "avx512" and not torch.cpu._is_avx512_bf16_supported():

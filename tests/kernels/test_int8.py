@@ -348,11 +348,12 @@ def test_bad_arguments_are_named():
         int8.mbconv(x, **{**parts, "expand": (parts["expand"][0], parts["expand"][1][:3])})
     with pytest.raises(ValueError, match="zero must be an integer of 0 to 255, got 256"):
         int8.quantize(x.float(), 1.0, 256)
-    with pytest.raises(ValueError, match="pooled must be an integer ≥ 0, got -1"):
+    with pytest.raises(ValueError, match="pooled must be an integer of 0 to 16, got -1"):
         int8.lateral(x, [parts["expand"][0]], [torch.ones(2, 48)], pooled=-1)
     layer = node_layer(1, 0, 16, 16, "none", out=2, shared=True)
     with pytest.raises(ValueError, match="layers, edges and sizes must name the same nodes"):
-        int8.nodes([x], *([t] for t in layer), layers=[0], edges=[], sizes=[], outputs=[1])
+        two = {"edges": [(0,)] * 2, "sizes": [(8, 8)] * 2}
+        int8.nodes([x], *([t] for t in layer), layers=[0], **two, outputs=[1])
     with (
         edet_kernels.backend("cuda"),
         pytest.raises(edet_kernels.BackendError, match="int8 kernels are compiled for CPUs"),
@@ -366,8 +367,8 @@ def test_bad_graphs_are_refused():
     layer = [[t] for t in node_layer(1, 2, 16, 16, "none", out=4, shared=True)]
     options = {"layers": [0], "sizes": [(8, 8)], "outputs": [1]}
     with edet_kernels.backend("cpu"):
-        for edges, message in (([(0, 7)], "earlier nodes"), ([(0,)], "fuse_rows must have 1")):
-            with pytest.raises(RuntimeError, match=message):
+        for edges, message in (([(0, 7)], "earlier nodes"), ([(0,)], "must be 2 ids, got 1")):
+            with pytest.raises(ValueError, match=message):
                 int8.nodes([x], *layer, edges=edges, **options)
 
 

@@ -202,6 +202,19 @@ def test_mbconv_parts(backend, op, expansion, squeeze, residual, dtype):
     backend.sample(op, dtype, channels=20, **options).check(dtype)
 
 
+# the rows of a window may share registers with a row that is not in it
+@cases(op=["mbconv"], kernel=[3, 5], stride=[1, 2], row=[4, 5], expansion=[1, 2], dtype=DTYPES)
+def test_infinity_stays_in_its_windows(backend, op, kernel, stride, row, expansion, dtype):
+    options = {"kernel": kernel, "stride": stride, "expansion": expansion, "squeeze": False}
+    call = backend.sample(op, dtype, size=(12, 6), activation="none", **options)
+    call.maps[0, 1, row, 2] = torch.inf
+    out = call()
+    outside = out[..., 0, :], out[..., -1, :]
+    assert all(row.isfinite().all() for row in outside)
+    assert not out.isfinite().all()
+    call.check(dtype)
+
+
 @cases(
     op=["stem"],
     size=[(1, 1), (2, 3), (16, 16), (33, 57)],
@@ -289,19 +302,39 @@ def test_half_sums_are_rounded_once(backend, op, dtype):
     assert_identical(out, (a.float() + b.float()).to(dtype).contiguous())
 
 
-def multiplies_pairs() -> bool:
-    """Whether the CPU's kernels multiply bfloat16 as the instruction for pairs does."""
-    if os.environ.get("EDET_BF16_PAIRS"):  # of test_sanitizers.py
-        return True
+def cpu_products() -> str:
+    """How the CPU's kernels multiply bfloat16: as "floats", in "pairs" or in "tiles"."""
+    if told := os.environ.get("EDET_BF16_PRODUCTS"):  # of test_sanitizers.py
+        return told
     info = library.build_info()
-    built = info is not None and "avx512_bf16" in info.cpu
-    best = "avx512_bf16" if built and torch.cpu._is_avx512_bf16_supported() else ""
-    return os.environ.get("EDET_CPU_ISA", best) == "avx512_bf16"
+    built = info.cpu if info else ()
+    best = ""
+    if "avx512_bf16" in built and torch.cpu._is_avx512_bf16_supported():
+        best = "avx512_bf16"
+        if "amx" in built and torch.cpu._is_amx_tile_supported():
+            best = "amx"
+    chosen = os.environ.get("EDET_CPU_ISA", best)
+    return {"avx512_bf16": "pairs", "amx": "tiles"}.get(chosen, "floats")
 
 
 def flushed(x):
     """Subnormal numbers as zeros of their sign."""
     return torch.where(x.abs() < torch.finfo(torch.float32).smallest_normal, 0 * x, x)
+
+
+def tile_product(x, w):
+    """x (pixels, C) times w (C_out, C) in float32, as AMX sums; docs/kernels.md, under bf16."""
+    x, w = (torch.nn.functional.pad(flushed(t.float()), (0, t.shape[1] % 2)) for t in (x, w))
+    pairs = x.shape[1] // 2
+    step = max(n for n in range(1, 17) if pairs % n == 0)
+    total = torch.zeros(len(x), len(w))
+    for a, b in zip(x.split(2 * step, 1), w.split(2 * step, 1), strict=True):
+        low, high = torch.zeros_like(total), torch.zeros_like(total)
+        for k in range(0, 2 * step, 2):
+            low = flushed(low + torch.outer(a[:, k], b[:, k]))
+            high = flushed(high + torch.outer(a[:, k + 1], b[:, k + 1]))
+        total = flushed(total + flushed(low + high))
+    return total
 
 
 def product(x, w, flush):
@@ -328,8 +361,11 @@ def test_subnormal_products(backend, op, channels):
     image = x.view(1, 8, 8, channels).permute(0, 3, 1, 2)
     weight = w.view(24, channels, 1, 1)
     (out,) = edet_kernels.lateral(image, [weight], [torch.ones(24)], [torch.zeros(24)])
-    pairs = backend.name == "cpu" and multiplies_pairs()
-    expected = product(x, w, flushed if pairs else lambda numbers: numbers)
+    products = cpu_products() if backend.name == "cpu" else "floats"
+    if products == "tiles":
+        expected = tile_product(x, w)
+    else:
+        expected = product(x, w, flushed if products == "pairs" else lambda numbers: numbers)
     assert_identical(out.permute(0, 2, 3, 1).reshape(64, 24), expected.bfloat16())
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,3 +288,25 @@ def test_colours_change_and_boxes_do_not() -> None:
 def test_parts_of_one(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got 1.5"):
         Augmentation(**{name: 1.5})
+
+
+def test_albumentations_as_the_page_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/training.md's function of one's own: boxes go where their shapes go."""
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for a newer version
+    pytest.importorskip("albumentations", reason="needs the extra albumentations")
+    page = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    first, last = (
+        page.index("    import albumentations as A"),
+        page.index("    trainer.fit(data, ep"),
+    )
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(page[first:last]), names)
+    augmentation = Augmentation.of_strength(0, names["transform"])
+    image, boxes = one_square()
+    found = [augmentation(image, boxes, torch.tensor([2]), (60, 90), seed) for seed in range(12)]
+    for pixels, moved, labels in found:
+        assert pixels.shape == image.shape and labels.tolist() == [2]
+        assert (moved[0] - bright_box(pixels)).abs().max() < 3
+    assert len({tuple(moved[0].tolist()) for _, moved, _ in found}) > 3
+    again = augmentation(image, boxes, torch.tensor([2]), (60, 90), 7)
+    assert torch.equal(again[0], found[7][0]) and torch.equal(again[1], found[7][1])

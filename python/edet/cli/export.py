@@ -10,9 +10,7 @@ import typer
 
 from ..deploy import FORMATS
 from ..deploy import export as export_model
-from ..detection.labels import read_class_names
 from ..detection.predictor import Predictor
-from ..models.described import is_checkpoint
 from .common import (
     Device,
     Dtype,
@@ -21,7 +19,6 @@ from .common import (
     check_target,
     checked_device,
     one_line_errors,
-    parse_size,
 )
 from .predict import (
     Checkpoint,
@@ -145,22 +142,18 @@ def export(
                 f"got {output}"
             )
         check_target(output, "--output")
-        if model is not None and is_checkpoint(model):
-            if checkpoint is not None:
-                raise ValueError(f"--checkpoint must be left out when MODEL is one, got {model}")
-            checkpoint, model = Path(model), None
         predictor = load_predictor(
             model,
             checkpoint,
             random_weights,
             num_classes,
             score_threshold=score_threshold,
-            nms=nms.value,
+            nms=nms,
             iou_threshold=iou_threshold,
             class_agnostic=class_agnostic,
             max_detections=max_detections,
-            image_size=parse_size(image_size),
-            class_names=None if class_names is None else read_class_names(class_names, num_classes),
+            image_size=image_size,
+            class_names=class_names,
             device=checked_device(device),
             dtype=dtype.torch,
         )

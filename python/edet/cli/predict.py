@@ -32,7 +32,7 @@ from ..detection.stats import Stats
 from ..extras import require
 from ..files import replacing
 from ..models.configs import get_config
-from ..models.described import load_described, read_description
+from ..models.described import is_checkpoint, load_described, read_description
 from ..models.factory import create_model
 from ..models.pretrained import PRETRAINED
 from .common import (
@@ -190,14 +190,30 @@ def load_predictor(
     checkpoint: Path | None,
     random_weights: bool,
     num_classes: int,
+    *,
+    nms: Nms,
+    image_size: str | None,
+    class_names: Path | None,
     **options: Any,
 ) -> Predictor:
-    """The predictor that the options of ``edet predict`` ask for.
+    """The predictor that the options of a command ask for.
+
+    Args:
+        model: a name, a checkpoint or None.
+        nms, image_size, class_names: as the options have them.
+        options: of the Predictor.
 
     Raises:
         ValueError: neither or both of a checkpoint and random weights, or a checkpoint of another
             model.
     """
+    if model is not None and is_checkpoint(model):
+        if checkpoint is not None:
+            raise ValueError(f"--checkpoint must be left out when MODEL is one, got {model}")
+        checkpoint, model = Path(model), None
+    options |= {"nms": nms.value, "image_size": parse_size(image_size), "class_names": None}
+    if class_names is not None:
+        options["class_names"] = read_class_names(class_names, num_classes)
     if checkpoint is None and not random_weights and (model is None or model in PRETRAINED):
         pretrained = model or next(iter(PRETRAINED))
         if model is None:
@@ -504,13 +520,13 @@ def predict(
             random_weights,
             num_classes,
             score_threshold=score_threshold,
-            nms=nms.value,
+            nms=nms,
             iou_threshold=iou_threshold,
             class_agnostic=class_agnostic,
             max_detections=max_detections,
-            image_size=parse_size(image_size),
+            image_size=image_size,
             batch_size=batch_size,
-            class_names=None if class_names is None else read_class_names(class_names, num_classes),
+            class_names=class_names,
             device=where.device(checked_device(device)),
             dtype=dtype.torch,
         )

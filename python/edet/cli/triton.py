@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from ..detection.labels import label_name, read_class_names
+from ..detection.labels import label_name
 from ..detection.predictor import Predictor
-from ..models.described import is_checkpoint, save_described
+from ..models.described import save_described
 from ..models.pretrained import PRETRAINED
-from .common import Dtype, DtypeOption, NumClasses, check_writable, one_line_errors, parse_size
+from .common import Dtype, DtypeOption, NumClasses, check_writable, one_line_errors
 from .predict import (
     Checkpoint,
     ClassAgnostic,
@@ -174,20 +174,19 @@ def triton_repository(
             raise ValueError(f"--name must be letters, digits and ._-, got {name!r}")
         if (output / name).exists():
             raise ValueError(f"--output: {output / name} exists: remove it or give another --name")
-        given = Path(model) if checkpoint is None and is_checkpoint(model) else checkpoint
         predictor = load_predictor(
-            None if given is not checkpoint else model,
-            given,
+            model,
+            checkpoint,
             False,
             num_classes,
             score_threshold=score_threshold,
-            nms=nms.value,
+            nms=nms,
             iou_threshold=iou_threshold,
             class_agnostic=class_agnostic,
             max_detections=max_detections,
-            image_size=parse_size(image_size),
+            image_size=image_size,
             batch_size=batch_size,
-            class_names=None if class_names is None else read_class_names(class_names, num_classes),
+            class_names=class_names,
         )
         check_writable(output, "--output", create=True)
         text = config_text(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -126,19 +128,78 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
     )
 
 
+#: Bytes of a value of each type of a TIFF (TIFF 6.0, section 2, and BigTIFF).
+_TIFF_TYPES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_TIFF_TYPES |= {16: 8, 17: 8, 18: 8}
+
+
+def _lost_tags(file: io.BufferedIOBase) -> dict[int, bytes]:
+    """Where in a TIFF the counts are of tags whose values lie behind its end, and zeros for them.
+
+    At the first of them Pillow stops reading the directory: tags that tell of the pixels are
+    missing then. With a count of zero it is passed over. Nothing for any other file.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(file.read(2), "")
+    version = struct.unpack(order + "H", file.read(2))[0] if order else 0
+    if version not in (42, 43):
+        return {}
+    # the first directory's place, number of entries, a count or an offset
+    first, many, word = (4, "H", "I") if version == 42 else (8, "Q", "Q")
+    width = struct.calcsize("=" + word)
+    end = file.seek(0, io.SEEK_END)
+    file.seek(first)
+    (at,) = struct.unpack(order + word, file.read(width))
+    file.seek(at)
+    size = struct.calcsize("=" + many)
+    (entries,) = struct.unpack(order + many, file.read(size))
+    lost = {}
+    for i in range(min(entries, 1 << 16)):
+        place = at + size + i * (4 + 2 * width)
+        file.seek(place)
+        _, kind, count, offset = struct.unpack(order + "HH" + 2 * word, file.read(4 + 2 * width))
+        length = count * _TIFF_TYPES.get(kind, 0)
+        if length > width and offset + length > end:
+            lost[place + 4] = bytes(width)
+    return lost
+
+
+def _without_exif(data: bytes) -> bytes | None:
+    """A JPEG or AVIF whose EXIF block goes unseen, by other letters for its name; None for others.
+
+    Of an AVIF the orientation is not in it, but a property of the image.
+    """
+    if data.startswith(b"\xff\xd8"):
+        start = data.find(b"Exif\0\0", 4, 1 << 16)
+        return None if start < 0 else data[:start] + b"Hide" + data[start + 4 :]
+    if data[4:8] == b"ftyp":  # the type of an item is told in a box of its own
+        hidden = re.sub(rb"(infe[\2\3]...(?:..|....)..)Exif", rb"\1Hide", data, flags=re.DOTALL)
+        return None if hidden == data else hidden
+    return None
+
+
 def _open(pil: Any, file: Path | bytes) -> Any:
-    """Opens a picture; also a JPEG that Pillow cannot identify for damage in its EXIF block."""
+    """Opens a picture; also one that Pillow does not, for damage in tags that are not needed."""
+    lost: dict[int, bytes] = {}
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file.open("rb")
+    with opened, suppress(struct.error):  # the directory itself is cut off
+        lost = _lost_tags(opened)
+    if lost:
+        mended = bytearray(file if isinstance(file, bytes) else file.read_bytes())
+        for place, count in lost.items():
+            mended[place : place + len(count)] = count
+        return pil.open(io.BytesIO(mended))
     try:
         return pil.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-    except pil.UnidentifiedImageError:
+    except Exception:  # Pillow looks at some tags, and writes an AVIF's anew, when it opens a file
         data = file if isinstance(file, bytes) else file.read_bytes()
-        start = data.find(b"Exif\0\0", 0, 1 << 16)
-        if not data.startswith(b"\xff\xd8") or start < 4:
+        hidden = _without_exif(data)
+        if hidden is None:
             raise
-        # hidden while it opens, which reads the resolution; only the orientation is wanted
-        image = pil.open(io.BytesIO(data[:start] + b"Hide" + data[start + 4 :]))
-        length = int.from_bytes(data[start - 2 : start], "big")  # counts its own two bytes
-        image.info["exif"] = data[start : start + length - 2]
+        image = pil.open(io.BytesIO(hidden))
+        if image.format in ("JPEG", "MPO"):  # only the orientation is wanted
+            start = hidden.index(b"Hide\0\0")
+            length = int.from_bytes(data[start - 2 : start], "big")  # counts its own two bytes
+            image.info["exif"] = data[start : start + length - 2]
         return image
 
 

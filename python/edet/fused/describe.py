@@ -156,6 +156,8 @@ def check_pointwise(name: str, conv: nn.Module) -> None:
         raise Mismatch(
             f"{name}: a {conv.kernel_size[0]}×{conv.kernel_size[1]} convolution, not 1×1"
         )
+    if conv.padding not in ((0, 0), "same", "valid"):
+        raise Mismatch(f"{name}: the 1×1 convolution has a padding")
 
 
 def check_separable(name: str, conv_dw: nn.Module, conv_pw: nn.Module) -> None:

@@ -7,19 +7,21 @@ their weights. So everything that such a layer's result depends on is looked at 
 from __future__ import annotations
 
 import weakref
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _version = attrgetter("_version")
 _training = attrgetter("training")
 _eps = attrgetter("eps")
+_geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _optimizer_steps = 0
 
 
@@ -75,6 +77,7 @@ class Sources:
         ]
         self.modules = modules
         self.attributes = list(map(vars, modules))
+        self.convolutions = [vars(m) for m in modules if isinstance(m, _ConvNd)]
         self.kinds = self._kinds()
         self.optimizer_steps = _optimizer_steps
         try:
@@ -87,12 +90,13 @@ class Sources:
         # The batch norms' running statistics change unversioned, but with num_batches_tracked.
         return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
 
-    def _kinds(self) -> tuple[list[type], list[int], list[float]]:
+    def _kinds(self) -> tuple[list[type], list[int], list[float], list[tuple[Any, ...]]]:
         # parametrisations exchange the class; a forward put on an instance is one more attribute
         return (
             list(map(type, self.modules)),
             list(map(len, self.attributes)),
             list(map(_eps, self.norms)),
+            list(map(_geometry, self.convolutions)),
         )
 
     def _same_objects(self) -> bool:
