@@ -23,7 +23,7 @@ MODELS = ("tf_efficientdet_d0", "tf_efficientdet_d3", "tf_efficientdet_d7")
 PAGE = ROOT / "docs" / "gpu-model.md"
 RESULT = ROOT / "benchmarks" / "results" / "gpu-model.json"
 BEGIN, END = "<!-- gpu-model:begin -->", "<!-- gpu-model:end -->"
-PARTS = ("stem", "mbconv", "lateral", "bifpn", "head")
+PARTS = ("stem", "mbconv", "lateral", "bifpn", "head", "detect")
 
 
 def _launch_row(p: Prediction, count: int) -> dict[str, Any]:
@@ -103,6 +103,7 @@ def tables(result: dict[str, Any]) -> str:
             f"{row['floor_us']:.1f} | {row['gaps_us']:.0f} | {row['mbytes']:.1f} | "
             f"{row['bound']} | {'as it is' if row['code'] == now else 'older'} |"
         )
+    lines += _wholes(result["rows"])
     lines += [
         "",
         "The launches of D0's BiFPN on an H100; instructions are those of a block's warps "
@@ -129,6 +130,33 @@ def tables(result: dict[str, Any]) -> str:
                 f"{k['blocks_us']:.1f} | {k['bandwidth_us']:.1f} | {k['bound']} |"
             )
     return "\n".join(lines)
+
+
+def _wholes(rows: list[dict[str, Any]]) -> list[str]:
+    """From pixels to detections: the sums of the models of which all ops have a row."""
+    sums: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        sums.setdefault((row["gpu"], row["model"], row["batch"]), {})[row["op"]] = row
+    lines = []
+    for (gpu, model, batch), ops in sums.items():
+        if set(ops) != set(PARTS):
+            continue
+        us, launches = (
+            sum(row[key] for row in ops.values()) for key in ("predicted_us", "launches")
+        )
+        parts = ", ".join(f"{op} {ops[op]['predicted_us']:.0f}" for op in PARTS)
+        lines.append(f"| {gpu} | {_short(model)} | {batch} | {launches} | **{us:.0f}** | {parts} |")
+    if not lines:
+        return []
+    head = [
+        "",
+        "From pixels in the GPU's memory to detections, as one CUDA graph: the sum of the ops, one "
+        "after the other.",
+        "",
+        "| GPU | model | batch | launches | predicted µs | of it |",
+        "|---|---|---|---|---|---|",
+    ]
+    return head + lines
 
 
 def code(kernels: Iterable[str]) -> str:

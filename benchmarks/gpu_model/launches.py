@@ -133,7 +133,8 @@ class Recorder(TorchDispatchMode):
         launches = [_launch(raw) for raw in module.launches()]
         if launches:
             op = str(func).split(".")[1]
-            works = iter(works_of(op, args, result))
+            kernels = sum(1 for launch in launches if launch.kernel)
+            works = iter(works_of(op, args, result, kernels))
             done = [next(works) if launch.kernel else Work() for launch in launches]
             first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
             self.calls.append(Call(op, self.part, launches, done, tuple(first.shape)))
@@ -167,7 +168,7 @@ def dry(device: Device, launch: str = "auto") -> Iterator[None]:
 def of_model(
     name: str, batch: int, device: Device, launch: str = "auto", dtype: torch.dtype = torch.float16
 ) -> list[Call]:
-    """The calls of a model's network on uint8 images of its size, in order.
+    """The calls of a model on uint8 images of its size, from pixels to detections, in order.
 
     Args:
         name: of the model, ``tf_efficientdet_d0``.
@@ -177,6 +178,7 @@ def of_model(
         dtype: of the maps.
     """
     import edet
+    from edet_kernels import detect
 
     model: Any = edet.create_model(name).eval().to(dtype)
     h, w = model.config.image_size
@@ -188,6 +190,8 @@ def of_model(
         recorder.part = "bifpn"
         pyramid = model.fpn(maps)
         recorder.part = "heads"
-        model.class_net(pyramid)
-        model.box_net(pyramid)
+        classes, boxes = model.class_net(pyramid), model.box_net(pyramid)
+        recorder.part = "detections"
+        numbers = sum(m.shape[1] * m.shape[2] * m.shape[3] for m in boxes)
+        detect(classes, boxes, torch.empty(numbers // 4, 4), limits=torch.empty(batch, 2))
     return recorder.calls

@@ -1,8 +1,9 @@
 """Runs one block of a kernel's machine code on the host, to learn what its warps issue.
 
 Integers, predicates, branches, shared memory and barriers are computed as the GPU does; global
-memory reads as zero and takes no writes, and products on tensor cores are zero: no branch of the
-kernels' tile loops depends on the numbers of a map. A division takes the fast path of its code.
+memory reads as zero, or as what it is said to hold, and takes no writes, and products on tensor
+cores are zero: no branch of the kernels' tile loops depends on the numbers of a map. A division
+takes the fast path of its code.
 Threads that diverge meet again at BSYNC, as on a GPU.
 """
 
@@ -72,6 +73,7 @@ class Block:
         self.size = block
         self.most = MOST_STEPS
         self.atomic_result = 0  # what an atomic of global memory finds
+        self.loaded: dict[int, int] = {}  # what loads of so many bytes find, if not zero
         bank = bytearray(PARAMETERS[kernel.arch] + len(params) + 64)
         for i, extent in enumerate((*block, *grid)):
             bank[4 * i : 4 * i + 4] = extent.to_bytes(4, "little")
@@ -79,9 +81,12 @@ class Block:
         self.banks = {0: bytes(bank), 2: kernel.jump_table, 4: bytes(1024)}
         self._constants: dict[tuple[int, int, int], int] = {}
         self.shared = np.zeros(SHARED_WINDOW, np.uint8)
+        self.shared_words = self.shared.view(np.uint32)
         threads = block[0] * block[1] * block[2]
         self.warps = [Warp(self, first) for first in range(0, threads, 32)]
-        self.actions: list[Action | None] = [None] * len(kernel.code)
+        if not kernel.actions:
+            kernel.actions = [None] * len(kernel.code)
+        self.actions: list[Action | None] = kernel.actions
 
     def constant(self, bank: int, offset: int, size: int) -> int:
         """A number of a constant bank."""

@@ -1,10 +1,11 @@
 """Instructions that move data, and what they move: sectors of global, turns of shared memory.
 
-Global memory reads as zero and keeps nothing; shared memory is real.
+Global memory reads as zero or as the block says, and keeps nothing; shared memory is real.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,16 @@ def _places(w: Warp, parts: tuple[Any, Any, int], width: int) -> Any:
 
 def _sectors(at: Any, size: int) -> tuple[int, ...]:
     """Different sectors of 32 bytes that the lanes touch."""
+    if not len(at):
+        return ()
+    first = int(at[0]) // 32 * 32
+    return tuple(first // 32 + s for s in _sectors_from((at - first).tobytes(), size))
+
+
+@functools.lru_cache(1 << 16)
+def _sectors_from(places: bytes, size: int) -> tuple[int, ...]:
+    """Sectors of int64 places; a loop's accesses are alike, each further on in memory."""
+    at = np.frombuffer(places, np.int64)
     return tuple(sorted({*(at // 32).tolist(), *((at + size - 1) // 32).tolist()}))
 
 
@@ -76,6 +87,12 @@ def _turns(at: Any, size: int) -> int:
     """Turns of the shared memory's 32 banks: lanes of a word are served together."""
     if not len(at):
         return 1
+    return _turns_from((at - int(at[0]) // 128 * 128).tobytes(), size)
+
+
+@functools.lru_cache(1 << 16)
+def _turns_from(places: bytes, size: int) -> int:
+    at = np.frombuffer(places, np.int64)
     lanes_at_once = 32 * 4 // max(size, 4)
     turns = 0
     for first in range(0, len(at), lanes_at_once):
@@ -95,8 +112,9 @@ def _load_global(i: Instruction) -> Action:
     def run(w: Warp) -> None:
         at = _places(w, parts, 64)[w.mask]
         w.record(sectors=_sectors(at, size), size=size)
-        for put in puts:
-            put(w, 0)
+        found = w.block.loaded.get(size, 0)
+        for k, put in enumerate(puts):
+            put(w, found >> 32 * k & WORD)
         if out:
             out(w, True)
 
@@ -128,6 +146,11 @@ def _load_shared(i: Instruction) -> Action:
         at = _places(w, parts, 32)
         w.record(turns=_turns(at[w.mask], size))
         at = np.where(w.mask, at, 0)
+        if size >= 4:  # aligned
+            words, first = w.block.shared_words, at >> 2
+            for k, put in enumerate(puts):
+                put(w, words[first + k])
+            return
         for k, put in enumerate(puts):
             word = np.zeros(32, np.uint32)
             for byte in range(min(size, 4)):
@@ -146,6 +169,12 @@ def _store_shared(i: Instruction) -> Action:
     def run(w: Warp) -> None:
         at = _places(w, parts, 32)[w.mask]
         w.record(turns=_turns(at, size))
+        if size >= 4:
+            words, first = w.block.shared_words, at >> 2
+            for k, read in enumerate(reads):
+                value = read(w)
+                words[first + k] = value if isinstance(value, int) else value[w.mask]
+            return
         for k, read in enumerate(reads):
             word = np.broadcast_to(np.asarray(read(w), np.uint32), (32,))[w.mask]
             for byte in range(min(size, 4)):
@@ -158,8 +187,13 @@ def _atomic_shared(i: Instruction) -> Action:
     registers = [o for o in i.operands if re.fullmatch(r"R(\d+|Z)", o)]
     put = write_register(registers[0])
 
+    # a sum that nobody reads is added once for all lanes of a word
+    together, size = ".POPC" in i.name, _size(i.name)
+    parts = _address(next(o for o in i.operands if "[" in o))
+
     def run(w: Warp) -> None:
-        w.record(turns=int(w.mask.sum()))
+        places = _places(w, parts, 32)[w.mask]
+        w.record(turns=_turns(places, size) if together else len(places))
         put(w, 0)
 
     return run

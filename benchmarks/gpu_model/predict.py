@@ -22,16 +22,24 @@ from benchmarks.gpu_model.work import Work
 
 #: Where kernels are, by the name of their function.
 SOURCES = {
-    "node": "fusion_node", "multiply": "lateral", "expand": "mbconv", "convolve": "stem",
-    "fuse": "weighted_fusion", "bifpn": "bifpn",
+    "node": "fusion_node", "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
+    "gates": "mbconv", "convolve": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
+    "fuse_depthwise": "fused_depthwise", "count": "detect", "collect": "detect", "rank": "detect",
+    "suppress_hard": "nms",
 }  # fmt: skip
 #: Parts of a kernel, by the source function that its instructions are of: the first that fits.
 PHASES = (
     ("activate", "activation"), ("load_weights", "weights"), ("normalise", "factors"),
     ("fuse_patch", "fuse"), ("sample", "fuse"), ("convolve_patch", "depthwise"),
     ("expand_patch", "expand"), ("load_rows", "rows"), ("mma", "product"),
-    ("squeeze_excite", "gates"), ("reduce_part", "gates"), ("store_product", "epilogue"),
+    ("gates", "gates"), ("reduce_part", "gates"), ("store_product", "epilogue"),
 )  # fmt: skip
+#: What the memory of kernels holds whose way depends on it, by the bytes of a load: each pass of
+#: detect has found that few logits are among the best, there are 5000 candidates, and the scores of
+#: all exceed the threshold, so that the first 100, which do not overlap, are kept.
+LOADED: dict[str, dict[int, int]] = {
+    "collect": {8: 1 << 40}, "rank": {4: 5000}, "suppress_hard": {4: 0x3F800000},
+}  # fmt: skip
 #: A launch of more blocks than this many for each multiprocessor is many waves.
 _MANY_WAVES = 4
 _ENDLESS = 1 << 30
@@ -47,7 +55,9 @@ class Kernels:
     def __getitem__(self, name: str) -> Kernel:
         if name not in self._read:
             source = sass.SOURCES / f"{SOURCES[name.split('<')[0]]}.cu"
-            self._read.update(sass.read_kernels(source, self.arch, self.folder, self.wanted))
+            # a kernel that is no template is the same for all maps
+            wanted = self.wanted if "<" in name else name
+            self._read.update(sass.read_kernels(source, self.arch, self.folder, wanted))
         return self._read[name]
 
 
@@ -117,7 +127,11 @@ def _block(kernel: Kernel, launch: Launch, number: int, blocks: int) -> Block:
     """The block of a number, in a grid that is so many blocks wide."""
     grid = (blocks, *launch.grid[1:])
     index = (number, launch.grid[1] // 2, launch.grid[2] // 2)
-    return Block(kernel, launch.params, grid, launch.block, index)
+    block = Block(kernel, launch.params, grid, launch.block, index)
+    # of the blocks that share out a tile's channels, the last, which adds what all have found
+    block.atomic_result = launch.grid[2] - 1
+    block.loaded = LOADED.get(launch.kernel.split("<")[0], {})
+    return block
 
 
 def _has_tile(kernel: Kernel, launch: Launch, number: int, least: int) -> bool:
@@ -147,15 +161,6 @@ def count_tiles(kernel: Kernel, launch: Launch, one: int) -> int:
 def _takes_turns(kernel: Kernel) -> bool:
     """Whether a kernel asks how wide the grid is: its blocks then take tiles in turns."""
     return any("c[0x0][0xc]" in operand for at in kernel.code for operand in at.operands)
-
-
-def trace_last(kernel: Kernel, launch: Launch, images: int) -> list[Trace] | None:
-    """Traces of the block that is the last of its image, where a kernel has work for it."""
-    if not any("squeeze_excite" in at.functions for at in kernel.code):
-        return None
-    block = _block(kernel, launch, launch.grid[0] // 2, launch.grid[0])
-    block.atomic_result = launch.grid[0] // images - 1
-    return block.run()
 
 
 def trace_tile(kernel: Kernel, launch: Launch) -> list[Trace]:
@@ -196,7 +201,7 @@ def trace_launch(kernel: Kernel, launch: Launch) -> tuple[list[Trace], list[Trac
     return one, two, -(-tiles // grid)
 
 
-def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu,
+def predict(kernels: Kernels, launch: Launch, work: Work, gpu: Gpu,
             overlaps: bool = False) -> Prediction:  # fmt: skip
     """What a launch takes on a GPU.
 
@@ -204,7 +209,6 @@ def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu,
         kernels: compiled.
         launch: with ``pdl`` it may begin before the one before it has ended.
         work: the least it must do.
-        images: of a batch.
         gpu: the GPU.
         overlaps: such a launch finds room for its blocks beside those of the launch before, so
             that what comes before its wait takes no time.
@@ -232,10 +236,6 @@ def predict(kernels: Kernels, launch: Launch, work: Work, images: int, gpu: Gpu,
     if overlaps:
         cycles -= first.cycles - timing.simulate(
             kernel, [after_wait(kernel, one)] * together, gpu, memory)  # fmt: skip
-    last = trace_last(kernel, launch, images)
-    if last is not None:  # alone, when all others are done
-        alone = timing.simulate(kernel, [one], gpu, memory)
-        cycles += max(0.0, timing.simulate(kernel, [last], gpu, memory) - alone)
     us = 1e3 * gpu.clock_ghz
     chain = max(timing.replay(kernel, trace, gpu, memory)[-1] for trace in one[:1])
     bandwidth = work.bytes / (1e3 * (gpu.dram_gb_s if memory == "dram" else gpu.l2_gb_s))
@@ -270,9 +270,9 @@ class Predictor:
         self.kernels = Kernels(gpu.capability, folder, wanted)
         self._known: dict[tuple[object, ...], Prediction] = {}
 
-    def launch(self, launch: Launch, work: Work, images: int, before: Launch | None = None
+    def launch(self, launch: Launch, work: Work, before: Launch | None = None
                ) -> Prediction | None:  # fmt: skip
-        """One launch of a batch, which follows another of its call; None for a memset."""
+        """One launch, which follows another of its call; None for a memset."""
         if not launch.kernel:
             return None
         kernel = self.kernels[launch.kernel]
@@ -283,13 +283,13 @@ class Predictor:
         )
         key = (launch.kernel, launch.grid, launch.shared_bytes, launch.pointers, work, overlaps)
         if key not in self._known:
-            self._known[key] = predict(self.kernels, launch, work, images, self.gpu, overlaps)
+            self._known[key] = predict(self.kernels, launch, work, self.gpu, overlaps)
         return self._known[key]
 
     def call(self, call: Call) -> list[Prediction | None]:
         """All launches of a call."""
         before = [None, *call.launches]
-        return [self.launch(launch, work, call.shape[0], other) for launch, work, other in
+        return [self.launch(launch, work, other) for launch, work, other in
                 zip(call.launches, call.works, before, strict=False)]  # fmt: skip
 
     def time_us(self, call: Call) -> float:

@@ -192,7 +192,14 @@ def pack_halves(i: Instruction) -> Action:
 
 
 def halves(i: Instruction) -> Action:
-    """Arithmetic on two halves: no branch depends on it, so that zero will do."""
+    """Arithmetic on two halves: no branch depends on it, so that zero will do.
+
+    But ``HFMA2.MMA R1, -RZ, RZ, 0, 5.96e-08`` is how the compiler loads a constant: two halves.
+    """
+    if i.op == "HFMA2" and i.operands[1] == "-RZ" and i.operands[2] == "RZ":
+        high, low = (np.float16(text).view(np.uint16) for text in i.operands[3:5])
+        word, put_word = int(high) << 16 | int(low), write_register(i.operands[0])
+        return lambda w: put_word(w, word)
     written, _, _ = split(i)
     put = write_predicate(written[0]) if is_predicate(written[0]) else write_register(written[0])
     return lambda w: put(w, False if is_predicate(written[0]) else 0)

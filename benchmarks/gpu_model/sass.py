@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -55,6 +56,7 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # of the code's addresses
     jump_table: bytes = b""
+    actions: list[Any] = field(default_factory=list)  # of the code, once it has been executed
 
     @functools.cached_property
     def index(self) -> dict[int, int]:

@@ -26,7 +26,7 @@ def _stem(args: Sequence[Any], result: Any) -> list[Work]:
 
 
 def _mbconv(args: Sequence[Any], result: Any) -> list[Work]:
-    """Expand with the depthwise convolution, which writes the middle; then the projection."""
+    """Expand with the depthwise convolution, which writes the middle; gates; the projection."""
     image, expand, depthwise, squeeze, project = args[:5]
     n, c_out, h, w = result.shape
     middle = depthwise[0].shape[-1]
@@ -34,8 +34,9 @@ def _mbconv(args: Sequence[Any], result: Any) -> list[Work]:
     middle_bytes = n * h * w * middle * image.element_size()
     residual = _size(image) if args[9] else 0
     return [
-        Work(_size(image, *expand, *depthwise, *squeeze) + middle_bytes,
+        Work(_size(image, *expand, *depthwise, *squeeze[:1]) + middle_bytes,
              2 * pixels * image.shape[1] * middle if expand else 0),
+        *([Work(_size(*squeeze[1:]) + 4 * n * middle)] if squeeze else []),
         Work(middle_bytes + _size(result, *project) + residual, 2 * n * h * w * middle * c_out),
     ]  # fmt: skip
 
@@ -59,17 +60,23 @@ def _separable(c: int, c_out: int, pixels: int, element: int) -> tuple[int, int]
     return 4 * (9 * c + c * c_out) + pixels * c_out * element, 2 * pixels * c * c_out
 
 
-def _bifpn(args: Sequence[Any], result: Any) -> list[Work]:
-    """One launch for each node; a single one does all of it."""
+def _bifpn(args: Sequence[Any], result: Any, launches: int) -> list[Work]:
+    """One launch for each node, or two: up to the depthwise convolution, and the projection."""
     maps, sizes, edges, counts = args[0], args[8], args[6], args[7]
     n, c, element = maps[0].shape[0], maps[0].shape[1], maps[0].element_size()
     known = [_size(m) for m in maps]
     works, at = [], 0
     for i, count in enumerate(counts):
         pixels = n * sizes[2 * i] * sizes[2 * i + 1]
+        own = pixels * c * element
         other, operations = _separable(c, c, pixels, element)
-        works.append(Work(sum(known[e] for e in edges[at : at + count]) + other, operations))
-        known.append(pixels * c * element)
+        read = sum(known[e] for e in edges[at : at + count])
+        if launches == 2 * len(counts):
+            works.append(Work(read + own + 4 * 9 * c))
+            works.append(Work(2 * own + 4 * c * c, operations))
+        else:
+            works.append(Work(read + other, operations))
+        known.append(own)
         at += count
     return works
 
@@ -97,25 +104,38 @@ def _one_launch(args: Sequence[Any], result: Any) -> list[Work]:
     return [Work(_size(*maps) + other, operations)]
 
 
+def _detect(args: Sequence[Any], result: Any, launches: int) -> list[Work]:
+    """Passes over the logits, of which the last collects; then the candidates alone."""
+    logits, candidates = _size(*args[0]), result[0].shape[0] * args[9]
+    return [Work(logits)] * (launches - 2) + [
+        Work(candidates * (8 + 4 + 32)),
+        Work(candidates * 28),
+    ]
+
+
 _OPS: dict[str, Callable[[Sequence[Any], Any], list[Work]]] = {
     "stem": _stem,
     "mbconv": _mbconv,
     "lateral": _lateral,
-    "bifpn": _bifpn,
     "head": _head,
     "fusion_node": _one_launch,
     "separable_conv": _one_launch,
 }
 
 
-def works_of(op: str, args: Sequence[Any], result: Any) -> list[Work]:
+def works_of(op: str, args: Sequence[Any], result: Any, launches: int) -> list[Work]:
     """What each launch of a call must do, when it is launched node by node.
 
     Args:
         op: of ``torch.ops.edet_kernels``.
         args: its arguments, as its schema has them.
         result: what it returned.
+        launches: of kernels.
     """
+    if op == "bifpn":
+        return _bifpn(args, result, launches)
+    if op == "detect":
+        return _detect(args, result, launches)
     return _OPS[op](args, result)
 
 

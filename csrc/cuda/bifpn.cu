@@ -15,6 +15,8 @@
 
 #include <algorithm>
 
+#include "fused_depthwise.h"
+#include "lateral.h"
 #include "node_tile.cuh"
 
 namespace edet::cuda {
@@ -309,7 +311,45 @@ bool is_level(const NodeGraph& graph, size_t first, size_t node) {
          edge.source < static_cast<int>(first);
 }
 
-Error launch_nodes(const NodeGraph& graph, bool pdl, Stream stream) {
+// A node of more channels than this is two launches, unless it activates its results: one fuses and
+// convolves depthwise, with a block for each chunk of channels of a tile, one projects. In one
+// launch a block takes a tile's chunks one after the other, and its registers and weights leave a
+// multiprocessor no second block to hide that.
+constexpr int64_t kWide = 128;
+bool is_wide(const NodeParams& node) {
+  return node.fusion.c > kWide && node.activation == Activation::none;
+}
+
+// Bytes between the two launches of the graph's largest wide node.
+int64_t wide_bytes(const NodeGraph& graph) {
+  int64_t bytes = 0;
+  for (const NodeParams& node : graph.nodes) {
+    const FusionParams& f = node.fusion;
+    if (is_wide(node))
+      bytes = std::max(bytes, f.n * f.h * f.w * f.c * (f.dtype == DType::f32 ? 4 : 2));
+  }
+  return bytes;
+}
+
+// The two launches of a wide node; `between` is memory for what goes from the first to the second.
+Error launch_wide(const FusionNodeParams& p, void* between, bool pdl, bool overlaps,
+                  Stream stream) {
+  const Error error = fused_depthwise(p, between, stream, overlaps);
+  if (error != kSuccess) return error;
+  const NodeLevel& level = p.level[0];
+  ProjectionParams to{};
+  to.dtype = p.dtype;
+  to.tf32 = p.tf32;
+  to.input = between;
+  to.image_rows = level.h * level.w;
+  to.rows = p.n * to.image_rows;
+  to.c_in = p.c;
+  to.projections = 1;
+  to.projection[0] = {p.pw, level.scale, level.shift, p.c_out, level.out};
+  return project(to, stream, pdl);
+}
+
+Error launch_nodes(const NodeGraph& graph, bool pdl, void* between, Stream stream) {
   size_t end = 0;
   for (size_t i = 0; i < graph.nodes.size(); i = end) {
     const NodeParams& node = graph.nodes[i];
@@ -327,10 +367,15 @@ Error launch_nodes(const NodeGraph& graph, bool pdl, Stream stream) {
       if (end > i && (p.levels == kMaxLevels || !is_level(graph, i, i) || !is_level(graph, i, end)))
         break;
       const NodeParams& level = graph.nodes[end];
-      std::copy_n(level.fusion.edge, level.fusion.edges, p.edge + p.levels);
+      for (int e = 0; e < level.fusion.edges; e++) {
+        p.edge[p.levels + e] = level.fusion.edge[e];
+        p.edge[p.levels + e].source = 0;  // of the graph; nodes alike have parameters alike
+      }
       p.level[p.levels++] = {level.fusion.h, level.fusion.w, level.scale, level.shift, level.out};
     }
-    const Error error = fusion_node(p, stream, pdl && i > 0);
+    const Error error = between && p.levels == 1 && is_wide(node)
+                            ? launch_wide(p, between, pdl, pdl && i > 0, stream)
+                            : fusion_node(p, stream, pdl && i > 0);
     if (error != kSuccess) return error;
   }
   return kSuccess;
@@ -360,6 +405,7 @@ Error plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* p
                               ? cut<typename decltype(operand)::Type>(graph, device, plan)
                               : true;
     if (!possible) plan->launch = GraphLaunch::nodes;
+    if (plan->launch != GraphLaunch::persistent) plan->workspace = wide_bytes(graph);
     return kSuccess;
   });
 }
@@ -369,7 +415,8 @@ Error run_graph(const NodeGraph& graph, const GraphPlan& plan, void* workspace, 
   const FusionParams& first = graph.nodes[0].fusion;
   if (first.n == 0) return kSuccess;
   if (plan.launch != GraphLaunch::persistent) {
-    return launch_nodes(graph, plan.launch == GraphLaunch::pdl, stream);
+    return launch_nodes(graph, plan.launch == GraphLaunch::pdl,
+                        plan.workspace ? workspace : nullptr, stream);
   }
   return by_operand(first.dtype, graph.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;

@@ -11,16 +11,16 @@
 
 namespace edet::cuda {
 
-// How a graph is launched. `nodes`: a launch for each node, or for each layer of a head on all
-// levels. `pdl`: the same, but each may begin while the one before it runs (programmatic dependent
-// launch, from compute capability 9.0). `persistent`: one launch, whose blocks claim tiles and wait
-// for flags.
+// How a graph is launched. `nodes`: a launch for each node, two for a wide one, or one for each
+// layer of a head on all levels. `pdl`: the same, but each may begin while the one before it runs
+// (programmatic dependent launch, from compute capability 9.0). `persistent`: one launch, whose
+// blocks claim tiles and wait for flags.
 enum class GraphLaunch : int { nodes, pdl, persistent };
 
 struct GraphPlan {
   GraphLaunch launch;
   int tiles_m, tiles_n;  // of `persistent`: the block's product
-  int64_t workspace;     // bytes of flags; aligned to 16
+  int64_t workspace;     // bytes of flags, or between the launches of a wide node; aligned to 16
   TileGraph tiles;       // of `persistent`
 };
 

@@ -59,6 +59,21 @@ class TensorCoreSums {
     }
   }
 
+  // Calls use(number, sum, sum of the next column) for all of this thread's sums, by reference.
+  template <class Use>
+  EDET_DEVICE void for_sums(const Use& use) {
+    EDET_UNROLL
+    for (int n = 0; n < kN; n++) {
+      EDET_UNROLL
+      for (int m = 0; m < kM; m++) {
+        EDET_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+          use((n * kM + m) * 2 + i / 2, acc_[m][n][i], acc_[m][n][i + 1]);
+        }
+      }
+    }
+  }
+
   // Calls factors(column) for the columns of this thread, then begin(), then for all of its sums
   // put(factors, row, column, sum, sum of column + 1).
   template <class Factors, class Begin, class Put>
@@ -223,6 +238,20 @@ class BlockMma<float, kTilesM, kTilesN> : public ProductTile<float, kTilesM, kTi
       for (int n = 0; n < kN; n++) {
         EDET_UNROLL
         for (int i = 0; i < 4; i++) acc_[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  template <class Use>
+  EDET_DEVICE void for_sums(const Use& use) {
+    EDET_UNROLL
+    for (int n = 0; n < kN; n++) {
+      EDET_UNROLL
+      for (int m = 0; m < kM; m++) {
+        EDET_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+          use((n * kM + m) * 2 + i / 2, acc_[m][n][i], acc_[m][n][i + 1]);
+        }
       }
     }
   }
@@ -426,9 +455,9 @@ class WeightPart {
                 "a thread has the same columns of every row");
 
  public:
-  // Goes to the first row of weights (⌈c_out/16⌉, c, 16), columns from n on.
-  EDET_DEVICE void begin(const float* packed, int c, int c_out, int n, int columns) {
-    const int t = thread().x, panel = t / 4 % kPanels, row = t / 4 / kPanels;
+  // Goes to row k of weights (⌈c_out/16⌉, c, 16), columns from n on.
+  EDET_DEVICE void begin(const float* packed, int c, int c_out, int n, int columns, int k = 0) {
+    const int t = thread().x, panel = t / 4 % kPanels, row = k + t / 4 / kPanels;
     left_ = panel * kPanel < min(columns, c_out - n) ? c - row : 0;
     from_ = packed + (int64_t(n / kPanel + panel) * c + row) * kPanel + t % 4 * 4;
   }

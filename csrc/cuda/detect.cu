@@ -176,9 +176,10 @@ rank(EDET_PARAMS(SelectParams) s) {
   rank_candidates(
       s.c, [&](int64_t image, uint64_t key, Vector<float, 4>& box, int64_t& label, int& source) {
         const uint64_t last = (uint64_t(1) << s.index_bits) - 1;
-        const int64_t index = int64_t(last - (key & last));
-        const int64_t anchor = index / p.num_classes;
-        label = index % p.num_classes;
+        // of 31 bits: a quotient of 64 would be a call
+        const uint32_t index = uint32_t(last - (key & last)), classes = uint32_t(p.num_classes);
+        const int64_t anchor = index / classes;
+        label = index % classes;
         source = int(anchor);
         int64_t local = anchor;
         int level = 0;

@@ -17,6 +17,7 @@ namespace {
 struct Plan {
   ProjectionParams p;
   int columns;    // of a block
+  int few;        // chunks of a block of multiply_few
   bool resident;  // all weights of the slice stay in shared memory
   bool aligned_in, aligned_out;
 };
@@ -31,6 +32,20 @@ EDET_EVERYWHERE constexpr Memory memory_of(int chunks, bool resident) {
   Memory m{};
   m.w = 2 * Mma::kBytesA > Mma::kBytesOut ? 2 * Mma::kBytesA : Mma::kBytesOut;
   m.bytes = m.w + Mma::kBytesW * (resident ? chunks : 2);
+  return m;
+}
+
+// The same for multiply_few, whose blocks have rows and weights of all their chunks; and where they
+// keep whether they are the last of their tile.
+struct FewMemory {
+  int w, last, bytes;
+};
+template <class Mma>
+EDET_EVERYWHERE constexpr FewMemory few_memory(int chunks) {
+  FewMemory m{};
+  m.w = chunks * Mma::kBytesA > Mma::kBytesOut ? chunks * Mma::kBytesA : Mma::kBytesOut;
+  m.last = m.w + chunks * Mma::kBytesW;
+  m.bytes = m.last + 16;
   return m;
 }
 
@@ -59,12 +74,13 @@ class RowPart {
  public:
   EDET_DEVICE explicit RowPart(const Plan& plan) : plan_(plan) {}
 
-  // Goes to the first channels of rows [row0, row0 + kRows).
-  EDET_DEVICE void begin(int64_t row0) {
+  // Goes to channels [k, k + kChunk) of rows [row0, row0 + kRows).
+  EDET_DEVICE void begin(int64_t row0, int k) {
     const ProjectionParams& p = plan_.p;
-    const int c = int(p.c_in), vector = thread().x % kVectors, row = thread().x / kVectors;
-    left_ = c - vector * V;
-    from_ = static_cast<const T*>(p.input) + (row0 + row) * c + vector * V;
+    const int c = int(p.c_in), row = thread().x / kVectors;
+    const int channel = k + int(thread().x) % kVectors * V;
+    left_ = c - channel;
+    from_ = static_cast<const T*>(p.input) + (row0 + row) * c + channel;
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) real_[j] = row0 + row + j * kStep < p.rows;
     if (!p.gate) return;
@@ -77,37 +93,44 @@ class RowPart {
     for (int j = 0; j < kParts; j++) {
       const uint32_t local = first_row + uint32_t(row + j * kStep);
       const uint32_t next = local < image_rows ? 0 : one_further ? 1 : local / image_rows;
-      gates_[j] = p.gate + int64_t(first + next) * c + vector * V;
+      gates_[j] = p.gate + int64_t(first + next) * c + channel;
     }
   }
+  // What it reads of a chunk.
+  struct Loaded {
+    Words v[kParts];
+    float gate[kParts][V];
+  };
   // Reads the next chunk's channels; zeros where there are none.
-  EDET_DEVICE void load() {
+  EDET_DEVICE Loaded load() {
     const int c = int(plan_.p.c_in);
+    Loaded part;
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) {
-      v_[j] = {};
+      part.v[j] = {};
       EDET_UNROLL
-      for (int i = 0; i < V; i++) gate_[j][i] = 0.0f;
+      for (int i = 0; i < V; i++) part.gate[j][i] = 0.0f;
       if (!real_[j] || left_ <= 0) continue;
-      v_[j] = load_words<true>(from_ + j * kStep * c, left_, plan_.aligned_in);
-      if (plan_.p.gate) load_gate(gates_[j], gate_[j]);
+      part.v[j] = load_words<true>(from_ + j * kStep * c, left_, plan_.aligned_in);
+      if (plan_.p.gate) load_gate(gates_[j], part.gate[j]);
     }
     from_ += kChunk<T>;
     left_ -= kChunk<T>;
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) gates_[j] += kChunk<T>;
+    return part;
   }
-  EDET_DEVICE void store_to(Shared<T> a) const {
+  EDET_DEVICE void store_to(const Loaded& part, Shared<T> a) const {
     a = a + (thread().x / kVectors * Mma::kPitchA + thread().x % kVectors * V);
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) {
-      Words v = v_[j];
+      Words v = part.v[j];
       if (plan_.p.gate || Mma::kRounds) {
         float x[V];
         to_floats<T>(v, x);
         EDET_UNROLL
         for (int i = 0; i < V; i++) {
-          if (plan_.p.gate) x[i] *= gate_[j][i];
+          if (plan_.p.gate) x[i] *= part.gate[j][i];
           if constexpr (Mma::kRounds) x[i] = Mma::operand(x[i]);
         }
         v = to_words<T>(x);
@@ -137,9 +160,104 @@ class RowPart {
   const T* from_ = nullptr;
   const float* gates_[kParts] = {};
   bool real_[kParts] = {};
-  Words v_[kParts];
-  float gate_[kParts][V];
 };
+
+// A block's projection, its first column and how many it has.
+struct Slice {
+  const Projection& to;
+  int n, columns;
+
+  EDET_DEVICE explicit Slice(const Plan& plan) : Slice(plan, 0, int(block().y) * plan.columns) {}
+
+ private:
+  EDET_DEVICE Slice(const Plan& plan, int which, int first)
+      : to(plan.p.projection[skip(plan, which, first)]),
+        n(first),
+        columns(int(to.c_out - first < plan.columns ? to.c_out - first : plan.columns)) {}
+  // Goes on to the projection that has a column.
+  static EDET_DEVICE int skip(const Plan& plan, int which, int& column) {
+    for (; column >= plan.p.projection[which].c_out; which++) {
+      column -= round_up(int(plan.p.projection[which].c_out), plan.columns);
+    }
+    return which;
+  }
+};
+
+// Scales, shifts, adds the residual and stores the rows from row0 on; `stage`: where operands were.
+template <class Mma>
+EDET_DEVICE void store_rows(const Plan& plan, const Slice& slice, int64_t row0, const Mma& product,
+                            Shared<typename Mma::Type> stage) {
+  using T = typename Mma::Type;
+  const ProjectionParams& p = plan.p;
+  const Projection& to = slice.to;
+  const int n = slice.n;
+  store_product(
+      product, stage,
+      [&](int column) {
+        return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
+      },
+      n, slice.columns, to.c_out, plan.aligned_out, [](float (&)[2], int, int) {},
+      [&](auto v, const T* at) {
+        constexpr int V = sizeof(v) / sizeof(T);
+        if (!p.residual) return v;
+        const T* const from =
+            static_cast<const T*>(p.residual) + (at - static_cast<const T*>(to.out));
+        return sum_of(v, load_constant<T, V>(from));
+      },
+      [&](int row) -> T* {
+        if (row0 + row >= p.rows) return nullptr;
+        return static_cast<T*>(to.out) + (row0 + row) * to.c_out;
+      });
+}
+
+// Only the smallest tiles have their channels shared out among blocks.
+template <class Mma>
+constexpr bool kSplits = Mma::kRows == 32 && Mma::kColumns == 64;
+
+// A block's sums over its channels and those of the blocks that have the others, in the order of
+// the channels; for the last of them to come, which is true of one.
+template <class Mma>
+EDET_DEVICE bool add_splits(const Plan& plan, Mma& product, Shared<int> last) {
+  constexpr int kPairs = Mma::kRows * Mma::kColumns / (2 * kProductThreads), kTogether = 2;
+  const int splits = int(grid_size().z), t = thread().x;
+  const int tile = int(block().y) * int(grid_size().x) + int(block().x);
+  const int tiles = int(grid_size().x) * int(grid_size().y);
+  const auto sums_of = [&](int split) {
+    return plan.p.partial + (int64_t(split) * tiles + tile) * (Mma::kRows * Mma::kColumns) + t * 2;
+  };
+  float* const mine = sums_of(int(block().z));
+  product.for_sums([&](int i, float& first, float& second) {
+    store(mine + i * 2 * kProductThreads, Vector<float, 2>{{first, second}});
+    first = 0.0f, second = 0.0f;
+  });
+  global_fence();
+  sync_threads();
+  if (t == 0) store(last, int(atomic_add(plan.p.counters + tile, 1) == splits - 1));
+  sync_threads();
+  if (!get(last)) return false;
+  global_fence();
+  sync_threads();  // what thread 0 has learned is known to all
+  for (int split = 0; split < splits; split += kTogether) {
+    Vector<float, 2> v[kTogether][kPairs];
+    EDET_UNROLL
+    for (int j = 0; j < kTogether; j++) {
+      const float* const from = sums_of(min(split + j, splits - 1));
+      EDET_UNROLL
+      for (int i = 0; i < kPairs; i++) {
+        v[j][i] = {{load_shared_by_blocks(from + i * 2 * kProductThreads),
+                    load_shared_by_blocks(from + i * 2 * kProductThreads + 1)}};
+      }
+    }
+    EDET_UNROLL
+    for (int j = 0; j < kTogether; j++) {
+      if (split + j >= splits) break;
+      product.for_sums([&](int i, float& first, float& second) {
+        first += v[j][i].value[0], second += v[j][i].value[1];
+      });
+    }
+  }
+  return true;
+}
 
 template <class Mma>
 EDET_KERNEL(kProductThreads, Mma::kBlocks)
@@ -148,25 +266,23 @@ multiply(EDET_PARAMS(Plan) plan) {
   const ProjectionParams& p = plan.p;
   const int c = int(p.c_in), chunks = divide_up(c, kChunk<T>);
   EDET_SHARED(char, memory);
+  griddep_launch();
   const Shared<T> a = as<T>(memory);
   const Shared<T> w = as<T>(memory + memory_of<Mma>(chunks, plan.resident).w);
-  // the slice's projection and first column
-  int which = 0, n = int(block().y) * plan.columns;
-  for (; n >= p.projection[which].c_out; which++) {
-    n -= round_up(int(p.projection[which].c_out), plan.columns);
-  }
-  const Projection& to = p.projection[which];
-  const int columns = int(to.c_out - n < plan.columns ? to.c_out - n : plan.columns);
+  const Slice slice(plan);
+  const Projection& to = slice.to;
+  const int n = slice.n, columns = slice.columns;
   WeightPart<Mma> weights;
   RowPart<Mma> rows(plan);
+  typename RowPart<Mma>::Loaded part;
   bool with_weights = true;  // that are not in shared memory yet
   const auto begin = [&](int64_t at) {
     if (with_weights) weights.begin(to.pw, c, int(to.c_out), n, columns);
-    rows.begin(at);
+    rows.begin(at, 0);
   };
   const auto load = [&] {
     if (with_weights) weights.load();
-    rows.load();
+    part = rows.load();
   };
   const int64_t step = int64_t(grid_size().x) * Mma::kRows;
   int64_t row0 = int64_t(block().x) * Mma::kRows;
@@ -174,7 +290,7 @@ multiply(EDET_PARAMS(Plan) plan) {
   begin(row0);
   weights.load();
   griddep_wait();
-  rows.load();
+  part = rows.load();
 
   for (; row0 < p.rows; row0 += step) {
     Mma product;
@@ -183,7 +299,7 @@ multiply(EDET_PARAMS(Plan) plan) {
       const Shared<T> left = a + turn * (Mma::kBytesA / int(sizeof(T)));
       const Shared<T> right = w + (plan.resident ? chunk : turn) * (Mma::kBytesW / int(sizeof(T)));
       if (with_weights) weights.store_to(right);
-      rows.store_to(left);
+      rows.store_to(part, left);
       // the next chunk is on its way during the product
       const bool last = chunk + 1 == chunks;
       if (last && row0 + step < p.rows) {
@@ -194,29 +310,83 @@ multiply(EDET_PARAMS(Plan) plan) {
       sync_threads();
       product.mma(left, right, round_up(min(kChunk<T>, c - chunk * kChunk<T>), kDepth), columns);
     }
-    store_product(
-        product, a,
-        [&](int column) {
-          return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
-        },
-        n, columns, to.c_out, plan.aligned_out, [](float (&)[2], int, int) {},
-        [&](auto v, const T* at) {
-          constexpr int V = sizeof(v) / sizeof(T);
-          if (!p.residual) return v;
-          const T* const from =
-              static_cast<const T*>(p.residual) + (at - static_cast<const T*>(to.out));
-          return sum_of(v, load_constant<T, V>(from));
-        },
-        [&](int row) -> T* {
-          if (row0 + row >= p.rows) return nullptr;
-          return static_cast<T*>(to.out) + (row0 + row) * to.c_out;
-        });
+    store_rows(plan, slice, row0, product, a);
     if (row0 + step < p.rows) sync_threads();  // rows come where the result is read
   }
 }
 
+// A block that has so many chunks at most keeps all their weights in shared memory, from before the
+// launch before has ended; and the rows of kTogether chunks are on their way at once, those of the
+// next tile during the product.
+constexpr int kFew = 6;
 template <class Mma>
-Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& device,
+constexpr int kTogether = Mma::kRows == 64 ? 2 : 3;
+
+template <class Mma>
+EDET_KERNEL(kProductThreads, Mma::kBlocks)
+multiply_few(EDET_PARAMS(Plan) plan) {
+  using T = typename Mma::Type;
+  const ProjectionParams& p = plan.p;
+  EDET_SHARED(char, memory);
+  griddep_launch();
+  const int k0 = int(block().z) * plan.few * kChunk<T>, c = int(p.c_in);  // k0: first channel
+  const int chunks = min(plan.few, divide_up(c - k0, kChunk<T>));
+  const Shared<T> a = as<T>(memory), w = as<T>(memory + few_memory<Mma>(plan.few).w);
+  const auto left_of = [&](int chunk) { return a + chunk * (Mma::kBytesA / int(sizeof(T))); };
+  const auto right_of = [&](int chunk) { return w + chunk * (Mma::kBytesW / int(sizeof(T))); };
+  const Slice slice(plan);
+  {
+    WeightPart<Mma> weights;
+    weights.begin(slice.to.pw, c, int(slice.to.c_out), slice.n, slice.columns, k0);
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      weights.load();
+      weights.store_to(right_of(chunk));
+    }
+  }
+  const int64_t step = int64_t(grid_size().x) * Mma::kRows;
+  int64_t row0 = int64_t(block().x) * Mma::kRows;
+  RowPart<Mma> rows(plan);
+  typename RowPart<Mma>::Loaded part[kTogether<Mma>];
+  const auto load = [&] {
+    EDET_UNROLL
+    for (int j = 0; j < kTogether<Mma>; j++) part[j] = rows.load();
+  };
+  rows.begin(row0, k0);
+  griddep_wait();
+  load();
+  for (; row0 < p.rows; row0 += step) {
+    for (int begin = 0; begin < chunks; begin += kTogether<Mma>) {
+      EDET_UNROLL
+      for (int j = 0; j < kTogether<Mma>; j++) {
+        if (begin + j < chunks) rows.store_to(part[j], left_of(begin + j));
+      }
+      if (begin + kTogether<Mma> < chunks) load();
+    }
+    const bool more = row0 + step < p.rows;
+    if (more) {
+      rows.begin(row0 + step, k0);
+      load();
+    }
+    sync_threads();
+    Mma product;
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const int depth = round_up(min(kChunk<T>, c - k0 - chunk * kChunk<T>), kDepth);
+      product.mma(left_of(chunk), right_of(chunk), depth, slice.columns);
+    }
+    if constexpr (kSplits<Mma>) {
+      if (grid_size().z > 1) {
+        const Shared<int> last = as<int>(memory + few_memory<Mma>(plan.few).last);
+        if (!add_splits(plan, product, last)) return;
+      }
+    }
+    store_rows(plan, slice, row0, product, a);
+    if (more) sync_threads();  // rows come where the result is read
+  }
+}
+
+// `splits`: among how many blocks the channels of a tile are shared out.
+template <class Mma>
+Error launch_multiply(const ProjectionParams& p, int64_t columns, int splits, const Device& device,
                       Stream stream, bool pdl) {
   using T = typename Mma::Type;
   Plan plan{};
@@ -231,52 +401,83 @@ Error launch_multiply(const ProjectionParams& p, int64_t columns, const Device& 
     plan.aligned_out = plan.aligned_out && to.c_out % kVector<T> == 0 && is_aligned(to.out);
   }
   const int chunks = static_cast<int>(divide_up(p.c_in, kChunk<T>));
+  const int64_t tiles = divide_up(p.rows, Mma::kRows);
+  plan.few = divide_up(chunks, kSplits<Mma> ? splits : 1);
   ProductGrid blocks{};
+  if (plan.few <= kFew) {
+    const int bytes = few_memory<Mma>(plan.few).bytes;
+    if (product_grid<Mma>(
+            tiles, slices, device, [&](bool) { return bytes; }, &blocks) == kSuccess) {
+      blocks.grid.z = static_cast<unsigned>(divide_up(chunks, plan.few));
+      return launch(multiply_few<Mma>, blocks.grid, Dim3(kProductThreads),
+                    static_cast<size_t>(blocks.bytes), stream, plan, pdl);
+    }
+  }
   const Error error = product_grid<Mma>(
-      divide_up(p.rows, Mma::kRows), slices, device,
-      [&](bool resident) { return memory_of<Mma>(chunks, resident).bytes; }, &blocks);
+      tiles, slices, device, [&](bool resident) { return memory_of<Mma>(chunks, resident).bytes; },
+      &blocks);
   if (error != kSuccess) return error;
   plan.resident = blocks.resident;
   return launch(multiply<Mma>, blocks.grid, Dim3(kProductThreads), blocks.bytes, stream, plan, pdl);
 }
 
-// A block's rows and columns. Wide blocks read their rows seldom; but a map of few rows is sooner
-// done by many blocks, so that each multiprocessor has one. 64 rows of 128 columns would leave no
-// registers for what is on its way.
+int64_t widest_of(const ProjectionParams& p) {
+  int64_t widest = 0;
+  for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
+  return widest;
+}
+
+// A block's rows and columns, and among how many blocks its channels are shared out. Wide blocks
+// read their rows seldom; but a map of few rows is sooner done by many blocks, if all of them run
+// at once. 64 rows of 128 columns would leave no registers for what is on its way.
 struct Cut {
-  int rows, columns;
+  int rows, columns, splits;
 };
-Cut cut_of(const ProjectionParams& p, int64_t widest, const Device& device) {
-  const Cut large = widest <= 64 ? Cut{64, 64} : Cut{32, 128};
-  int64_t slices = 0;
-  for (int i = 0; i < p.projections; i++) {
-    slices += divide_up(p.projection[i].c_out, large.columns);
+Cut cut_of(const ProjectionParams& p, const Device& device) {
+  const auto blocks = [&](int rows, int columns) {
+    int64_t slices = 0;
+    for (int i = 0; i < p.projections; i++) slices += divide_up(p.projection[i].c_out, columns);
+    return divide_up(p.rows, rows) * slices;
+  };
+  const int64_t most = 2 * device.multiprocessors, small = blocks(32, 64);
+  if (small <= most) {
+    // a block has two chunks at least: to add what others found takes as long as one or two
+    const int64_t chunks = divide_up(p.c_in, p.dtype == DType::f32 ? kChunk<float> : kChunk<f16>);
+    const int64_t splits = p.projections > 1 ? 1 : std::min(chunks / 2, most / 2 / small);
+    return {32, 64, static_cast<int>(std::max<int64_t>(1, splits))};
   }
-  const bool few = divide_up(p.rows, large.rows) * slices < device.multiprocessors;
-  return few ? Cut{32, 64} : large;
+  if (widest_of(p) <= 64 || blocks(64, 64) <= most) return {64, 64, 1};
+  return {32, 128, 1};
 }
 
 }  // namespace
 
+SplitMemory split_memory(const ProjectionParams& p) {
+  Device device;
+  if (p.rows * p.c_in == 0 || current_device(&device) != kSuccess) return {};
+  const Cut cut = cut_of(p, device);
+  if (cut.splits == 1) return {};
+  const int64_t tiles = divide_up(p.rows, cut.rows) * divide_up(p.projection[0].c_out, cut.columns);
+  return {cut.splits * tiles * cut.rows * cut.columns * 4, static_cast<int>(tiles)};
+}
+
 Error project(const ProjectionParams& p, Stream stream, bool pdl) {
   if (p.rows * p.c_in == 0) return kSuccess;
   if (p.gate && p.rows > UINT32_MAX) return kInvalidValue;  // rows are divided in 32 bits
-  int64_t widest = 0;
-  for (int i = 0; i < p.projections; i++) widest = std::max(widest, p.projection[i].c_out);
+  const int64_t widest = widest_of(p);
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    const Cut cut = cut_of(p, widest, device);
+    const Cut cut = cut_of(p, device);
+    const int splits = p.partial ? cut.splits : 1;
     const int64_t columns = round_up(divide_up(widest, divide_up(widest, cut.columns)), kPanel);
+    const bool overlaps = pdl && device.capability >= 90;
     if (cut.rows == 64) {
-      return launch_multiply<BlockMma<Operand, 2, 2>>(p, columns, device, stream,
-                                                      pdl && device.capability >= 90);
+      return launch_multiply<BlockMma<Operand, 2, 2>>(p, columns, 1, device, stream, overlaps);
     }
     if (cut.columns == 128) {
-      return launch_multiply<BlockMma<Operand, 1, 4>>(p, columns, device, stream,
-                                                      pdl && device.capability >= 90);
+      return launch_multiply<BlockMma<Operand, 1, 4>>(p, columns, 1, device, stream, overlaps);
     }
-    return launch_multiply<BlockMma<Operand, 1, 2>>(p, columns, device, stream,
-                                                    pdl && device.capability >= 90);
+    return launch_multiply<BlockMma<Operand, 1, 2>>(p, columns, splits, device, stream, overlaps);
   });
 }
 

@@ -20,7 +20,18 @@ struct ProjectionParams {
   const float* gate;     // (rows / image_rows, c_in), or null
   int64_t image_rows;    // of one image
   const void* residual;  // like the output of the only projection, or null
+  // For a projection whose blocks are too few: memory of its own, or null.
+  float* partial;
+  int* counters;  // zeros when it begins
 };
+
+// What a projection of few blocks and many channels needs to share out its channels among blocks;
+// nothing for another.
+struct SplitMemory {
+  int64_t partial_bytes;
+  int counters;
+};
+SplitMemory split_memory(const ProjectionParams& params);
 
 // Launches on `stream` of the current device; no output may overlap the input. `pdl`: the launch
 // may begin while the one before it, which writes the input and the gates and nothing else that is

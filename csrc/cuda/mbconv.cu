@@ -1,5 +1,5 @@
-// The CUDA kernels for an inverted residual block: expand, depthwise, pooled sums and
-// squeeze-excite here, projection and residual by the kernel of lateral.
+// The CUDA kernels for an inverted residual block: expand, depthwise and pooled sums, and the gates
+// of squeeze-excite here, projection and residual by the kernel of lateral.
 //
 // Floors. Bytes: the input, the expanded map once written and once read, the output, the weights:
 // the expansion itself never leaves the chip before the depthwise convolution has shrunk it.
@@ -7,8 +7,8 @@
 // Budget: 128 registers, tensor cores.
 //
 // A block owns a tile of output pixels and 64 channels of the middle. It expands the tile and its
-// halo, 32 pixels at a time, into shared memory, convolves, adds up; the last block of an image to
-// finish computes the image's gate. Sums are added in a fixed order: no result depends on it.
+// halo, 32 or 64 pixels at a time, into shared memory, convolves, adds up and multiplies the sums
+// by its channels' part of squeeze-excite's first weights. Sums are added in a fixed order.
 #include "mbconv.h"
 
 #include <algorithm>
@@ -29,15 +29,20 @@ struct Plan {
   int height;        // of a tile
   int across, down;  // tiles of an image
   int chunks;        // of middle channels
-  int* counters;     // (n): blocks that are done
   bool aligned_in, aligned_mid;
+  int* counters;  // of the projection, which `gates` sets to zero
+  int counted;
 };
 
 // A tile's height: its patch of expanded pixels, (height·stride + k − stride) × (8·stride + k −
-// stride) of 64 channels, is to leave room for two blocks on a multiprocessor.
-EDET_EVERYWHERE constexpr int tile_height(int element_bytes, int stride) {
-  return 16 / element_bytes / stride;
+// stride) of 64 channels, is to leave room for two blocks on a multiprocessor. `low`: half of that,
+// for maps of few tiles.
+EDET_EVERYWHERE constexpr int tile_height(int element_bytes, int stride, bool low) {
+  return 16 / element_bytes / stride / (low ? 2 : 1);
 }
+// Blocks of a product of 64 rows are those of low tiles: fewer steps wait for each other.
+template <class Mma>
+constexpr bool kLow = Mma::kRows == 64;
 
 // Operands of so many chunks are in shared memory: with two, one is on its way while the other is
 // multiplied; floats would leave no room for the patch.
@@ -45,12 +50,13 @@ template <class T>
 constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
 
 // Bytes of shared memory, where they begin: the patch, the operands, where the patch's pixels are
-// in the input, scales and shifts of the expansion, depthwise weights, sums of warps.
+// in the input, scales and shifts of the expansion and of the depthwise convolution, its weights,
+// sums of warps.
 struct Memory {
   int a, w, source, affine, dw, sums, bytes;
 };
 template <class Mma>
-EDET_EVERYWHERE constexpr Memory memory_of(int height, int kernel, int stride, int c_reduced) {
+EDET_EVERYWHERE constexpr Memory memory_of(int height, int kernel, int stride) {
   using T = typename Mma::Type;
   const int rows = (height - 1) * stride + kernel, columns = (kWidth - 1) * stride + kernel;
   Memory m{};
@@ -58,22 +64,55 @@ EDET_EVERYWHERE constexpr Memory memory_of(int height, int kernel, int stride, i
   m.w = m.a + kBuffers<T> * Mma::kBytesA;
   m.source = m.w + kBuffers<T> * Mma::kBytesW;
   m.affine = m.source + round_up(rows * columns * 4, 16);
-  m.dw = m.affine + 2 * kMiddle * 4;
+  m.dw = m.affine + 4 * kMiddle * 4;
   m.sums = m.dw + kMostTaps * kMiddle * 4;
   m.bytes = m.sums + (1 + kProductThreads / kWarp) * kMiddle * 4;
-  // squeeze-excite, when all else is done: reduced channels and partial sums
-  const int squeeze = (round_up(c_reduced, 4) + kProductThreads) * 4;
-  if (m.bytes < squeeze) m.bytes = squeeze;
   return m;
 }
 
-// What a thread brings of a patch's pixels to the product's left operand: one vector, read while
-// the block works on the chunk before.
+// What a thread brings of a block's depthwise weights to shared memory: all its reads are on their
+// way before the first is stored.
+class TapPart {
+ public:
+  EDET_DEVICE TapPart(const float* dw, int taps, int c_mid, int first) : taps_(taps) {
+    const bool aligned = c_mid % 4 == 0;
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int i = int(thread().x) + j * kProductThreads, channel = first + i % kFours * 4;
+      v_[j] = {};
+      if (i >= taps * kFours || channel >= c_mid) continue;
+      const float* const from = dw + i / kFours * c_mid + channel;
+      if (aligned) {
+        v_[j] = load_constant<float, 4>(from);
+      } else {
+        EDET_UNROLL
+        for (int l = 0; l < 4; l++)
+          if (channel + l < c_mid) v_[j].value[l] = load_constant<float, 1>(from + l).value[0];
+      }
+    }
+  }
+  EDET_DEVICE void store_to(Shared<float> dw) const {
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int i = int(thread().x) + j * kProductThreads;
+      if (i < taps_ * kFours) store(dw + i * 4, v_[j]);
+    }
+  }
+
+ private:
+  static constexpr int kFours = kMiddle / 4;
+  static constexpr int kParts = divide_up(kMostTaps * kFours, kProductThreads);
+  const int taps_;
+  Vector<float, 4> v_[kParts];
+};
+
+// What a thread brings of a patch's pixels to the product's left operand: one vector of every 32nd,
+// read while the block works on the chunk before.
 template <class Mma>
 class PixelPart {
   using T = typename Mma::Type;
-  static constexpr int V = kVector<T>;
-  static_assert(Mma::kRows * kVectors == kProductThreads, "a vector for each thread");
+  static constexpr int V = kVector<T>, kStep = kProductThreads / kVectors;
+  static constexpr int kParts = Mma::kRows / kStep;
 
  public:
   EDET_DEVICE PixelPart(const T* image, int c, bool aligned)
@@ -81,29 +120,40 @@ class PixelPart {
 
   // Goes to the first channels of pixels [row0, row0 + kRows), of `pixels`.
   EDET_DEVICE void begin(Shared<int> source, int row0, int pixels) {
-    const int vector = thread().x % kVectors, pixel = row0 + thread().x / kVectors;
-    const int at = pixel < pixels ? get(source + pixel) : -1;
-    left_ = at < 0 ? 0 : c_ - vector * V;
-    from_ = image_ + int64_t(max(at, 0)) * c_ + vector * V;
+    const int vector = thread().x % kVectors;
+    left_ = c_ - vector * V;
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      const int pixel = row0 + int(thread().x) / kVectors + j * kStep;
+      const int at = pixel < pixels ? get(source + pixel) : -1;
+      real_[j] = at >= 0;
+      from_[j] = image_ + int64_t(max(at, 0)) * c_ + vector * V;
+    }
   }
   // Reads the next chunk's channels; zeros where there are none.
   EDET_DEVICE void load() {
-    v_ = {};
-    if (left_ > 0) v_ = load_words(from_, left_, aligned_);
-    from_ += kChunk<T>;
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      v_[j] = {};
+      if (real_[j] && left_ > 0) v_[j] = load_words(from_[j], left_, aligned_);
+      from_[j] += kChunk<T>;
+    }
     left_ -= kChunk<T>;
   }
   EDET_DEVICE void store_to(Shared<T> a) const {
     a = a + (thread().x / kVectors * Mma::kPitchA + thread().x % kVectors * V);
-    Words v = v_;
-    if constexpr (Mma::kRounds) {
-      float x[V];
-      to_floats<T>(v, x);
-      EDET_UNROLL
-      for (int i = 0; i < V; i++) x[i] = Mma::operand(x[i]);
-      v = to_words<T>(x);
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      Words v = v_[j];
+      if constexpr (Mma::kRounds) {
+        float x[V];
+        to_floats<T>(v, x);
+        EDET_UNROLL
+        for (int i = 0; i < V; i++) x[i] = Mma::operand(x[i]);
+        v = to_words<T>(x);
+      }
+      store(as<uint32_t>(a + j * kStep * Mma::kPitchA), v);
     }
-    store(as<uint32_t>(a), v);
   }
 
  private:
@@ -111,8 +161,9 @@ class PixelPart {
   const int c_;
   const bool aligned_;
   int left_ = 0;  // channels
-  const T* from_ = nullptr;
-  Words v_;
+  const T* from_[kParts] = {};
+  bool real_[kParts] = {};
+  Words v_[kParts];
 };
 
 // The patch's pixels as the depthwise convolution reads them: expanded and activated; zero outside.
@@ -206,9 +257,9 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int pixels, int f
 
 // Convolves the patch depthwise. A warp computes a column of the tile, each lane one word of
 // channels of all its rows, as in node_tile.cuh. done(row, channel, sums) takes the results.
-template <int kKernel, int kStride, class T, class Done>
+template <int kKernel, int kStride, bool kIsLow, class T, class Done>
 EDET_DEVICE void convolve(Shared<T> patch, Shared<float> dw, const Done& done) {
-  constexpr int V = 4 / int(sizeof(T)), kDown = tile_height(sizeof(T), kStride);
+  constexpr int V = 4 / int(sizeof(T)), kDown = tile_height(sizeof(T), kStride, kIsLow);
   constexpr int kRows = (kDown - 1) * kStride + kKernel;
   constexpr int kColumns = (kWidth - 1) * kStride + kKernel;
   static_assert(kProductThreads == kWarp * kWidth, "a warp for each column");
@@ -239,7 +290,7 @@ EDET_DEVICE void convolve(Shared<T> patch, Shared<float> dw, const Done& done) {
   }
 }
 
-constexpr int kAtOnce = 8;  // loads of a thread that are on their way together
+constexpr int kAtOnce = 32;  // loads of a thread that are on their way together
 
 // Reducing is linear: a block multiplies its sums over its pixels, `sums` of its kMiddle channels
 // from `first` on, by their part of the weights, and writes the products' c_reduced sums to `to`.
@@ -284,80 +335,126 @@ EDET_DEVICE void reduce_part(const MbconvParams& p, int first, Shared<float> sum
   }
 }
 
-// The gate of one image, from what its `blocks` blocks have reduced, by one block. Weights are
-// packed.
+constexpr int kGateRows = 4;  // of excite's weights, that a thread keeps
+
+// The gates of 64 channels of an image, from what its blocks have reduced. Weights are packed.
 template <class T>
-EDET_DEVICE void squeeze_excite(const MbconvParams& p, int64_t image, int blocks,
-                                Shared<float> memory) {
-  const int t = thread().x, c = int(p.c_mid), reduced = int(p.c_reduced);
-  const Shared<float> hidden = memory, part = hidden + round_up(reduced, 4);
+EDET_KERNEL(kProductThreads, 2)
+gates(EDET_PARAMS(Plan) plan) {
+  constexpr int kFours = kMiddle / 4, kGroups = kProductThreads / kFours;
+  constexpr int kWarps = kProductThreads / kWarp;
+  const MbconvParams& p = plan.p;
+  EDET_SHARED(float, part);  // sums of warps, the reduced channels, a thread's weights
+  griddep_launch();
+  const Shared<float> hidden = part + kWarps * kMiddle;
+  const int t = thread().x, warp = t / kWarp, lane = t % kWarp;
+  const int c = int(p.c_mid), reduced = int(p.c_reduced), image = int(block().y);
+  const Shared<float> own = hidden + (round_up(reduced, 4) + t * 4);
+  // A thread multiplies every 16th reduced channel for 4 gates.
+  const int four = t % kFours * 4, group = t / kFours, first = int(block().x) * kMiddle;
+  const int channel = first + four;
+  const float* const weights =
+      p.excite + int64_t(channel / kPanel) * reduced * kPanel + channel % kPanel;
+  const auto weights_of = [&](int row) {  // they have ⌈c/16⌉·16 columns
+    return row < reduced && channel < c ? load_constant<float, 4>(weights + row * kPanel)
+                                        : Vector<float, 4>{};
+  };
+  // What nothing waits for is in shared memory before the launch before has ended: a compiler may
+  // move loads into registers to where they are used.
+  EDET_UNROLL
+  for (int j = 0; j < kGateRows; j++) {
+    store(own + j * 4 * kProductThreads, weights_of(j * kGroups + group));
+  }
+  for (int i = t; i < reduced; i += kProductThreads) {
+    store(hidden + i, load_constant<float, 1>(p.reduce_bias + i).value[0]);
+  }
+  const float bias = t < kMiddle && first + t < c
+                         ? load_constant<float, 1>(p.excite_bias + first + t).value[0]
+                         : 0.0f;
+  griddep_wait();
+  if (block().x == 0 && block().y == 0) {
+    for (int i = t; i < plan.counted; i += kProductThreads) store(plan.counters + i, 0);
+  }
+
+  const int blocks = plan.across * plan.down * plan.chunks;
   const float pixels = float(p.out_h * p.out_w);
   const float scale = sizeof(T) == 2 ? rcp_approx(pixels) : 1.0f / pixels;
-  const float* const sums = p.sums + image * blocks * reduced;
+  const float* const sums = p.sums + int64_t(image) * blocks * reduced;
   int across = 1;  // columns at once; the other threads share the blocks
   while (across < reduced && across < kProductThreads) across *= 2;
-  const int down = kProductThreads / across;
+  const int down = kProductThreads / across, warps_across = divide_up(across, kWarp);
   for (int begin = 0; begin < reduced; begin += across) {
-    const int column = begin + t % across;
+    const int column = begin + t % across, step = down * reduced;
+    const int end = column < reduced ? blocks * reduced : 0;
     float sum = 0.0f;
-    for (int b = t / across; b < blocks; b += kAtOnce * down) {
+    for (int at = t / across * reduced + column; at < end; at += kAtOnce * step) {
       float v[kAtOnce];
       EDET_UNROLL
       for (int j = 0; j < kAtOnce; j++) {
-        const bool real = column < reduced && b + j * down < blocks;
-        const float* const from = sums + int64_t(b + j * down) * reduced + column;
-        v[j] = real ? load_shared_by_blocks(from) : 0.0f;
+        const int place = at + j * step;
+        v[j] = place < end ? load_written<float, 1>(sums + uint32_t(place)).value[0] : 0.0f;
       }
       EDET_UNROLL
       for (int j = 0; j < kAtOnce; j++) sum += v[j];
     }
+    for (int mask = across; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
     store(part + t, sum);
-    for (int half = down / 2; half > 0; half /= 2) {
-      sync_threads();
-      if (t < half * across) store(part + t, get(part + t) + get(part + (t + half * across)));
-    }
+    sync_threads();
     if (t < across && column < reduced) {
-      const float bias = load_constant<float, 1>(p.reduce_bias + column).value[0];
-      store(hidden + column, activate<T>(bias + get(part + t) * scale, p.activation));
+      float total = 0.0f;
+      EDET_UNROLL
+      for (int other = 0; other < kWarps; other++) {
+        if ((other & (warps_across - 1)) == warp) total += get(part + (other * kWarp + lane));
+      }
+      store(hidden + column, activate<T>(get(hidden + column) + total * scale, p.activation));
     }
     sync_threads();
   }
-  // a thread computes 4 gates; weights have ⌈c/16⌉·16 columns
-  for (int i = t * 4; i < c; i += kProductThreads * 4) {
-    const float* const weights = p.excite + int64_t(i / kPanel) * reduced * kPanel + i % kPanel;
-    float sum[4] = {};
-    for (int begin = 0; begin < reduced; begin += kAtOnce) {
-      Vector<float, 4> v[kAtOnce];
-      EDET_UNROLL
-      for (int j = 0; j < kAtOnce; j++) {
-        v[j] = {};
-        if (begin + j < reduced) v[j] = load_constant<float, 4>(weights + (begin + j) * kPanel);
-      }
-      EDET_UNROLL
-      for (int j = 0; j < kAtOnce; j++) {
-        const float x = begin + j < reduced ? get(hidden + (begin + j)) : 0.0f;
-        EDET_UNROLL
-        for (int l = 0; l < 4; l++) sum[l] += x * v[j].value[l];
-      }
-    }
+
+  float gate[4] = {};
+  const auto add = [&](int row, const Vector<float, 4>& w) {
+    const float x = row < reduced ? get(hidden + row) : 0.0f;
     EDET_UNROLL
-    for (int j = 0; j < 4; j++) {
-      if (i + j >= c) break;
-      const float bias = load_constant<float, 1>(p.excite_bias + i + j).value[0];
-      store(p.gate + image * c + i + j, sigmoid<T>(bias + sum[j]));
-    }
+    for (int l = 0; l < 4; l++) gate[l] += x * w.value[l];
+  };
+  EDET_UNROLL
+  for (int j = 0; j < kGateRows; j++) {
+    add(j * kGroups + group, load<4>(own + j * 4 * kProductThreads));
+  }
+  for (int row = kGateRows * kGroups + group; row < reduced; row += kGroups) {
+    add(row, weights_of(row));
+  }
+  EDET_UNROLL
+  for (int l = 0; l < 4; l++) gate[l] += shuffle_xor(gate[l], kFours);
+  if (lane < kFours) {
+    Vector<float, 4> v;
+    EDET_UNROLL
+    for (int l = 0; l < 4; l++) v.value[l] = gate[l];
+    store(part + (warp * kMiddle + four), v);
+  }
+  sync_threads();
+  if (t < kMiddle && first + t < c) {
+    float sum = bias;
+    EDET_UNROLL
+    for (int other = 0; other < kWarps; other++) sum += get(part + (other * kMiddle + t));
+    store(p.gate + int64_t(image) * c + first + t, sigmoid<T>(sum));
   }
 }
 
+// Blocks that a multiprocessor holds: three where registers allow it, which hide each other's
+// latency; of low tiles there is one for each of two.
 template <class Mma>
-EDET_KERNEL(kProductThreads, 2)
+constexpr int kExpandBlocks = sizeof(typename Mma::Type) == 2 && !kLow<Mma> ? 3 : 2;
+
+template <class Mma>
+EDET_KERNEL(kProductThreads, kExpandBlocks<Mma>)
 expand(EDET_PARAMS(Plan) plan) {
   using T = typename Mma::Type;
   constexpr int V = 4 / int(sizeof(T)), kWarps = kProductThreads / kWarp;
   const MbconvParams& p = plan.p;
   EDET_SHARED(char, memory);
   griddep_launch();
-  const Memory at = memory_of<Mma>(plan.height, p.kernel, p.stride, int(p.c_reduced));
+  const Memory at = memory_of<Mma>(plan.height, p.kernel, p.stride);
   const Shared<T> patch = as<T>(memory);
   const Shared<int> source = as<int>(memory + at.source);
   const Shared<float> dw = as<float>(memory + at.dw), sums = as<float>(memory + at.sums),
@@ -371,25 +468,24 @@ expand(EDET_PARAMS(Plan) plan) {
   const int pixels = ((plan.height - 1) * p.stride + p.kernel) * columns;
   const int taps = p.kernel * p.kernel;
 
+  // what is small is on its way while the pixels are looked up
+  const TapPart tap_part(p.dw, taps, c_mid, first);
+  static_assert(kProductThreads == 4 * kMiddle, "a scale or shift for each thread");
+  const int which = int(thread().x) / kMiddle, own = first + int(thread().x) % kMiddle;
+  const float* const factors = which == 0   ? p.expand_scale
+                               : which == 1 ? p.expand_shift
+                               : which == 2 ? p.dw_scale
+                                            : p.dw_shift;
+  const bool real = own < c_mid && (which > 1 || p.expand);
+  const float factor = real ? load_constant<float, 1>(factors + own).value[0] : 0.0f;
   for (int i = thread().x; i < pixels; i += kProductThreads) {
     const int y = int(y0 * p.stride - p.pad_top) + i / columns;
     const int x = int(x0 * p.stride - p.pad_left) + i % columns;
     const bool inside = y >= 0 && y < p.h && x >= 0 && x < p.w;
     store(source + i, inside ? int(y * p.w + x) : -1);
   }
-  for (int i = thread().x; i < taps * kMiddle; i += kProductThreads) {
-    const int tap = i / kMiddle, channel = first + i % kMiddle;
-    const bool real = channel < c_mid;
-    store(dw + i, real ? load_constant<float, 1>(p.dw + tap * c_mid + channel).value[0] : 0.0f);
-  }
-  if (p.expand && thread().x < kMiddle) {
-    const int channel = first + int(thread().x);
-    const bool real = channel < c_mid;
-    store(affine + thread().x,
-          real ? load_constant<float, 1>(p.expand_scale + channel).value[0] : 0.0f);
-    store(affine + (kMiddle + int(thread().x)),
-          real ? load_constant<float, 1>(p.expand_shift + channel).value[0] : 0.0f);
-  }
+  tap_part.store_to(dw);
+  store(affine + int(thread().x), factor);
   sync_threads();
   expand_patch<Mma>(plan, image, pixels, first, memory, at);
   sync_threads();
@@ -400,16 +496,14 @@ expand(EDET_PARAMS(Plan) plan) {
                  ((image * p.out_h + y0) * p.out_w + min(x, int(p.out_w) - 1)) * c_mid + first;
   const auto done = [&](int channel, auto& sum) {
     constexpr int kDown = sizeof(sum) / sizeof(sum[0]);
-    float total[V] = {}, scale[V] = {}, shift[V] = {};
-    EDET_UNROLL
-    for (int j = 0; j < V; j++) {
-      if (first + channel + j >= c_mid) break;
-      scale[j] = load_constant<float, 1>(p.dw_scale + first + channel + j).value[0];
-      shift[j] = load_constant<float, 1>(p.dw_shift + first + channel + j).value[0];
-    }
+    float total[V] = {};
+    const Vector<float, V> scale = load<V>(affine + (2 * kMiddle + channel));
+    const Vector<float, V> shift = load<V>(affine + (3 * kMiddle + channel));
     float all[kDown * V];  // activated together
     EDET_UNROLL
-    for (int i = 0; i < kDown * V; i++) all[i] = scale[i % V] * sum[i / V][i % V] + shift[i % V];
+    for (int i = 0; i < kDown * V; i++) {
+      all[i] = scale.value[i % V] * sum[i / V][i % V] + shift.value[i % V];
+    }
     activate<T>(all, p.activation);
     EDET_UNROLL
     for (int row = 0; row < kDown; row++) {
@@ -437,9 +531,11 @@ expand(EDET_PARAMS(Plan) plan) {
     }
   };
   if (p.kernel == 3) {
-    p.stride == 1 ? convolve<3, 1>(patch, dw, done) : convolve<3, 2>(patch, dw, done);
+    p.stride == 1 ? convolve<3, 1, kLow<Mma>>(patch, dw, done)
+                  : convolve<3, 2, kLow<Mma>>(patch, dw, done);
   } else {
-    p.stride == 1 ? convolve<5, 1>(patch, dw, done) : convolve<5, 2>(patch, dw, done);
+    p.stride == 1 ? convolve<5, 1, kLow<Mma>>(patch, dw, done)
+                  : convolve<5, 2, kLow<Mma>>(patch, dw, done);
   }
   if (!p.c_reduced) return;
 
@@ -452,24 +548,13 @@ expand(EDET_PARAMS(Plan) plan) {
   }
   sync_threads();
   reduce_part(p, first, sums, sums + kMiddle, p.sums + int64_t(block().x) * p.c_reduced);
-  global_fence();
-  sync_threads();
-  const Shared<int> last = as<int>(memory);
-  if (thread().x == 0) {
-    store(last, int(atomic_add(plan.counters + image, 1) == tiles * plan.chunks - 1));
-  }
-  sync_threads();
-  const bool mine = get(last) != 0;
-  global_fence();
-  sync_threads();
-  if (mine) squeeze_excite<T>(p, image, tiles * plan.chunks, as<float>(memory));
 }
 
 template <class T>
-Plan plan_of(const MbconvParams& p) {
+Plan plan_of(const MbconvParams& p, bool low) {
   Plan plan{};
   plan.p = p;
-  plan.height = tile_height(sizeof(T), p.stride);
+  plan.height = tile_height(sizeof(T), p.stride, low);
   plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
   plan.down = static_cast<int>(divide_up(p.out_h, plan.height));
   plan.chunks = static_cast<int>(divide_up(p.c_mid, kMiddle));
@@ -478,51 +563,75 @@ Plan plan_of(const MbconvParams& p) {
   return plan;
 }
 
+int64_t blocks_of(const Plan& plan) { return plan.p.n * plan.across * plan.down * plan.chunks; }
+
+ProjectionParams projection_of(const MbconvParams& p) {
+  ProjectionParams to{};
+  to.dtype = p.dtype;
+  to.tf32 = p.tf32;
+  to.input = p.mid;
+  to.image_rows = p.out_h * p.out_w;
+  to.rows = p.n * to.image_rows;
+  to.c_in = p.c_mid;
+  to.projections = 1;
+  to.projection[0] = {p.project, p.project_scale, p.project_shift, p.c_out, p.out};
+  to.gate = p.c_reduced ? p.gate : nullptr;
+  to.residual = p.residual ? p.input : nullptr;
+  return to;
+}
+
 template <class Mma>
-Error launch_block(const MbconvParams& p, int* counters, const Device& device, Stream stream) {
-  Plan plan = plan_of<typename Mma::Type>(p);
-  plan.counters = counters;
-  const int64_t blocks = p.n * plan.across * plan.down * plan.chunks;
-  const int bytes =
-      memory_of<Mma>(plan.height, p.kernel, p.stride, static_cast<int>(p.c_reduced)).bytes;
-  if (blocks > INT32_MAX || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
+Error launch_block(const MbconvParams& p, void* split, const Device& device, Stream stream) {
+  using T = typename Mma::Type;
+  Plan plan = plan_of<T>(p, kLow<Mma>);
+  ProjectionParams to = projection_of(p);
+  if (split) {
+    const SplitMemory memory = split_memory(to);
+    to.partial = static_cast<float*>(split);
+    to.counters = reinterpret_cast<int*>(static_cast<char*>(split) + memory.partial_bytes);
+    plan.counters = to.counters, plan.counted = memory.counters;
+  }
+  const int64_t blocks = blocks_of(plan);
+  const int bytes = memory_of<Mma>(plan.height, p.kernel, p.stride).bytes;
+  if (blocks > INT32_MAX || p.n > 65535 || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
     return kInvalidValue;
-  Error error = kSuccess;
-  if (p.c_reduced) error = clear(counters, sizeof(int) * static_cast<size_t>(p.n), stream);
-  if (error != kSuccess) return error;
-  error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
-                 static_cast<size_t>(bytes), stream, plan);
+  const bool pdl = device.capability >= 90;
+  Error error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
+                       static_cast<size_t>(bytes), stream, plan);
+  if (error == kSuccess && p.c_reduced) {
+    const int64_t floats = kProductThreads / kWarp * kMiddle + round_up(p.c_reduced, 4) +
+                           kGateRows * 4 * kProductThreads;
+    if (blocks / p.n * p.c_reduced > INT32_MAX) return kInvalidValue;
+    error = launch(gates<T>, Dim3(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(p.n)),
+                   Dim3(kProductThreads), static_cast<size_t>(floats * 4), stream, plan, pdl);
+  }
   if (error != kSuccess) return error;
 
-  ProjectionParams project_params{};
-  project_params.dtype = p.dtype;
-  project_params.tf32 = p.tf32;
-  project_params.input = p.mid;
-  project_params.image_rows = p.out_h * p.out_w;
-  project_params.rows = p.n * project_params.image_rows;
-  project_params.c_in = p.c_mid;
-  project_params.projections = 1;
-  project_params.projection[0] = {p.project, p.project_scale, p.project_shift, p.c_out, p.out};
-  project_params.gate = p.c_reduced ? p.gate : nullptr;
-  project_params.residual = p.residual ? p.input : nullptr;
-  return project(project_params, stream, true);
+  return project(to, stream, pdl);
 }
 
 }  // namespace
 
 MbconvMemory mbconv_memory(const MbconvParams& p) {
-  const Plan plan = p.dtype == DType::f32 ? plan_of<float>(p) : plan_of<f16>(p);
+  const Plan plan = p.dtype == DType::f32 ? plan_of<float>(p, true) : plan_of<f16>(p, true);
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
+  const SplitMemory split = split_memory(projection_of(p));
   return {p.n * p.out_h * p.out_w * p.c_mid * element,
-          p.c_reduced ? p.n * plan.across * plan.down * plan.chunks * p.c_reduced * 4 : 0,
-          p.c_reduced ? p.n * p.c_mid * 4 : 0, p.c_reduced ? p.n * 4 : 0};
+          p.c_reduced ? blocks_of(plan) * p.c_reduced * 4 : 0, p.c_reduced ? p.n * p.c_mid * 4 : 0,
+          // `gates` is what sets the counters to zero
+          p.c_reduced ? split.partial_bytes + 4 * split.counters : 0};
 }
 
-Error mbconv(const MbconvParams& p, int* counters, Stream stream) {
+Error mbconv(const MbconvParams& p, void* split, Stream stream) {
   if (p.n == 0) return kSuccess;
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
-    return launch_block<BlockMma<Operand, 1, 2>>(p, counters, device, stream);
+    using T = typename BlockMma<Operand, 1, 2>::Type;
+    // a map of fewer tiles than there are multiprocessors is sooner done by twice as many
+    if (blocks_of(plan_of<T>(p, false)) <= device.multiprocessors) {
+      return launch_block<BlockMma<Operand, 2, 2>>(p, split, device, stream);
+    }
+    return launch_block<BlockMma<Operand, 1, 2>>(p, split, device, stream);
   });
 }
 

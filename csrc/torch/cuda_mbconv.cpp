@@ -22,8 +22,8 @@ static Tensor mbconv_cuda(const Tensor input, const Tensors expand, const Tensor
   p.mid = static_cast<float*>(call.scratch(memory.mid_bytes));
   p.sums = static_cast<float*>(call.scratch(memory.sums_bytes));
   p.gate = static_cast<float*>(call.scratch(memory.gate_bytes));
-  auto* counters = static_cast<int*>(call.scratch(memory.counter_bytes));
-  call.check(cuda::mbconv(p, counters, call.stream()));
+  void* const split = memory.split_bytes ? call.scratch(memory.split_bytes) : nullptr;
+  call.check(cuda::mbconv(p, split, call.stream()));
   return out;
 }
 

@@ -190,6 +190,11 @@ def test_shared_memory_and_barriers():
     assert traces[0].moved[6].turns == 32
 
 
+def test_a_constant_of_two_halves_is_a_word():
+    block, _ = run(["HFMA2.MMA R1, -RZ, RZ, 1, 5.9604644775390625e-08"])
+    assert registers(block, 1) == [0x3C000001] * 32
+
+
 def test_sectors_of_a_load():
     _, (trace,) = run(["S2R R0, SR_TID.X", "IMAD.WIDE R2, R0, 0x40, RZ",
                        "LDG.E.128 R4, desc[UR4][R2.64]"])  # fmt: skip
@@ -310,4 +315,4 @@ def test_traced_bytes_are_those_that_the_emulation_counts(tmp_path):
     assert written == counted["bytes_written"] == 8 * 8 * 64 * 2
     # the compiler keeps some of what the source loads twice
     assert 0.8 * counted["bytes_read"] <= read <= counted["bytes_read"]
-    assert np.isfinite(predict.predict(kernels, launch, predict.Work(1), 1, gpu).time_us)
+    assert np.isfinite(predict.predict(kernels, launch, predict.Work(1), gpu).time_us)

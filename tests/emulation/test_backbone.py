@@ -28,11 +28,28 @@ def test_images_of_any_layout():
 
 
 def test_launches(emulated):
-    for op, count in (("stem", 1), ("mbconv", 2)):
+    for op, count in (("stem", 1), ("mbconv", 3)):
         emulated.count_launches(True)
         sample(op)()
         emulated.count_launches(False)
         launches = emulated.launches()
         assert len(launches) == count
-        # mbconv's projection begins while the block's first kernel ends
-        assert [launch["pdl"] for launch in launches] == [False, True][:count]
+        # the gates and the projection begin while the launch before them ends
+        assert [launch["pdl"] for launch in launches] == [False, True, True][:count]
+
+
+@dtypes
+@pytest.mark.parametrize(("channels", "expansion"), [(40, 10), (33, 9)])
+def test_a_projection_of_few_blocks_shares_out_its_channels(emulated, dtype, channels, expansion):
+    """By the number of multiprocessors; who comes last adds the sums, in the channels' order."""
+    call = sample("mbconv", dtype, channels=channels, expansion=expansion, out_channels=24)
+    emulated.set_device(132, 227 * 1024)
+    emulated.count_launches(True)
+    expected = call()
+    emulated.count_launches(False)
+    assert emulated.launches()[-1]["grid"][2] > 1
+    call.check(dtype)
+    for seed in (1, 2):
+        emulated.set_seed(seed)
+        emulated.set_resident(seed * 4)
+        assert_identical(call(), expected)

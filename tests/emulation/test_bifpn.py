@@ -196,3 +196,22 @@ def test_orders_of_blocks(emulated):
 @dtypes
 def test_many_orders_of_blocks(emulated, dtype):
     sweep(emulated, dtype, range(20), (1, 2, 3, 7, 13, 32))
+
+
+@pytest.mark.parametrize("channels", [136, 141])
+def test_a_wide_node_is_two_launches(emulated, monkeypatch, channels):
+    """One up to the depthwise convolution and one that projects; bit for bit what one computes."""
+    graph = bifpn_graph((5, 4), levels=2, cells=1)
+    call = sample("bifpn", batch=1, channels=channels, graph=graph)
+    nodes = len(graph.nodes)
+    count, whole = count_launches(emulated, call)
+    assert count == 1
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "nodes")
+    count, result = count_launches(emulated, call)
+    assert count == 2 * nodes
+    assert_identical(result, whole)
+    assert [launch["pdl"] for launch in emulated.launches()] == [False] * 2 * nodes
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "pdl")
+    count, result = count_launches(emulated, call)
+    assert_identical(result, whole)
+    assert [launch["pdl"] for launch in emulated.launches()] == [False] + [True] * (2 * nodes - 1)
