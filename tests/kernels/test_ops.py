@@ -425,8 +425,10 @@ def maps(results):
 def test_expanded_maps(backend, op):
     call = backend.sample(op, batch=1)
     batch_of_3 = map_tree(lambda x: x.expand(3, -1, -1, -1), call.maps)
-    if backend.name == "triton" and not torch.cuda.is_available():
-        # the interpreter multiplies by NumPy, whose sums depend on where in a tile a row stands
+    # Triton's interpreter multiplies by NumPy, whose sums depend on where in a tile a row stands;
+    # where few blocks would run, CUDA's mbconv shares out the sums of a projection
+    interpreted = backend.name == "triton" and not torch.cuda.is_available()
+    if interpreted or (op == "mbconv" and backend.name in ("cuda", "emulated")):
         replace(call, maps=batch_of_3).check(torch.float32)
         return
     for out, one in zip(maps(call(batch_of_3)), maps(call()), strict=True):
