@@ -82,7 +82,8 @@ sizes = pytest.mark.parametrize("size", [32, 64, 192])
 @pytest.mark.parametrize(
     ("name", "count"),
     [("node<BlockMma<f16, 1, 2>>", 8), ("multiply<BlockMma<f16, 1, 2>>", 3),
-     ("expand<BlockMma<f16, 1, 2>>", 1)],
+     ("multiply_few<BlockMma<f16, 1, 2>>", 3), ("expand<BlockMma<f16, 1, 2>>", 2),
+     ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3)],
 )  # fmt: skip
 def test_no_slow_code(kernels, name, count):
     """In the whole code of the kernels for 16-bit maps, and so in their tile loops."""
