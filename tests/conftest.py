@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,9 @@ from edet_kernels.testing.numeric import check_network, relative_difference
 
 #: Folders of tests that run whole models: the rooms of ``edet``.
 ROOMS = {"bench", "cli", "deploy", "detection", "dropin", "fused", "models", "training"}
+
+#: Of 4 KiB, of a process that has grown large: 1.2 GB.
+LARGE_PAGES = 300_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +48,18 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_given_back() -> Iterator[None]:
+    """What compilers and exporters keep would add up, from file to file, to over 3 GB."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or int(Path("/proc/self/statm").read_text().split()[1]) < LARGE_PAGES:
+        return
+    dynamo.reset()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _flat(output: Any) -> Iterator[Tensor]:

@@ -106,7 +106,7 @@ void fuse_row_as(const FusionParams& p, const FusionRow<T>& row, int64_t x_begin
         sum = direct + e ? sum + term : term;
       }
       if constexpr (Affine) sum += load(p.offsets + i);
-      store(out + i, activate<A, T>(sum));
+      store(out + i, activate<A>(sum));
     };
     for (int64_t i = 0; i < whole; i += kWidth) vector(i, kWidth, Constant<false>{});
     if (rest) vector(whole, rest, Constant<true>{});

@@ -86,6 +86,9 @@ def test_kernels_stay_in_their_budget(source, arch, tmp_path, script):
         if "tf32" in name:
             assert (" HMMA." in kernel and ".TF32" in kernel) == (arch != "75"), name
             continue
+        if "5gatesI" in name:  # squeeze-excite's two layers, of one pixel
+            assert "HMMA" not in kernel, name
+            continue
         # floats are multiplied by FMA, and Turing's tensor cores know no bfloat16
         wanted = "__half" in name or ("bfloat16" in name and arch != "75")
         assert ("HMMA" in kernel) == wanted, name
