@@ -339,6 +339,8 @@ def count_bits(i: Instruction) -> Action:
         value = as_wide(read(w))
         if i.op in ("POPC", "UPOPC"):
             found = np.array([bin(int(v)).count("1") for v in np.atleast_1d(value)])
+        elif i.op in ("BREV", "UBREV"):
+            found = np.array([int(f"{int(v):032b}"[::-1], 2) for v in np.atleast_1d(value)])
         else:
             found = np.array([int(v).bit_length() - 1 for v in np.atleast_1d(value)])
             if ".SH" in i.name:

@@ -144,8 +144,12 @@ def _has_tile(kernel: Kernel, launch: Launch, number: int, least: int) -> bool:
 
 
 def count_tiles(kernel: Kernel, launch: Launch, one: int) -> int:
-    """Tiles of a launch whose blocks take every grid-th of them; `one` is a tile's instructions."""
-    least = one // 4
+    """Tiles of a launch whose blocks take every grid-th of them.
+
+    `one` is the instructions of a block that has one; a block that has none may bring its weights.
+    """
+    none = len(_block(kernel, launch, _ENDLESS - 1, _ENDLESS).run()[0].code)
+    least = (none + one) // 2
     low, high = 0, max(launch.grid[0], 1)  # low has a tile
     while _has_tile(kernel, launch, high, least):
         low, high = high, 2 * high

@@ -208,7 +208,12 @@ def _leave_barrier(i: Instruction) -> Action:
     return run
 
 
-def _unknown_call(i: Instruction) -> Action:
+def _slow_path(i: Instruction) -> Action:
+    """A call: of the slow path of a division, which none takes here; execution goes on after it."""
+    return lambda w: None
+
+
+def _unknown_return(i: Instruction) -> Action:
     def run(w: Warp) -> None:
         raise RuntimeError(f"{w.block.kernel.name} {i.address:#x}: {i.name} is not followed")
 
@@ -240,7 +245,7 @@ _TABLE: dict[str, Callable[[Instruction], Action]] = {
     "CS2R": _clear_pair,
     **dict.fromkeys(("S2R", "S2UR"), _special),
     **dict.fromkeys(("LDC", "ULDC"), _load_constant),
-    **dict.fromkeys(("POPC", "UPOPC", "FLO", "UFLO"), integers.count_bits),
+    **dict.fromkeys(("POPC", "UPOPC", "BREV", "UBREV", "FLO", "UFLO"), integers.count_bits),
     **dict.fromkeys(("VOTE", "VOTEU"), _vote),
     "SHFL": _shuffle,
     "P2R": _predicates_as_word,
@@ -253,7 +258,8 @@ _TABLE: dict[str, Callable[[Instruction], Action]] = {
     "WARPSYNC": lambda i: lambda w: w.wait("warp"),
     "BAR": lambda i: lambda w: w.wait("block"),
     "EXIT": lambda i: lambda w: w.exit(),
-    **dict.fromkeys(("CALL", "RET"), _unknown_call),
+    "CALL": _slow_path,
+    "RET": _unknown_return,
     "FCHK": lambda i: lambda w: write_predicate(i.operands[0])(w, False),
     "HMMA": memory.no_product,
     **dict.fromkeys(

@@ -225,9 +225,8 @@ Error launch_type(SelectParams s, Stream stream) {
   }
   Error error = launch(collect<T>, grid, Dim3(kThreads), bytes, stream, s);
   if (error != kSuccess) return error;
-  const Dim3 ranks(static_cast<unsigned>(divide_up(s.c.most, kRankThreads)),
-                   static_cast<unsigned>(p.n));
-  error = launch(rank<T>, ranks, Dim3(kRankThreads), kRankThreads * sizeof(uint64_t), stream, s);
+  const Dim3 ranks(static_cast<unsigned>(divide_up(s.c.most, kRanked)), static_cast<unsigned>(p.n));
+  error = launch(rank<T>, ranks, Dim3(kRankThreads), kRankKeys * sizeof(uint64_t), stream, s);
   if (error != kSuccess) return error;
   return suppress(s.c, p.settings, {nullptr, p.out_boxes, p.out_scores, p.out_labels, p.out_counts},
                   stream);

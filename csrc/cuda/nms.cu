@@ -280,12 +280,14 @@ Error nms(int64_t batch, const NmsParams& p, void* memory, Stream stream) {
   if (batch > 65535 || p.n > INT32_MAX) return kInvalidValue;
   const CollectParams params{p, place_candidates(memory, batch, p.n, p.settings.most)};
   Error error = clear(params.c.count, sizeof(int) * static_cast<size_t>(batch), stream);
-  const unsigned blocks = static_cast<unsigned>(divide_up(p.n, kThreads));
-  const Dim3 grid(blocks, static_cast<unsigned>(batch));
-  if (error == kSuccess && p.n) error = launch(collect, grid, Dim3(kThreads), 0, stream, params);
-  if (error == kSuccess && p.n) {
-    error = launch(rank, grid, Dim3(kRankThreads), kRankThreads * sizeof(uint64_t), stream, params);
-  }
+  const auto blocks = [&](int64_t boxes) {
+    return Dim3(static_cast<unsigned>(divide_up(p.n, boxes)), static_cast<unsigned>(batch));
+  };
+  if (error == kSuccess && p.n)
+    error = launch(collect, blocks(kThreads), Dim3(kThreads), 0, stream, params);
+  if (error == kSuccess && p.n)
+    error = launch(rank, blocks(kRanked), Dim3(kRankThreads), kRankKeys * sizeof(uint64_t), stream,
+                   params);
   if (error != kSuccess) return error;
   return suppress(params.c, p.settings, {p.indices, nullptr, p.kept_scores, nullptr, p.counts},
                   stream);

@@ -296,7 +296,7 @@ def test_bad_arguments_are_named(d0):
         (
             {"method": "best"},
             ValueError,
-            "method must be one of percentile, mse, minmax, got 'b",
+            "method must be one of mse, percentile, minmax, got 'b",
         ),
         ({"percentile": 0.99}, ValueError, r"percentile must be in \(50, 100\], got 0.99"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),

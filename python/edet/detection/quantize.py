@@ -143,7 +143,7 @@ def quantize(
     model: EfficientDet,
     images: ImageLike | Sequence[ImageLike],
     *,
-    method: str = "percentile",
+    method: str = "mse",
     percentile: float = 99.99,
     keep: Sequence[str] = (),
     image_size: int | tuple[int, int] | None = None,
@@ -160,8 +160,8 @@ def quantize(
     Args:
         model: on the CPU, in float32; it stays as it is.
         images: some tens of the images that will be seen; see :func:`edet.preprocess.load_image`.
-        method: how a range is found: ``percentile``, ``mse`` (the least mean squared error of the
-            rounded values) or ``minmax``.
+        method: how a range is found: ``mse`` (the least mean squared error of the rounded values),
+            ``percentile`` or ``minmax``.
         percentile: of the values that are inside a range, for that method.
         keep: what stays in float: ``backbone``, ``fpn``, ``class_net``, ``box_net``,
             ``backbone.blocks.STAGE``, ``backbone.blocks.STAGE.BLOCK``, ``class_net.predict``,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: How a range is taken from a histogram.
-METHODS = ("percentile", "mse", "minmax")
+METHODS = ("mse", "percentile", "minmax")
 
 _BINS = 256
 _COUNTED = 1 << 14  # values of a row of one batch that go into a histogram, at most
