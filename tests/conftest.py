@@ -17,8 +17,18 @@ from torch import Tensor, nn
 import edet
 from edet_kernels.testing.numeric import check_network, relative_difference
 
-#: Folders of tests that run whole models: the rooms of ``edet``.
-ROOMS = {"bench", "cli", "deploy", "detection", "dropin", "fused", "models", "training"}
+#: Folders of tests that run whole models: the rooms of ``edet``, and their benchmarks.
+ROOMS = {
+    "bench",
+    "benchmarks",
+    "cli",
+    "deploy",
+    "detection",
+    "dropin",
+    "fused",
+    "models",
+    "training",
+}
 
 #: Of 4 KiB, of a process that has grown large: 1.2 GB.
 LARGE_PAGES = 300_000
