@@ -99,7 +99,7 @@ DetectParams detect_params(const Tensors& class_outputs, const Tensors& box_outp
                            int64_t max_candidates, const MapReader& map,
                            const WeightReader& weight);
 
-// torch's thread pool.
+// torch's threads, which cpu/workers.h may do without.
 cpu::Runtime runtime();
 
 // Memory for one call, taken from a pool that keeps it for the next call.
