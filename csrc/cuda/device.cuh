@@ -310,7 +310,7 @@ EDET_DEVICE void griddep_launch() {
 }
 
 // Copies 16 bytes of global memory, or zeros, past the registers (from sm_80; through them before).
-// They are there after cp_async_wait_all() and a barrier.
+// They are there after a wait for them and a barrier.
 template <class T>
 EDET_DEVICE void cp_async_16(Shared<T> to, const T* from, bool real) {
 #if __CUDA_ARCH__ >= 800
@@ -322,9 +322,17 @@ EDET_DEVICE void cp_async_16(Shared<T> to, const T* from, bool real) {
       real ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
 #endif
 }
-EDET_DEVICE void cp_async_wait_all() {
+// Ends a group of the thread's copies.
+EDET_DEVICE void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all groups but the last kLeft.
+template <int kLeft>
+EDET_DEVICE void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 #endif
 }
 

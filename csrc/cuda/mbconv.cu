@@ -15,6 +15,7 @@
 
 #include "block_mma.cuh"
 #include "fusion.cuh"
+#include "gemm.h"
 #include "lateral.h"
 
 namespace edet::cuda {
@@ -580,8 +581,29 @@ ProjectionParams projection_of(const MbconvParams& p) {
   return to;
 }
 
+// Whether the projection is gemm's: of many rows.
+bool projects_by_gemm(const MbconvParams& p) {
+  const int64_t image_rows = p.out_h * p.out_w;
+  return gemm_pays(p.dtype, p.n * image_rows, p.c_mid, p.c_out, p.c_reduced ? image_rows : 0);
+}
+
+// That, with its packed weights.
+Error project_large(const MbconvParams& p, const void* packed, Stream stream, bool pdl) {
+  GemmParams to{};
+  to.dtype = p.dtype;
+  to.k = p.c_mid, to.n = p.c_out;
+  to.w = packed;
+  to.levels = 1;
+  to.image_rows = p.out_h * p.out_w;
+  to.level[0] = {p.mid, p.n * to.image_rows, p.project_scale, p.project_shift, p.out};
+  to.gate = p.c_reduced ? p.gate : nullptr;
+  to.residual = p.residual ? p.input : nullptr;
+  return gemm(to, stream, pdl);
+}
+
 template <class Mma>
-Error launch_block(const MbconvParams& p, void* split, const Device& device, Stream stream) {
+Error launch_block(const MbconvParams& p, void* split, void* packed, const Device& device,
+                   Stream stream) {
   using T = typename Mma::Type;
   Plan plan = plan_of<T>(p, kLow<Mma>);
   ProjectionParams to = projection_of(p);
@@ -596,6 +618,11 @@ Error launch_block(const MbconvParams& p, void* split, const Device& device, Str
   if (blocks > INT32_MAX || p.n > 65535 || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
     return kInvalidValue;
   const bool pdl = device.capability >= 90;
+  if (packed) {
+    const GemmWeights weights{p.project, p.c_mid, p.c_out, packed};
+    const Error error = pack_weights(p.dtype, &weights, 1, stream);
+    if (error != kSuccess) return error;
+  }
   Error error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
                        static_cast<size_t>(bytes), stream, plan);
   if (error == kSuccess && p.c_reduced) {
@@ -607,7 +634,7 @@ Error launch_block(const MbconvParams& p, void* split, const Device& device, Str
   }
   if (error != kSuccess) return error;
 
-  return project(to, stream, pdl);
+  return packed ? project_large(p, packed, stream, pdl) : project(to, stream, pdl);
 }
 
 }  // namespace
@@ -619,19 +646,20 @@ MbconvMemory mbconv_memory(const MbconvParams& p) {
   return {p.n * p.out_h * p.out_w * p.c_mid * element,
           p.c_reduced ? blocks_of(plan) * p.c_reduced * 4 : 0, p.c_reduced ? p.n * p.c_mid * 4 : 0,
           // `gates` is what sets the counters to zero
-          p.c_reduced ? split.partial_bytes + 4 * split.counters : 0};
+          p.c_reduced ? split.partial_bytes + 4 * split.counters : 0,
+          projects_by_gemm(p) ? gemm_weight_bytes(p.c_mid, p.c_out) : 0};
 }
 
-Error mbconv(const MbconvParams& p, void* split, Stream stream) {
+Error mbconv(const MbconvParams& p, void* split, void* packed, Stream stream) {
   if (p.n == 0) return kSuccess;
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
     using T = typename BlockMma<Operand, 1, 2>::Type;
     // a map of fewer tiles than there are multiprocessors is sooner done by twice as many
     if (blocks_of(plan_of<T>(p, false)) <= device.multiprocessors) {
-      return launch_block<BlockMma<Operand, 2, 2>>(p, split, device, stream);
+      return launch_block<BlockMma<Operand, 2, 2>>(p, split, packed, device, stream);
     }
-    return launch_block<BlockMma<Operand, 1, 2>>(p, split, device, stream);
+    return launch_block<BlockMma<Operand, 1, 2>>(p, split, packed, device, stream);
   });
 }
 

@@ -186,14 +186,17 @@ T atomic_add(Shared<T> s, T v) {
   return before;
 }
 
-// Arrives at once: that a wait is missing is seen as a missing barrier only.
 template <class T>
 void cp_async_16(Shared<T> to, const T* from, bool real) {
   Vector<T, 16 / sizeof(T)> v{};
-  if (real) v = load_constant<T, 16 / sizeof(T)>(from);
-  store(to, v);
+  if (real) v = load_written<T, 16 / sizeof(T)>(from);
+  emulation::copy_later(reinterpret_cast<char*>(to.at), reinterpret_cast<const char*>(&v));
 }
-inline void cp_async_wait_all() {}
+inline void cp_async_commit() { emulation::end_group(); }
+template <int kLeft>
+void cp_async_wait() {
+  emulation::await_groups(kLeft);
+}
 
 namespace detail {
 
