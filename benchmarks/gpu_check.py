@@ -31,7 +31,14 @@ SPARE = 20
 #: Bytes of a log that are kept: its end.
 LOG_BYTES = 2**20
 #: Files that hold tests for a GPU: the others may need packages that are not there.
-TESTS = ("tests/kernels/test_gpu.py", "tests/fused/test_module.py")
+TESTS = (
+    "tests/kernels/test_gpu.py",
+    "tests/fused/test_module.py",
+    "tests/models/test_on_gpu.py",
+    "tests/detection/test_on_gpu.py",
+    "tests/training/test_on_gpu.py",
+    "tests/dropin/test_on_gpu.py",
+)
 
 
 @dataclass
