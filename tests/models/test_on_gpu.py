@@ -1,4 +1,4 @@
-"""Whole models on a GPU against PyTorch's layers; the same tests run on the CPU where that is quick.
+"""Whole models on a GPU against PyTorch's layers; also run on the CPU, where that is quick.
 
 A case of the CPU stands beside those of the GPU so that the tests' own logic is run everywhere.
 """
