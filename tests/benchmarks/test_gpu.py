@@ -1,15 +1,12 @@
-"""benchmarks/gpu.py and gpu_check.py as far as they go without a GPU: cases, arguments, steps."""
+"""benchmarks/gpu.py as far as it goes without a GPU: cases, whole models, launches, tables."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import edet_kernels
 from benchmarks import (
     gpu,
-    gpu_check,
     gpu_launches,
     gpu_models,
     gpu_tables,
@@ -487,120 +483,3 @@ def test_it_ends_in_time_and_says_what_is_missing(on_cpu, tmp_path):
     assert result["left_out"] == [
         *("whole models, ours: 1 of 1 cases", "ours: 2 of 2 cases", "compile: 2 of 2 cases"),
     ]
-
-
-def test_steps_can_be_chosen(tmp_path):
-    plan = gpu_check.plan(gpu_check.STEPS, tmp_path, "/sanitizer")
-    assert tuple(plan) == gpu_check.STEPS
-    assert [part.name for part in plan["sanitize"]] == ["memcheck", "racecheck", "synccheck"]
-    assert [part.variables for part in plan["sanitize"]][1:] == [{}, {}]
-    assert list(gpu_check.plan(["test"], tmp_path, None)) == ["test"]
-    assert gpu_check.plan(["sanitize"], tmp_path, None) == {}
-    assert sum(gpu_check.LIMITS.values()) + 100 < gpu_check.TOTAL < 600
-
-
-def test_gpu_tests_are_all_run():
-    root = Path(__file__).resolve().parents[2]
-    marked = {
-        str(path.relative_to(root))
-        for path in (root / "tests").rglob("test_*.py")
-        if "pytest.mark." + "gpu" in path.read_text(encoding="utf-8")
-    }
-    assert marked == set(gpu_check.TESTS)
-
-
-@pytest.fixture
-def check(tmp_path, monkeypatch, capsys):
-    """Runs gpu_check on small programs in the place of its commands; exit, results, files."""
-
-    def run(**steps):
-        found = {"name": "A GPU", "capability": "90"}
-        parts = {
-            step: [gpu_check.Part(name, [sys.executable, "-c", code]) for name, code in one.items()]
-            for step, one in steps.items()
-        }
-        monkeypatch.setattr(gpu_check, "device", lambda: found)
-        monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
-        monkeypatch.setattr(gpu_check, "plan", lambda *arguments: parts)
-        try:
-            gpu_check.main(["--output", str(tmp_path / "out"), "--seconds", "60"])
-            code = ""
-        except SystemExit as error:
-            code = str(error.code)
-        files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
-        return code, json.loads(files["result.json"]), files
-
-    return run
-
-
-def test_a_failed_step_costs_no_other_its_results(check):
-    code, result, files = check(
-        build={"build": "import os; print('for', os.environ['EDET_CUDA_ARCHS'])"},
-        sanitize={"memcheck": "import sys; sys.exit('a leak')", "racecheck": "print('clean')"},
-        benchmark={"benchmark": "import sys; print(sys.argv)"},
-    )
-    assert code.startswith("failed: memcheck; see the logs in")
-    assert result["steps"]["sanitize"]["codes"] == {"memcheck": 1, "racecheck": 0}
-    assert result["device"]["name"] == "A GPU"
-    assert set(files) == {"build.log", "sanitize.log", "benchmark.log", "result.json"}
-    assert "for 90" in files["build.log"]
-    assert "=== memcheck: 1\na leak" in files["sanitize.log"]
-    assert "=== racecheck: 0\nclean" in files["sanitize.log"]
-    assert "'--limit'" in files["benchmark.log"]
-
-
-def test_nothing_is_checked_after_a_failed_build(check):
-    code, result, _ = check(build={"build": "raise SystemExit(2)"}, test={"test": ""})
-    assert code.startswith("failed: build") and list(result["steps"]) == ["build"]
-
-
-def alive(pid):
-    """Whether a process computes or waits; not one that ended and was not asked for its status."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
-
-
-def test_a_step_that_hangs_is_ended_with_all_it_started(check, monkeypatch, tmp_path):
-    monkeypatch.setitem(gpu_check.LIMITS, "test", 5)  # seconds enough to start on a busy machine
-    started = tmp_path / "pid"
-    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(900)"
-    code, result, files = check(
-        test={
-            "hangs": f"import subprocess, sys; print('before', flush=True); "
-            f"subprocess.run([sys.executable, '-c', {child!r}])"
-        },
-        benchmark={"benchmark": "print('x' * 2**21)"},
-    )
-    assert result["steps"]["test"]["codes"] == {"hangs": "too long"}
-    assert "before" in files["test.log"]
-    assert code.startswith("failed: hangs")
-    assert result["steps"]["benchmark"]["codes"] == {"benchmark": 0}
-    assert len(files["benchmark.log"]) < gpu_check.LOG_BYTES + 100
-    assert not alive(int(started.read_text()))
-
-
-def test_the_driver_is_described(monkeypatch, tmp_path):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho name, driver_version\necho A GPU, 580.1\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert gpu_check.driver() == "name, driver_version\nA GPU, 580.1"
-    monkeypatch.setenv("PATH", "")
-    assert gpu_check.driver().startswith("nvidia-smi: ")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("script", ["gpu.py", "gpu_check.py"])
-def test_without_a_gpu_it_says_so(script):
-    result = subprocess.run(
-        [sys.executable, f"benchmarks/{script}"],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "torch finds no CUDA GPU" in result.stderr
