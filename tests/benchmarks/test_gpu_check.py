@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,17 @@ def test_arguments_after_two_dashes_are_the_benchmarks(tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit):
             gpu_check.parse(["--", *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_commands_of_the_page_are_understood():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cuda.md").read_text()
+    checks = re.findall(r'^    make gpu-check GPU_CHECK="(.*?)"', page, re.MULTILINE)
+    runs = re.findall(r"^    python benchmarks/gpu.py (.*?)(?:  +#.*)?$", page, re.MULTILINE)
+    assert len(checks) == 2 and len(runs) == 2
+    for words in checks:
+        gpu_check.parse(shlex.split(words))
+    for words in runs:
+        gpu.parse(shlex.split(words))
 
 
 def test_a_carried_library_is_not_built_again(monkeypatch):
