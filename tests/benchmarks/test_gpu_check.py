@@ -22,7 +22,8 @@ def test_steps_can_be_chosen(tmp_path):
     variables = {part.name: part.variables for part in plan["sanitize"]}
     assert tuple(variables) == gpu_check.TOOLS
     assert variables["racecheck"] == variables["synccheck"] == {}
-    assert variables["memcheck"] == variables["initcheck"] != {}
+    assert variables["memcheck"] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert variables["initcheck"] == variables["memcheck"]
     assert list(gpu_check.plan(["test"], tmp_path, None)) == ["test"]
     assert gpu_check.plan(["sanitize"], tmp_path, None) == {}
     tools = gpu_check.plan(["sanitize"], tmp_path, "/s", tools=["racecheck"])["sanitize"]

@@ -21,9 +21,9 @@ import cuda_stand_in
 import edet
 from edet.bench.variants import eager_copy, predictor_calls, prepare, random_model
 from edet.detection.predictor import Predictor
+from edet.detection.preprocess import letterbox
 from edet.detection.results import Detections
 from edet.fused import cuda_graph
-from edet_kernels.reference import box_iou
 from edet_kernels.testing.samples import DTYPES
 
 SIZE = (128, 192)
@@ -68,18 +68,21 @@ def assert_identical(found: Detections, expected: Detections) -> None:
 def assert_same_objects(found: Detections, expected: Detections) -> None:
     """Each object but the last ones of one is one of the other: labels, scores, boxes."""
     for a, b in ((found, expected), (expected, found)):
-        overlaps = torch.stack([box_iou(box, b.boxes) for box in a.boxes])
         same = (a.labels[:, None] == b.labels) & ((a.scores[:, None] - b.scores).abs() < 1e-4)
+        same &= (a.boxes[:, None] - b.boxes).abs().amax(-1) < 0.05  # pixels
         # what is as good as the last one may have had to go for it
         inner = a.scores > b.scores.min() + 1e-4
         assert inner.sum() > len(a) // 2
-        assert ((same & (overlaps > 0.98)).any(1) | ~inner).all()
+        assert (same.any(1) | ~inner).all()
 
 
 def test_objects_are_those_of_the_cpu(
     device: torch.device, model: edet.EfficientDet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = [photos(1, size) for size in SIZES] + [photos(2), [photos(1)[0], *photos(1, (9, 99))]]
+    # bytes are resized in float by a GPU, in integers by a CPU: these need not be, or are floats
+    batches = [[x // 4 + 96 for x in photos(count, SIZE)] for count in (1, 2)]
+    batches += [[x / 255 for x in photos(1, size)] for size in SIZES]
+    batches += [[x / 255 for size in (SIZES[0], (9, 99)) for x in photos(1, size)]]
     with monkeypatch.context() as patch:
         patch.setattr(cuda_graph, "captures", lambda device: False)
         expected = [make(model, torch.device("cpu"))(batch) for batch in batches]
@@ -95,6 +98,15 @@ def test_objects_are_those_of_the_cpu(
                 assert_identical(x, z)  # the same kernels, alone and in a graph
     assert predictor.stats().plans == len(batches)
     assert all(isinstance(plan, cuda_graph.Graph) for plan in predictor._plans.values())
+
+
+def test_resized_bytes_are_those_of_the_cpu_but_for_rounding(device: torch.device) -> None:
+    images = [photos(1, size)[0] for size in [*SIZES, SIZE, (200, 333)]]
+    expected = letterbox(images, SIZE, (124, 116, 104)).int()
+    found = letterbox([x.to(device) for x in images], SIZE, (124, 116, 104))
+    assert found.dtype == torch.uint8 and found.device.type == device.type
+    apart = (found.cpu().int() - expected).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 0.2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

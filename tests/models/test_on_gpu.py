@@ -102,11 +102,27 @@ def test_compiled_without_a_graph_break(
     torch.compiler.reset()
     small.to(device)
     images = torch.randn(1, 3, 64, 64, device=device)
-    # the whole compiler is Triton's work on a GPU, a minute of g++ on a CPU
-    compiler = "inductor" if device.type == "cuda" else "aot_eager"
-    compiled = torch.compile(small, backend=compiler, fullgraph=True)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         found, expected = fused(compiled, images), fused(small, images)
         assert relative_difference(found, [x.double() for x in expected]) < 1e-4
         with torch.no_grad():  # the weights are inputs of the compiled graph
             small.fpn.cells[0].nodes[0].after_combine.conv.bn.bias.add_(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_in_a_cuda_graph(small: edet.EfficientDet, fused: Run) -> None:
+    """By the whole compiler, whose graphs of ops of ours and of torch are captured."""
+    torch.compiler.reset()
+    small.cuda().freeze()
+
+    def run(maps: list[Tensor]) -> list[Tensor]:
+        return [torch.sigmoid(x) for x in small.class_net(small.fpn(maps))]
+
+    compiled = torch.compile(run, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        maps = [torch.randn(1, c, s, s, device="cuda") for c, s in ((40, 8), (112, 4), (320, 2))]
+        with torch.no_grad():
+            found, expected = [x.clone() for x in compiled(maps)], run(maps)
+        assert relative_difference(found, [x.double() for x in expected]) < 1e-5
