@@ -151,8 +151,7 @@ def rows(
     make: Maker,
     names: Sequence[str],
     caches: Sequence[str],
-    seconds: float,
-    compile_seconds: float = math.inf,
+    effort: gpu_timing.Effort,
 ) -> list[dict[str, Any]]:
     """The op at one model's shapes, every variant that runs and is right: a row for each cache.
 
@@ -180,7 +179,9 @@ def rows(
             run = variant(name, case.op)
             mine = cases if name.startswith((OURS, "Triton")) else cast
             with launched(name):
-                with gpu_timing.within(compile_seconds if name.startswith("compile") else math.inf):
+                with gpu_timing.within(
+                    effort.compile_seconds if name.startswith("compile") else math.inf
+                ):
                     result = run(mine[0])
                 errors[name] = judge.check(name, result)
                 calls: list[Callable[[], Any]] = [partial(run, c) for c in mine]
@@ -188,14 +189,14 @@ def rows(
                     calls = [gpu_timing.Graph(call) for call in calls]
                 for cache in caches:
                     turn = calls if cache == "cold" else calls[:1]
-                    times[cache][name] = gpu_timing.measure(turn, seconds)
+                    times[cache][name] = gpu_timing.measure(turn, effort.seconds)
             if name in (OURS, f"{OURS}, graph"):
                 ours["graph" if name.endswith("graph") else "call"] = calls[0]
         except Exception as reason:
             if name == OURS:
                 raise
             unavailable[name] = gpu_timing.first_line(reason)
-    seen = gpu_launches.of_variants(ours)
+    seen = gpu_launches.of_variants(ours) if effort.launches else {}
     return [
         {
             "case": title,
@@ -245,6 +246,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compile-batches", nargs="+", type=int, default=[1])
     add("--compile-parts", nargs="+", default=["network"], choices=gpu_models.PARTS[:-1])
     add("--compile-seconds", type=float, default=180, help="that one compilation may take")
+    add("--launches", action=argparse.BooleanOptionalAction, default=True,
+        help="list the launches of ours, by the profiler")  # fmt: skip
     add("--seconds", type=float, default=0.1, help="of each figure")
     add("--limit", type=float, default=math.inf, help="seconds after which nothing new is begun")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
@@ -278,9 +281,10 @@ class Run:
         """Seconds until nothing new is begun."""
         return self.end - time.monotonic()
 
-    def compile_seconds(self) -> float:
-        """What a compilation may take now."""
-        return max(1.0, min(self.args.compile_seconds, self.left))
+    def effort(self) -> gpu_timing.Effort:
+        """What a row may take now."""
+        compile_seconds = max(1.0, min(self.args.compile_seconds, self.left))
+        return gpu_timing.Effort(self.args.seconds, compile_seconds, self.args.launches)
 
     def add(self, section: str, key: Any, row: dict[str, Any]) -> None:
         """Adds a row, or to that of the same what it has more, and writes the result."""
@@ -301,12 +305,14 @@ class Run:
             if self.left < 0:
                 self.result["left_out"].append(f"{what}: {len(cases) - i} of {len(cases)} cases")
                 break
+            start = time.monotonic()
             try:
                 case()
             except Exception as error:
                 self.result["failures"][title] = gpu_timing.first_line(error)
                 if not gpu_timing.usable():
                     raise GpuLost(title) from error
+            print(f"{title}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         _write(self.args.output, self.result)
 
     def models(self, names: Sequence[str], *, compiled: bool) -> None:
@@ -326,9 +332,8 @@ class Run:
                 if self.left < 0:
                     self.result["left_out"].append(f"{part} and all after it of {subject.what}")
                     break
-                limit = self.compile_seconds()
                 try:
-                    row = gpu_models.row_of(subject, part, names, args.seconds, limit)
+                    row = gpu_models.row_of(subject, part, names, self.effort())
                 except Exception as error:  # costs no other part its times
                     wrong.append(gpu_timing.first_line(error))
                 else:
@@ -352,8 +357,7 @@ class Run:
 
         def case(title: str, shapes: Shapes, make: Maker) -> None:
             key = title, shapes.name, make.batch, make.dtype
-            limit = self.compile_seconds()
-            for row in rows(title, shapes, make, names, args.caches, args.seconds, limit):
+            for row in rows(title, shapes, make, names, args.caches, self.effort()):
                 self.add("rows", (*key, row["cache"]), row)
 
         cases: list[tuple[str, Callable[[], None]]] = []

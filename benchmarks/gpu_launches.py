@@ -34,7 +34,7 @@ def short_name(name: str) -> str:
     return re.split(r"[<(]", name.removeprefix("void "), maxsplit=1)[0]
 
 
-def summarise(events: Sequence[Event], repeats: int = REPEATS) -> list[dict[str, Any]]:
+def summarise(events: Sequence[Event], repeats: int) -> list[dict[str, Any]]:
     """The launches of one call, those that are alike together.
 
     Args:
@@ -77,19 +77,19 @@ def summarise(events: Sequence[Event], repeats: int = REPEATS) -> list[dict[str,
     return list(rows.values())
 
 
-def launches(call: Callable[[], Any], repeats: int = REPEATS) -> list[dict[str, Any]]:
+def launches(call: Callable[[], Any]) -> list[dict[str, Any]]:
     """The launches of one call of ``call``: see :func:`summarise`."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ACTIVITY], acc_events=True) as profiler:
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             call()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    return summarise(events, repeats)
+    return summarise(events, REPEATS)
 
 
 def of_variants(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def of_variants(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         ``launches``, and ``launched_as``, which is one of the names; or ``unseen``, why there are
         none: a profiler that fails costs no row its times.
     """
-    unseen = {}
+    unseen: dict[str, Any] = {}
     for name in ("graph", "call"):
         if name in calls:
             try:

@@ -160,7 +160,7 @@ def check_objects(
 
 
 def predictor_row(
-    subject: Subject, names: Sequence[str], seconds: float
+    subject: Subject, names: Sequence[str], effort: gpu_timing.Effort
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Times of the detectors, by the host's clock, and what could not be measured."""
     times: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def predictor_row(
                 for _ in range(3):
                     found = call()
                 check_objects(f"{subject.what}, predictor, {name}", found, expected)
-                times[name] = gpu_timing.measure([call], seconds, clock)
+                times[name] = gpu_timing.measure([call], effort.seconds, clock)
         except Exception as reason:
             if layers == OURS:
                 raise
@@ -197,7 +197,7 @@ def compiled(model: EfficientDet, part: str, name: str, subject: Subject) -> tim
 
 
 def part_row(
-    subject: Subject, part: str, names: Sequence[str], seconds: float, compile_seconds: float
+    subject: Subject, part: str, names: Sequence[str], effort: gpu_timing.Effort
 ) -> dict[str, Any]:
     """Errors, times and launches of a part by the variants ``names``."""
     row: dict[str, Any] = {"errors": {}, "times": {}, "unavailable": {}}
@@ -208,19 +208,19 @@ def part_row(
             call = subject.parts_of(model)[part]
             if name.startswith("compile"):
                 call = compiled(model, part, name, subject)
-                with gpu_timing.within(compile_seconds):
+                with gpu_timing.within(effort.compile_seconds):
                     call()
             if name.endswith("graph"):
                 call = gpu_timing.Graph(call)
             row["errors"][name] = subject.check(part, name, call())
-            row["times"][name] = gpu_timing.measure([call], seconds)
+            row["times"][name] = gpu_timing.measure([call], effort.seconds)
             if name.startswith(OURS):
                 ours["graph" if name.endswith("graph") else "call"] = call
         except Exception as reason:
             if name == OURS:
                 raise
             row["unavailable"][name] = gpu_timing.first_line(reason)
-    if part in PROFILED:
+    if part in PROFILED and effort.launches:
         row |= gpu_launches.of_variants(ours)
     if row["errors"]:
         row["errors"]["layers"] = subject.exact(part)[1]
@@ -231,8 +231,7 @@ def row_of(
     subject: Subject,
     part: str,
     names: Sequence[str],
-    seconds: float,
-    compile_seconds: float = 0.0,
+    effort: gpu_timing.Effort,
 ) -> dict[str, Any]:
     """A row of a result: one part of one model at one batch.
 
@@ -247,6 +246,6 @@ def row_of(
         "part": part,
     }
     if part != "predictor":
-        return row | part_row(subject, part, names, seconds, compile_seconds)
-    times, unavailable = predictor_row(subject, names, seconds)
+        return row | part_row(subject, part, names, effort)
+    times, unavailable = predictor_row(subject, names, effort)
     return row | {"errors": {}, "times": times, "unavailable": unavailable}

@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,21 @@ COLD_BYTES = 512 * 2**20
 SAMPLES, FEW_SAMPLES = 20, 5
 
 Function = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a row may take.
+
+    Attributes:
+        seconds: of each figure.
+        compile_seconds: of each compilation.
+        launches: whether the launches of ours are profiled.
+    """
+
+    seconds: float
+    compile_seconds: float = math.inf
+    launches: bool = True
 
 
 class Graph:

@@ -94,6 +94,7 @@ def test_a_captured_network_sees_new_images(batch: int) -> None:
             assert_identical([*classes, *boxes], wanted)
 
 
+@pytest.mark.slow
 @on_devices
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_without_a_graph_break(
