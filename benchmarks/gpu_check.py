@@ -78,12 +78,13 @@ def pytest_command(*, parallel: bool) -> list[str]:
     """pytest, without what a machine with another torch would warn of.
 
     Args:
-        parallel: whether several processes share the tests, where pytest-xdist is installed.
+        parallel: whether several processes share the tests, where pytest-xdist is installed, and
+            a test has a limit, where pytest-timeout is; a sanitizer slows some of them too much.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
     if parallel and has("xdist"):
         command += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) - 2)))]
-    if has("pytest_timeout"):
+    if parallel and has("pytest_timeout"):
         command += ["--timeout", str(TEST_SECONDS)]
     return command
 

@@ -139,17 +139,20 @@ def _predicted(
             yield f"{row['case']}, {row['model']}, batch {row['batch']}", row, [guess]
 
 
-def beside_predicted(result: dict[str, Any], predicted: dict[str, Any]) -> str:
+def beside_predicted(
+    result: dict[str, Any], predicted: dict[str, Any], *, by_kernel: bool = True
+) -> str:
     """Measured times beside what the gauge (docs/gpu-model.md) predicts, as Markdown.
 
     Parts of models, and ops that a model calls once; float16 and warm, which is what the gauge
     predicts. Kernels by name, where a result has launches and the gauge knows the kernel: what was
-    measured is from the end of the launch before when a CUDA graph was profiled, else each launch
-    by itself.
+    measured is from the end of the launch before when a CUDA graph was profiled, as what is
+    predicted, else each launch by itself.
 
     Args:
         result: of benchmarks/gpu.py.
         predicted: the content of ``results/gpu-model.json``.
+        by_kernel: whether there is a table of kernels.
 
     Returns:
         two tables, and a line that names what is off by more than :data:`OFF`; empty when nothing
@@ -169,10 +172,11 @@ def beside_predicted(result: dict[str, Any], predicted: dict[str, Any]) -> str:
         return ""
     lines = _table(["", "predicted µs", "measured µs", "off by"], wholes, words=1)
     lines += ["", f"Off by more than {OFF:.0%}: {', '.join(off) or 'nothing'}"]
-    if kernels:
+    if kernels and by_kernel:
         head = ["", "kernel", "launches, predicted", "measured", "predicted µs", "measured µs",
                 "off by"]  # fmt: skip
         lines += ["", *_table(head, kernels, words=2)]
+        lines += ["", "*as calls*: with the wait for the launch before of those that begin early."]
     return "\n".join(lines)
 
 
@@ -180,7 +184,8 @@ def _kernels(what: str, row: dict[str, Any], guesses: Sequence[dict[str, Any]]) 
     """Lines of the kernels of a row by name: launches and µs, predicted and measured."""
     if not row.get("launches"):
         return []
-    key = "step_us" if row["launched_as"] == "graph" else "us"
+    in_graph = row["launched_as"] == "graph"
+    key, how = ("step_us", "") if in_graph else ("us", ", *as calls*")
     measured: dict[str, tuple[int, float]] = {}
     for launch in row["launches"]:
         count, us = measured.get(launch["kernel"], (0, 0.0))
@@ -196,7 +201,7 @@ def _kernels(what: str, row: dict[str, Any], guesses: Sequence[dict[str, Any]]) 
         off = f"{has[1] / is_guessed[1] - 1:+.0%}" if has and is_guessed else ""
         counts = [str(x[0]) if x else "" for x in (is_guessed, has)]
         times_us = [f"{x[1]:.1f}" if x else "" for x in (is_guessed, has)]
-        lines.append([what, f"`{name}`", *counts, *times_us, off])
+        lines.append([f"{what}{how}", f"`{name}`", *counts, *times_us, off])
     return lines
 
 
@@ -206,6 +211,6 @@ def _kernels(what: str, row: dict[str, Any], guesses: Sequence[dict[str, Any]]) 
 def page(result: dict[str, Any], predicted: dict[str, Any]) -> list[str]:
     """The blocks of docs/cuda.md that are made from a result: measured, and beside predicted."""
     blocks = [markdown(result)]
-    if beside := beside_predicted(result, predicted):
+    if beside := beside_predicted(result, predicted, by_kernel=False):
         blocks += ["Beside what [the gauge](gpu-model.md) predicts:", beside]
     return blocks
