@@ -57,6 +57,13 @@ EDET_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// Of global memory, which the compiler would otherwise forget, too.
+template <class T>
+EDET_DEVICE const T* opaque(const T* p) {
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
 
 // Waits until every thread of the block is here; shared memory written before is seen after.
 EDET_DEVICE void sync_threads() { __syncthreads(); }

@@ -14,8 +14,10 @@
 #include <algorithm>
 
 #include "block_mma.cuh"
+#include "depthwise.h"
 #include "fusion.cuh"
 #include "lateral.h"
+#include "squeeze.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -29,6 +31,7 @@ struct Plan {
   int height;        // of a tile
   int across, down;  // tiles of an image
   int chunks;        // of middle channels
+  int parts;         // of an image's pooled sums: blocks
   bool aligned_in, aligned_mid;
   int* counters;  // of the projection, which `gates` sets to zero
   int counted;
@@ -292,49 +295,6 @@ EDET_DEVICE void convolve(Shared<T> patch, Shared<float> dw, const Done& done) {
 
 constexpr int kAtOnce = 32;  // loads of a thread that are on their way together
 
-// Reducing is linear: a block multiplies its sums over its pixels, `sums` of its kMiddle channels
-// from `first` on, by their part of the weights, and writes the products' c_reduced sums to `to`.
-EDET_DEVICE void reduce_part(const MbconvParams& p, int first, Shared<float> sums,
-                             Shared<float> part, float* to) {
-  constexpr int kTogether = 4, kWarps = kProductThreads / kWarp;  // panels of weights
-  static_assert(kProductThreads == kMiddle * kPanel / 4, "16 bytes of a panel for each thread");
-  const int t = thread().x, four = t % 4 * 4, row = t / 4, reduced = int(p.c_reduced);
-  const bool real = first + row < p.c_mid;
-  const float sum = get(sums + row);
-  for (int panel = 0; panel * kPanel < reduced; panel += kTogether) {
-    Vector<float, 4> v[kTogether];
-    EDET_UNROLL
-    for (int j = 0; j < kTogether; j++) {
-      v[j] = {};
-      if (real && (panel + j) * kPanel < reduced) {
-        const int64_t at = (int64_t(panel + j) * p.c_mid + first + row) * kPanel + four;
-        v[j] = load_constant<float, 4>(p.reduce + at);
-      }
-    }
-    EDET_UNROLL
-    for (int j = 0; j < kTogether; j++) {
-      if ((panel + j) * kPanel >= reduced) break;
-      EDET_UNROLL
-      for (int i = 0; i < 4; i++) {
-        float x = sum * v[j].value[i];
-        // lanes 4 apart have the same columns
-        EDET_UNROLL
-        for (int mask = 4; mask < kWarp; mask *= 2) x += shuffle_xor(x, mask);
-        if (t % kWarp < 4) store(part + ((t / kWarp * kTogether + j) * kPanel + four + i), x);
-      }
-    }
-    sync_threads();
-    const int column = panel * kPanel + t;
-    if (t < kTogether * kPanel && column < reduced) {
-      float total = 0.0f;
-      EDET_UNROLL
-      for (int g = 0; g < kWarps; g++) total += get(part + (g * kTogether * kPanel + t));
-      store(to + column, total);
-    }
-    sync_threads();
-  }
-}
-
 constexpr int kGateRows = 4;  // of excite's weights, that a thread keeps
 
 // The gates of 64 channels of an image, from what its blocks have reduced. Weights are packed.
@@ -376,7 +336,7 @@ gates(EDET_PARAMS(Plan) plan) {
     for (int i = t; i < plan.counted; i += kProductThreads) store(plan.counters + i, 0);
   }
 
-  const int blocks = plan.across * plan.down * plan.chunks;
+  const int blocks = plan.parts;
   const float pixels = float(p.out_h * p.out_w);
   const float scale = sizeof(T) == 2 ? rcp_approx(pixels) : 1.0f / pixels;
   const float* const sums = p.sums + int64_t(image) * blocks * reduced;
@@ -547,7 +507,8 @@ expand(EDET_PARAMS(Plan) plan) {
     store(sums + int(thread().x), sum);
   }
   sync_threads();
-  reduce_part(p, first, sums, sums + kMiddle, p.sums + int64_t(block().x) * p.c_reduced);
+  reduce_part(p, first, kMiddle, kProductThreads, sums, sums + kMiddle,
+              p.sums + int64_t(block().x) * p.c_reduced);
 }
 
 template <class T>
@@ -558,12 +519,13 @@ Plan plan_of(const MbconvParams& p, bool low) {
   plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
   plan.down = static_cast<int>(divide_up(p.out_h, plan.height));
   plan.chunks = static_cast<int>(divide_up(p.c_mid, kMiddle));
+  plan.parts = plan.across * plan.down * plan.chunks;
   plan.aligned_in = p.c_in % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p.input) % 16 == 0;
   plan.aligned_mid = p.c_mid % kVector<T> == 0;  // the middle is a buffer of its own
   return plan;
 }
 
-int64_t blocks_of(const Plan& plan) { return plan.p.n * plan.across * plan.down * plan.chunks; }
+int64_t blocks_of(const Plan& plan) { return plan.p.n * plan.parts; }
 
 ProjectionParams projection_of(const MbconvParams& p) {
   ProjectionParams to{};
@@ -596,12 +558,14 @@ Error launch_block(const MbconvParams& p, void* split, const Device& device, Str
   if (blocks > INT32_MAX || p.n > 65535 || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
     return kInvalidValue;
   const bool pdl = device.capability >= 90;
-  Error error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
-                       static_cast<size_t>(bytes), stream, plan);
+  Error error = !p.expand && depthwise_takes(p, p.input)
+                    ? depthwise(p, p.input, stream, &plan.parts)
+                    : launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)),
+                             Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
   if (error == kSuccess && p.c_reduced) {
     const int64_t floats = kProductThreads / kWarp * kMiddle + round_up(p.c_reduced, 4) +
                            kGateRows * 4 * kProductThreads;
-    if (blocks / p.n * p.c_reduced > INT32_MAX) return kInvalidValue;
+    if (plan.parts * p.c_reduced > INT32_MAX) return kInvalidValue;
     error = launch(gates<T>, Dim3(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(p.n)),
                    Dim3(kProductThreads), static_cast<size_t>(floats * 4), stream, plan, pdl);
   }
@@ -616,8 +580,9 @@ MbconvMemory mbconv_memory(const MbconvParams& p) {
   const Plan plan = p.dtype == DType::f32 ? plan_of<float>(p, true) : plan_of<f16>(p, true);
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
   const SplitMemory split = split_memory(projection_of(p));
+  const int64_t parts = std::max(int64_t(plan.parts), depthwise_most_parts(p));
   return {p.n * p.out_h * p.out_w * p.c_mid * element,
-          p.c_reduced ? blocks_of(plan) * p.c_reduced * 4 : 0, p.c_reduced ? p.n * p.c_mid * 4 : 0,
+          p.c_reduced ? p.n * parts * p.c_reduced * 4 : 0, p.c_reduced ? p.n * p.c_mid * 4 : 0,
           // `gates` is what sets the counters to zero
           p.c_reduced ? split.partial_bytes + 4 * split.counters : 0};
 }

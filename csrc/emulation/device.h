@@ -33,6 +33,10 @@ inline Index block() { return index_of(emulation::block()); }
 inline Index block_size() { return index_of(emulation::block_size()); }
 inline Index grid_size() { return index_of(emulation::grid_size()); }
 inline int opaque(int x) { return x; }
+template <class T>
+const T* opaque(const T* p) {
+  return p;
+}
 inline int lane() { return emulation::thread().linear % kWarp; }
 
 inline void sync_threads(int line = __builtin_LINE()) { emulation::barrier(line); }
