@@ -23,11 +23,10 @@ from benchmarks.gpu_model.work import Work
 #: Where kernels are, by the name of their function.
 SOURCES = {
     "node": "fusion_node", "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
-    "gates": "mbconv", "convolve": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
-    "fuse_depthwise": "fused_depthwise",
-    "multiply_large": "gemm",
-    "narrow": "gemm", "count": "detect", "collect": "detect", "rank": "detect",
-    "suppress_hard": "nms",
+    "gates": "mbconv", "convolve_depthwise": "depthwise", "convolve": "stem",
+    "fuse": "weighted_fusion", "bifpn": "bifpn", "fuse_depthwise": "fused_depthwise",
+    "multiply_large": "gemm", "narrow": "gemm",
+    "count": "detect", "collect": "detect", "rank": "detect", "suppress_hard": "nms",
 }  # fmt: skip
 #: Parts of a kernel, by the source function that its instructions are of: the first that fits.
 PHASES = (

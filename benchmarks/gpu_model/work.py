@@ -33,13 +33,14 @@ def _mbconv(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Wo
     pixels = n * image.shape[2] * image.shape[3]
     middle_bytes = n * h * w * middle * element
     residual = _size(image) if args[9] else 0
-    operations = 2 * pixels * image.shape[1] * middle if expand else 0
-    expanded = pixels * middle * element
-    if expand and len(kernels) == (4 if squeeze else 3):
+    operations = 2 * pixels * image.shape[1] * middle
+    groups = sum("convolve_depthwise" in name for name in kernels)
+    if groups and kernels[0].startswith("multiply_large"):  # of images, each expanded and then convolved
+        own, expanded = _size(image) // groups, pixels * middle * element // groups
         first = [
-            Work(_size(image, *expand) + expanded, operations),
-            Work(expanded + _size(*depthwise, *squeeze[:1]) + middle_bytes),
-        ]
+            Work(own + _size(*expand) + expanded, operations // groups),
+            Work(expanded + _size(*depthwise, *squeeze[:1]) + middle_bytes // groups),
+        ] * groups
     else:
         read = _size(image, *expand, *depthwise, *squeeze[:1])
         first = [Work(read + middle_bytes, operations)]

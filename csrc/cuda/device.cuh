@@ -57,6 +57,13 @@ EDET_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// Of global memory, which the compiler would otherwise forget, too.
+template <class T>
+EDET_DEVICE const T* opaque(const T* p) {
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
 
 // Waits until every thread of the block is here; shared memory written before is seen after.
 EDET_DEVICE void sync_threads() { __syncthreads(); }
@@ -150,6 +157,24 @@ EDET_DEVICE uint32_t pack(float first, float second) {
     memcpy(&pair, &halves, 4);
   }
   return pair;
+}
+// The product of each two, rounded to T.
+template <class T>
+EDET_DEVICE uint32_t product(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  using Pair = std::conditional_t<std::is_same_v<T, f16>, __half2, __nv_bfloat162>;
+  Pair x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmul2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+#else
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  return pack<T>(x[0] * y[0], x[1] * y[1]);
+#endif
 }
 // The larger of each two, NaN where either is.
 template <class T>

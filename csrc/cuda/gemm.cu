@@ -46,48 +46,42 @@ class GemmTile {
     }
   }
 
-  // Adds a (128, depth) · w (depth, columns), depth a multiple of kDepth. change(m, k, rows) gates
-  // the m-th 16 rows of a warp, at channels from k on.
+  // Adds a (128, depth) · w (depth, columns), depth a multiple of kStepDepth. change(m, k, rows)
+  // gates the m-th 16 rows of a warp, at channels from k on.
+  static constexpr int kStepDepth = 16;
   template <class Change>
   EDET_DEVICE void mma(Shared<Type> a, Shared<Type> w, int depth, const Change& change) {
     const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
-    const Shared<Type> left = a + ((warp % 4 * 32 + lane % 16) * kPitchA + lane / 16 * 8);
-    const Shared<Type> right = w + (lane * kPitchW + warp / 4 * (kN * 8));
+    const int row = lane % 16,
+              column = lane / 16 * 8;  // of a lane's 8 numbers of four 8×8 matrices
+    const Shared<Type> left = a + ((warp % 4 * 32 + row) * kPitchA + column);
+    const Shared<Type> right = w + (row * kPitchW + warp / 4 * (kN * 8) + column);
     EDET_LOOP
-    for (int k = 0; k < depth; k += kDepth) {
-      uint32_t rows[2][kM][4];
+    for (int k = 0; k < depth; k += kStepDepth) {
+      uint32_t rows[kM][4];
       EDET_UNROLL
-      for (int half = 0; half < 2; half++) {
-        EDET_UNROLL
-        for (int m = 0; m < kM; m++) {
-          ldmatrix_x4(left + (m * 16 * kPitchA + k + 16 * half), rows[half][m]);
-        }
-      }
+      for (int m = 0; m < kM; m++) ldmatrix_x4(left + (m * 16 * kPitchA + k), rows[m]);
       EDET_UNROLL
-      for (int half = 0; half < 2; half++) {
-        EDET_UNROLL
-        for (int m = 0; m < kM; m++) change(m, k + 16 * half, rows[half][m]);
-      }
+      for (int m = 0; m < kM; m++) change(m, k, rows[m]);
       EDET_UNROLL
-      for (int n = 0; n < kN; n++) {
+      for (int n = 0; n < kN; n += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(right + (k * kPitchW + n * 8), b);
         EDET_UNROLL
-        for (int half = 0; half < 2; half++) {
+        for (int other = 0; other < 2; other++) {
           EDET_UNROLL
           for (int m = 0; m < kM; m++) {
-            warp_mma<Type>(acc_[m][n], rows[half][m], b[2 * half], b[2 * half + 1]);
+            warp_mma<Type>(acc_[m][n + other], rows[m], b[2 * other], b[2 * other + 1]);
           }
         }
       }
     }
   }
 
-  // As TensorCoreSums::each.
-  template <class Factors, class Begin, class Put>
-  EDET_DEVICE void each(const Factors& factors, const Begin& begin, const Put& put) const {
+  // Calls put(factors(column), row, column, sum, sum of column + 1) for all sums of this thread.
+  template <class Factors, class Put>
+  EDET_DEVICE void each(const Factors& factors, const Put& put) const {
     const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
-    begin();
     EDET_UNROLL
     for (int n = 0; n < kN; n++) {
       const int column = (warp / 4 * kN + n) * 8 + lane % 4 * 2;
@@ -122,55 +116,110 @@ struct Memory {
   int gates, stages;
 
   EDET_EVERYWHERE constexpr Memory(int64_t k, bool gated)
-      : gates(2 * Tile::kColumns * 4), stages(gates + (gated ? 2 * int(k) * 4 : 0)) {}
+      : gates(2 * Tile::kColumns * 4), stages(gates + (gated ? 2 * int(k) * 2 : 0)) {}
 };
 
 // What a thread copies of a stage: of rows and of weights one vector of 8 channels every so often.
+// Its addresses go on from chunk to chunk.
 template <class Tile>
 class StagePart {
   using T = typename Tile::Type;
-  static constexpr int kParts = Tile::kRows * kVectors / kProductThreads;
-  static constexpr int kAcross = Tile::kColumns / 8;
-  static constexpr int kVectorsW = kChunk<T> * kAcross;
-  static constexpr int kPartsW = kVectorsW / kProductThreads;
-  static_assert(kVectorsW % kProductThreads == 0, "whole parts");
+  static constexpr int kStep = kProductThreads / kVectors;  // rows between two of a thread's
+  static constexpr int kParts = Tile::kRows / kStep;
+  // the same of weights, for which a row has a power of two of threads
+  static constexpr int kAcross = Tile::kColumns == 96 ? 16 : Tile::kColumns / 8;
+  static constexpr int kStepW = kProductThreads / kAcross, kPartsW = kChunk<T> / kStepW;
 
  public:
   EDET_DEVICE StagePart(const GemmParams& p, const GemmRows& level, int64_t row0, int n)
       : k_(int(p.k)), pitch_(int(round_up(p.n, 8))) {
-    const int t = thread().x;
-    rows_ = int(min64(level.rows - row0, Tile::kRows)) - t / kVectors;
-    from_ = static_cast<const T*>(level.input) + (row0 + t / kVectors) * k_ + t % kVectors * 8;
-    w_ = static_cast<const T*>(p.w) + n;
-    columns_ = pitch_ - n;
+    const int t = thread().x, row = t / kVectors;
+    const int64_t left = level.rows - row0 - row;
+    rows_ = left < Tile::kRows ? int(left) : Tile::kRows;
+    channels_ = k_ - t % kVectors * 8;
+    from_ = static_cast<const T*>(level.input) + (row0 + row) * k_ + t % kVectors * 8;
+    const int column = n + t % kAcross * 8;
+    weights_ = column < pitch_ ? k_ - t / kAcross : 0;
+    w_ = static_cast<const T*>(p.w) + (t / kAcross * pitch_ + column);
   }
-  // Copies channels [k, k + 64).
-  EDET_DEVICE void copy(int k, Shared<T> a, Shared<T> w) const {
-    const int t = thread().x, vector = t % kVectors;
-    const bool real = k + vector * 8 < k_;
+  // Copies the next 64 channels; zeros where there are none.
+  EDET_DEVICE void copy(Shared<T> a, Shared<T> w) {
+    const int t = thread().x;
+    a = a + (t / kVectors * Tile::kPitchA + t % kVectors * 8);
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) {
-      const int row = j * (kProductThreads / kVectors);
-      const bool there = real && row < rows_;
-      cp_async_16(a + ((t / kVectors + row) * Tile::kPitchA + vector * 8),
-                  from_ + (there ? row * k_ + k : 0), there);
+      cp_async_16(a + j * kStep * Tile::kPitchA, from_ + j * kStep * k_,
+                  channels_ > 0 && j * kStep < rows_);
     }
-    EDET_UNROLL
-    for (int j = 0; j < kPartsW; j++) {
-      const int i = t + j * kProductThreads, row = i / kAcross, column = i % kAcross * 8;
-      const bool there = k + row < k_ && column < columns_;
-      cp_async_16(w + (row * Tile::kPitchW + column),
-                  w_ + (there ? (k + row) * pitch_ + column : 0), there);
+    if (Tile::kColumns != 96 || t % kAcross < 12) {
+      w = w + (t / kAcross * Tile::kPitchW + t % kAcross * 8);
+      EDET_UNROLL
+      for (int j = 0; j < kPartsW; j++) {
+        cp_async_16(w + j * kStepW * Tile::kPitchW, w_ + j * kStepW * pitch_,
+                    j * kStepW < weights_);
+      }
     }
+    channels_ -= kChunk<T>;
+    from_ += kChunk<T>;
+    weights_ -= kChunk<T>;
+    w_ += kChunk<T> * pitch_;
   }
 
  private:
-  static EDET_DEVICE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
   const int k_, pitch_;
-  int rows_, columns_;
+  int rows_, channels_, weights_;  // rows and channels from the thread's first on; rows of weights
   const T *from_, *w_;
 };
+
+// Stores the tile's result, which is in shared memory, 16 bytes at a time where rows are aligned to
+// that, else words or elements.
+template <class Tile, class Finish>
+EDET_DEVICE void store_tile(Shared<typename Tile::Type> from, typename Tile::Type* to, int rows,
+                            int columns, int pitch, bool aligned, const Finish& finish) {
+  using T = typename Tile::Type;
+  constexpr int kAcross = Tile::kColumns / 8, kStep = kProductThreads / kAcross;
+  const int t = opaque(thread().x);
+  if (aligned) {
+    if (t >= kStep * kAcross) return;
+    const int row = t / kAcross, column = t % kAcross * 8;
+    if (column >= columns) return;
+    to += int64_t(row) * pitch + column;
+    from = from + (row * Tile::kPitchW + column);
+    EDET_UNROLL
+    for (int r = 0; r < Tile::kRows; r += kStep) {
+      if (r + row >= rows) break;
+      store(to, finish(load<8>(from + r * Tile::kPitchW), to));
+      to += kStep * pitch;
+    }
+    return;
+  }
+  if (pitch % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+    // a warp has a row at a time, each lane a word of every 32
+    constexpr int kWarps = kProductThreads / kWarp, kParts = divide_up(Tile::kColumns / 2, kWarp);
+    const int column = t % kWarp * 2, row = t / kWarp;
+    to += int64_t(row) * pitch + column;
+    from = from + (row * Tile::kPitchW + column);
+    EDET_UNROLL
+    for (int r = 0; r < Tile::kRows; r += kWarps) {
+      if (r + row >= rows) break;
+      EDET_UNROLL
+      for (int j = 0; j < kParts; j++) {
+        if (column + j * 2 * kWarp >= columns) break;
+        T* const at = to + j * 2 * kWarp;
+        store(at, finish(load<2>(from + (r * Tile::kPitchW + j * 2 * kWarp)), at));
+      }
+      to += kWarps * pitch;
+    }
+    return;
+  }
+  EDET_LOOP
+  for (int i = t; i < Tile::kRows * Tile::kColumns; i += kProductThreads) {
+    const int row = i / Tile::kColumns, column = i % Tile::kColumns;
+    if (row >= rows || column >= columns) continue;
+    T* const at = to + (int64_t(row) * pitch + column);
+    store(at, finish(load<1>(from + (row * Tile::kPitchW + column)), at));
+  }
+}
 
 template <class Tile, bool kGated>
 EDET_KERNEL(kProductThreads, 2)
@@ -181,7 +230,8 @@ multiply_large(EDET_PARAMS(LargeProduct) plan) {
   EDET_SHARED(char, memory);
   griddep_launch();
   const Memory<Tile> at(p.k, kGated);
-  const Shared<float> affine = as<float>(memory), gates = as<float>(memory + at.gates);
+  const Shared<float> affine = as<float>(memory);
+  const Shared<T> gates = as<T>(memory + at.gates);
   const auto left_of = [&](int stage) {
     return as<T>(memory + (at.stages + stage * Tile::kStage));
   };
@@ -201,89 +251,89 @@ multiply_large(EDET_PARAMS(LargeProduct) plan) {
     store(affine + (Tile::kColumns + t),
           real ? load_constant<float, 1>(level.shift + n + t).value[0] : 0.0f);
   }
-  const StagePart<Tile> part(p, level, row0, n);
+  StagePart<Tile> part(p, level, row0, n);
   // the image of a warp's 16 rows is the tile's first or the one after
   const int first_image = kGated ? int(row0 / p.image_rows) : 0;
   const int next_rows = kGated ? int((first_image + 1) * p.image_rows - row0) : 0;
   griddep_wait();
-  if (kGated) {
-    const int images = int(p.level[0].rows / p.image_rows);
-    for (int i = t; i < k_all / 2; i += kProductThreads) {
-      const int image = i / (k_all / 4), four = i % (k_all / 4) * 4;
-      const bool there = first_image + image < images;
-      cp_async_16(gates + (image * k_all + four),
-                  p.gate + (there ? int64_t(first_image + image) * k_all + four : 0), there);
-    }
-  }
   const int chunks = divide_up(k_all, kChunk<T>);
   EDET_UNROLL
   for (int chunk = 0; chunk < kStages - 1; chunk++) {
-    if (chunk < chunks) part.copy(chunk * kChunk<T>, left_of(chunk), right_of(chunk));
+    if (chunk < chunks) part.copy(left_of(chunk), right_of(chunk));
     cp_async_commit();
   }
-  Tile product;
+  if (kGated) {  // which are there at the first barrier
+    const int images = int(p.level[0].rows / p.image_rows), fours = k_all / 4;
+    for (int i = t; i < 2 * fours; i += kProductThreads) {
+      const int image = i / fours, four = i % fours * 4;
+      if (first_image + image >= images) break;
+      const Vector<float, 4> v =
+          load_written<float, 4>(p.gate + int64_t(first_image + image) * k_all + four);
+      store(gates + (image * k_all + four), from_floats<T>(v.value));
+    }
+  }
+  Tile sums;
   int stage = 0, next = kStages - 1;
   EDET_LOOP
   for (int chunk = 0; chunk < chunks; chunk++) {
     cp_async_wait<kStages - 2>();
     sync_threads();  // the chunk is there, and nobody reads the stage that the next one goes to
     const int ahead = chunk + kStages - 1;
-    if (ahead < chunks) part.copy(ahead * kChunk<T>, left_of(next), right_of(next));
+    if (ahead < chunks) part.copy(left_of(next), right_of(next));
     cp_async_commit();
     const int k0 = chunk * kChunk<T>;
-    const int depth = round_up(min(kChunk<T>, k_all - k0), kDepth);
-    product.mma(left_of(stage), right_of(stage), depth, [&](int m, int k, uint32_t (&rows)[4]) {
+    const int depth = round_up(min(kChunk<T>, k_all - k0), Tile::kStepDepth);
+    sums.mma(left_of(stage), right_of(stage), depth, [&](int m, int k, uint32_t (&rows)[4]) {
       if constexpr (kGated) {
         const int lane = thread().x % kWarp, warp = thread().x / kWarp;
         const int image = warp % 4 * 32 + m * 16 >= next_rows ? 1 : 0;
         EDET_UNROLL
         for (int half = 0; half < 2; half++) {
-          // zeros past the rows' channels, whatever they are multiplied by
+          // past the rows' channels are zeros, whatever they are multiplied by
           const int channel = min(k0 + k + half * 8, k_all - 8) + lane % 4 * 2;
-          const Vector<float, 2> gate = load<2>(gates + (image * k_all + channel));
+          const uint32_t gate = get(as<uint32_t>(gates + (image * k_all + channel)));
           EDET_UNROLL
-          for (int i = 0; i < 2; i++) {
-            float one, two;
-            unpack<T>(rows[half * 2 + i], one, two);
-            rows[half * 2 + i] = pack<T>(one * gate.value[0], two * gate.value[1]);
-          }
+          for (int i = 0; i < 2; i++) rows[half * 2 + i] = product<T>(rows[half * 2 + i], gate);
         }
       }
     });
     stage = stage + 1 == kStages ? 0 : stage + 1;
     next = next + 1 == kStages ? 0 : next + 1;
   }
-  cp_async_wait<0>();
-  const auto store_all = [&](const auto& change) {
-    store_product(
-        product, left_of(0),
+  sync_threads();  // the operands, in whose place the result comes, are read
+  const Shared<T> stage_out = left_of(0);
+  const Activation activation = p.activation;
+  const auto stage_all = [&](const auto& change) {
+    sums.each(
         [&](int column) {
           const Vector<float, 2> scale = load<2>(affine + column);
           const Vector<float, 2> shift = load<2>(affine + (Tile::kColumns + column));
           return Affine{{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
         },
-        n, columns, n_all, plan.aligned_out, change,
-        [&](auto v, const T* to) {
-          constexpr int V = sizeof(v) / sizeof(T);
-          if (!p.residual) return v;
-          const T* const from =
-              static_cast<const T*>(p.residual) + (to - static_cast<const T*>(level.out));
-          return sum_of(v, load_constant<T, V>(from));
-        },
-        [&](int row) -> T* {
-          if (row0 + row >= level.rows) return nullptr;
-          return static_cast<T*>(level.out) + (row0 + row) * n_all;
+        [&](const Affine& f, int row, int column, float first, float second) {
+          float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
+          change(x);
+          store(stage_out + (row * Tile::kPitchW + column), from_floats<T>(x));
         });
   };
-  const Activation activation = p.activation;
-  if (activation == Activation::none) return store_all([](float (&)[2], int, int) {});
-  if (activation == Activation::swish) {
-    return store_all([](float (&x)[2], int, int) {
-      x[0] = swish<T>(x[0]);
-      x[1] = swish<T>(x[1]);
-    });
+  if (activation == Activation::none) {
+    stage_all([](float (&)[2]) {});
+  } else if (activation == Activation::swish) {
+    stage_all([](float (&x)[2]) { x[0] = swish<T>(x[0]), x[1] = swish<T>(x[1]); });
+  } else {
+    stage_all([&](float (&x)[2]) { activate<T>(x, activation); });
   }
-  store_all([&](float (&x)[2], int, int) { activate<T>(x, activation); });
+  sync_threads();
+  T* const to = static_cast<T*>(level.out) + row0 * n_all + n;
+  const int64_t rows_left = level.rows - row0;
+  const int rows = rows_left < Tile::kRows ? int(rows_left) : Tile::kRows;
+  if (!p.residual) {
+    return store_tile<Tile>(stage_out, to, rows, columns, n_all, plan.aligned_out, AsItIs{});
+  }
+  const int64_t residual = static_cast<const T*>(p.residual) - static_cast<const T*>(level.out);
+  store_tile<Tile>(stage_out, to, rows, columns, n_all, plan.aligned_out, [&](auto v, const T* at) {
+    return sum_of(v, load_constant<T, sizeof(v) / sizeof(T)>(at + residual));
+  });
 }
 
 // Bytes of shared memory of a block of so many columns.
@@ -291,7 +341,7 @@ int shared_of(int64_t k, int64_t columns, bool gated) {
   const int64_t stage = (kGemmRows * (64 + 8) + 64 * (columns + 8)) * 2;
   const int64_t stages = std::min<int64_t>(divide_up(k, 64), kStages) * stage;
   const int64_t out = kGemmRows * (columns + 8) * 2;
-  return static_cast<int>(2 * columns * 4 + (gated ? 2 * k * 4 : 0) + std::max(stages, out));
+  return static_cast<int>(2 * columns * 4 + (gated ? 2 * k * 2 : 0) + std::max(stages, out));
 }
 
 template <class Tile, bool kGated>
@@ -359,8 +409,9 @@ bool gemm_pays(DType dtype, int64_t rows, int64_t k, int64_t n, int64_t image_ro
   if (!gemm_can(dtype, k, image_rows)) return false;
   Device device;
   if (current_device(&device) != kSuccess) return false;
+  // fewer blocks than that leave the machine emptier than smaller tiles would
   const int64_t slices = divide_up(n, columns_of(k, n, image_rows > 0, device.shared_bytes));
-  return divide_up(rows, int64_t(kGemmRows)) * slices >= 2 * device.multiprocessors;
+  return divide_up(rows, int64_t(kGemmRows)) * slices >= device.multiprocessors * 3 / 8;
 }
 
 Error pack_weights(DType dtype, const GemmWeights* weights, int count, Stream stream, bool pdl) {
@@ -373,6 +424,10 @@ Error pack_weights(DType dtype, const GemmWeights* weights, int count, Stream st
         packing.first[i] + static_cast<int>(divide_up(weights[i].n, kPanel) * weights[i].k * 2);
   }
   const Dim3 grid(static_cast<unsigned>(divide_up(packing.first[count], kProductThreads)));
+  Device device;
+  const Error error = current_device(&device);
+  if (error != kSuccess) return error;
+  pdl = pdl && device.capability >= 90;
   const auto kernel = dtype == DType::f16 ? narrow<f16> : narrow<bf16>;
   return launch(kernel, grid, Dim3(kProductThreads), 0, stream, packing, pdl);
 }

@@ -33,6 +33,10 @@ inline Index block() { return index_of(emulation::block()); }
 inline Index block_size() { return index_of(emulation::block_size()); }
 inline Index grid_size() { return index_of(emulation::grid_size()); }
 inline int opaque(int x) { return x; }
+template <class T>
+const T* opaque(const T* p) {
+  return p;
+}
 inline int lane() { return emulation::thread().linear % kWarp; }
 
 inline void sync_threads(int line = __builtin_LINE()) { emulation::barrier(line); }
@@ -91,6 +95,13 @@ uint32_t pack(float first, float second) {
   uint32_t pair;
   std::memcpy(&pair, two, sizeof pair);
   return pair;
+}
+template <class T>
+uint32_t product(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  return pack<T>(x[0] * y[0], x[1] * y[1]);
 }
 template <class T>
 uint32_t max_nan(uint32_t a, uint32_t b) {

@@ -83,7 +83,8 @@ sizes = pytest.mark.parametrize("size", [32, 64, 192])
     ("name", "count"),
     [("node<BlockMma<f16, 1, 2>>", 8), ("multiply<BlockMma<f16, 1, 2>>", 3),
      ("multiply_few<BlockMma<f16, 1, 2>>", 3), ("expand<BlockMma<f16, 1, 2>>", 2),
-     ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3)],
+     ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3),
+     ("convolve_depthwise<f16, 3, 1, true, true>", 12)],
 )  # fmt: skip
 def test_no_slow_code(kernels, name, count):
     """In the whole code of the kernels for 16-bit maps, and so in their tile loops."""
@@ -158,3 +159,38 @@ def test_no_slower_than_the_recorded_table(kernels):
     (recorded,) = [row for row in rows if (row["gpu"], row["model"], row["batch"], row["op"])
                    == ("H100", "tf_efficientdet_d0", 1, "bifpn")]  # fmt: skip
     assert found <= 1.05 * recorded["predicted_us"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "most"),
+    [(32, 256, 3, 1, 1.25), (96, 256, 3, 2, 1.15), (144, 128, 3, 1, 1.25), (144, 128, 5, 2, 1.6),
+     (240, 64, 5, 1, 2.2)],
+)  # fmt: skip
+def test_depthwise_of_many_images(kernels, channels, size, kernel, stride, most):
+    """A block that expands nothing: its first kernel, against the bytes that it must move."""
+    launch_of("one", 32)  # skips where there is no emulation
+    gpu = rates.gpu("H100")
+    image = torch.empty(64, channels, size, size, dtype=torch.half)
+    ones, reduced = torch.ones(channels), 16
+    squeeze = [torch.empty(1, channels, 16), torch.ones(reduced),
+               torch.empty(-(-channels // 16), reduced, 16), ones]  # fmt: skip
+    project = [torch.empty(1, channels, 16), torch.ones(16), torch.ones(16)]
+    out, before = size // stride, (kernel - stride) // 2
+    recorder = launches.Recorder()
+    with launches.dry(gpu.device), recorder:
+        torch.ops.edet_kernels.mbconv(
+            image.to(memory_format=torch.channels_last),
+            [],
+            [torch.empty(kernel**2, channels), ones, ones],
+            squeeze,
+            project,
+            stride,
+            [before, before],
+            [out, out],
+            1,
+            False,
+        )
+    (call,) = recorder.calls
+    found = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)[0]
+    assert found.kernel.startswith("convolve_depthwise<")
+    assert found.time_us <= most * found.bandwidth_us

@@ -103,3 +103,17 @@ def test_a_projection_without_gates(one_processor, dtype):
     call = sample("mbconv", dtype, batch=3, size=(13, 11), squeeze=False)
     assert any("LargeProduct" in name for name in kernels(one_processor, call)[0])
     call.check(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_an_expansion_through_memory(one_processor, dtype, kernel, stride):
+    """Rows to columns of several blocks, then the depthwise convolution of their map."""
+    options = {"size": (17, 23), "kernel": kernel, "stride": stride, "expansion": 6}
+    call = sample("mbconv", dtype, batch=3, channels=24, residual=stride == 1, **options)
+    names, _ = kernels(one_processor, call)
+    assert names[:2] == ["Packing", "LargeProduct"]
+    call.check(dtype)
+    one_processor.set_device(100, 227 * 1024, 90)  # for which the map is small
+    assert "LargeProduct" not in kernels(one_processor, call)[0]
