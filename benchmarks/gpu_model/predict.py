@@ -24,7 +24,8 @@ from benchmarks.gpu_model.work import Work
 SOURCES = {
     "node": "fusion_node", "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
     "gates": "mbconv", "convolve_depthwise": "depthwise", "convolve": "stem",
-    "fuse": "weighted_fusion", "bifpn": "bifpn", "fuse_depthwise": "fused_depthwise",
+    "multiply_pixels": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
+    "fuse_depthwise": "fused_depthwise",
     "count": "detect", "collect": "detect", "rank": "detect", "suppress_hard": "nms",
 }  # fmt: skip
 #: Parts of a kernel, by the source function that its instructions are of: the first that fits.
