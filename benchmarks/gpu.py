@@ -1,4 +1,4 @@
-"""Times each op's CUDA kernels on an NVIDIA GPU against PyTorch's own: checked first, then timed.
+"""Times whole models and each op's CUDA kernels on a GPU against PyTorch: checked, then timed.
 
 ``make gpu-check`` runs it; docs/cuda.md says how it measures. Nothing here changes the GPU's
 settings.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
 
 import edet_kernels  # noqa: E402
-from edet.bench import report  # noqa: E402
+from benchmarks import gpu_launches, gpu_models, gpu_tables, gpu_timing  # noqa: E402
 from edet.bench.measure import machine_name  # noqa: E402
 from edet.bench.result import OURS  # noqa: E402
 from edet.files import replacing  # noqa: E402
@@ -34,7 +35,6 @@ from edet.fused.cells import graph_of  # noqa: E402
 from edet.models.bifpn import bifpn_nodes  # noqa: E402
 from edet.models.configs import ModelConfig, get_config  # noqa: E402
 from edet_kernels import library, reference  # noqa: E402
-from edet_kernels.testing import timing  # noqa: E402
 from edet_kernels.testing.model_samples import MODEL_SAMPLES as CASES  # noqa: E402
 from edet_kernels.testing.model_samples import Shapes  # noqa: E402
 from edet_kernels.testing.numeric import (  # noqa: E402
@@ -45,18 +45,17 @@ from edet_kernels.testing.numeric import (  # noqa: E402
 )
 from edet_kernels.testing.samples import Call, Graph, Maker, tensors  # noqa: E402
 
-SCHEMA = "edet-bench-gpu/1"
+SCHEMA = "edet-bench-gpu/2"
 MODELS = tuple(f"tf_efficientdet_d{i}" for i in (*range(8), "7x"))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 #: How a graph of nodes can be launched (EDET_CUDA_LAUNCH), and the ops that are one.
 LAUNCHES = ("nodes", "pdl", "persistent")
 GRAPH_OPS = ("bifpn", "head")
-#: What the gauge predicts, and by how much of it a measured time may differ before it is named.
+#: What the gauge predicts.
 PREDICTED = ROOT / "benchmarks" / "results" / "gpu-model.json"
-OFF = 0.3
 #: Variants: ours by its CUDA and by its Triton kernels and eager, as they are and in a CUDA graph,
 #: ours for each launch too, and what torch.compile makes of eager.
-VARIANTS = (
+OP_VARIANTS = (
     OURS,
     "ours, graph",
     *(f"ours, {launch}{graph}" for launch in LAUNCHES for graph in ("", ", graph")),
@@ -67,10 +66,7 @@ VARIANTS = (
     "compile",
     "compile, max-autotune",
 )
-#: Where the arguments are and the backend of ours.
-DEVICE = "cuda"
-#: Bytes of inputs that rotate when the second-level cache is to be cold: more than any GPU has.
-COLD_BYTES = 512 * 2**20
+VARIANTS = tuple(dict.fromkeys((*gpu_models.VARIANTS, *OP_VARIANTS)))
 
 
 def shapes_of(config: ModelConfig) -> Shapes:
@@ -131,21 +127,8 @@ def launched(name: str) -> Iterator[None]:
             os.environ["EDET_CUDA_LAUNCH"] = before
 
 
-def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def variant(name: str, op: str) -> Callable[[Call], Any]:
-    """What one of :data:`VARIANTS` does with a call of ``op``; compiled once for all its calls."""
+    """What one of :data:`OP_VARIANTS` does with a call of ``op``, compiled once for all calls."""
     if name.startswith(OURS):
         return lambda call: call()
     if name.startswith("Triton"):
@@ -162,37 +145,17 @@ def variant(name: str, op: str) -> Callable[[Call], Any]:
     return lambda call: call.run(function)
 
 
-def measure(calls: Sequence[Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Times ``calls`` in turn by device events; several when the cache is to be cold."""
-
-    def turn() -> None:
-        for call in calls:
-            call()
-
-    turn()
-    torch.cuda.synchronize()
-    rounds = min(1000, max(20, math.ceil(1e3 * seconds / timing.event_clock(turn))))
-    times = timing.measure({OURS: turn}, timing.event_clock, rounds=rounds)[OURS]
-    return report.summary([ms / len(calls) for ms in times])
-
-
-def ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """Measured bytes per second of a large copy and operations per second of a large product."""
-    return {
-        "bytes_per_second": timing.copy_bandwidth(torch.device(DEVICE)),
-        "operations_per_second": timing.matrix_peak(torch.device(DEVICE), dtype),
-    }
-
-
 def rows(
     title: str,
     shapes: Shapes,
     make: Maker,
     names: Sequence[str],
     caches: Sequence[str],
-    seconds: float,
+    effort: gpu_timing.Effort,
 ) -> list[dict[str, Any]]:
     """The op at one model's shapes, every variant that runs and is right: a row for each cache.
+
+    The row of the warm cache has the launches of ours.
 
     Raises:
         CheckFailed: ours is wrong.
@@ -202,12 +165,13 @@ def rows(
         torch.compiler.reset()  # or the compiler would make one program for the shapes of all rows
     case = CASES[title](make, shapes)
     judge = Judge(title, case, make.dtype)
-    copies = max(2, min(64, COLD_BYTES // max(case.bytes, 1))) if "cold" in caches else 1
+    copies = max(2, min(64, gpu_timing.COLD_BYTES // max(case.bytes, 1))) if "cold" in caches else 1
     cases = [case] + [CASES[title](make, shapes) for _ in range(copies - 1)]
     cast = [c if c.op == "detect" else c.to(make.dtype) for c in cases]  # weights too, for PyTorch
     times: dict[str, dict[str, Any]] = {cache: {} for cache in caches}
     errors: dict[str, float] = {}
     unavailable: dict[str, str] = {}
+    ours: dict[str, Callable[[], Any]] = {}
     for name in names:
         if case.op not in GRAPH_OPS and any(launch in name for launch in LAUNCHES):
             continue
@@ -215,16 +179,24 @@ def rows(
             run = variant(name, case.op)
             mine = cases if name.startswith((OURS, "Triton")) else cast
             with launched(name):
-                errors[name] = judge.check(name, run(mine[0]))
+                with gpu_timing.within(
+                    effort.compile_seconds if name.startswith("compile") else math.inf
+                ):
+                    result = run(mine[0])
+                errors[name] = judge.check(name, result)
                 calls: list[Callable[[], Any]] = [partial(run, c) for c in mine]
                 if name.endswith("graph"):
-                    calls = [_graph(call) for call in calls]
+                    calls = [gpu_timing.Graph(call) for call in calls]
                 for cache in caches:
-                    times[cache][name] = measure(calls if cache == "cold" else calls[:1], seconds)
+                    turn = calls if cache == "cold" else calls[:1]
+                    times[cache][name] = gpu_timing.measure(turn, effort.seconds)
+            if name in (OURS, f"{OURS}, graph"):
+                ours["graph" if name.endswith("graph") else "call"] = calls[0]
         except Exception as reason:
             if name == OURS:
                 raise
-            unavailable[name] = first_line(reason)
+            unavailable[name] = gpu_timing.first_line(reason)
+    seen = gpu_launches.of_variants(ours) if effort.launches else {}
     return [
         {
             "case": title,
@@ -237,69 +209,10 @@ def rows(
             "operations": case.operations,
             "times": times[cache],
             "unavailable": unavailable,
+            **(seen if cache == "warm" else {}),
         }
         for cache in caches
     ]
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a Markdown table: microseconds, and our shares of the measured ceilings."""
-    names = list(dict.fromkeys(name for r in result["rows"] for name in r["times"]))
-    lines = [f"**{result['device']}**, torch {result['torch']}, {result['date'][:10]}; µs", ""]
-    header = ["", "model", "batch", "dtype", "L2", *names, "of copy", "of product"]
-    lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for r in result["rows"]:
-        peak = result["ceilings"][r["dtype"]]
-        ours = [t["median_ms"] for name, t in r["times"].items() if name.startswith(OURS)]
-        best = 1e-3 * min(ours, default=float("inf"))
-        shares = [r["bytes"] / best / peak["bytes_per_second"],
-                  r["operations"] / best / peak["operations_per_second"]]  # fmt: skip
-        cells = [r["case"], r["model"], str(r["batch"]), r["dtype"], r["cache"]]
-        cells += [
-            f"{1e3 * r['times'][n]['median_ms']:.1f}" if n in r["times"] else "" for n in names
-        ]
-        lines.append(f"| {' | '.join([*cells, *(f'{share:.0%}' for share in shares)])} |")
-    lines += [f"\nNot measured: {what}" for what in result["left_out"]]
-    return "\n".join(lines)
-
-
-def beside_predicted(rows: Sequence[dict[str, Any]], device: str, predicted: dict[str, Any]) -> str:
-    """Measured times beside what the gauge (docs/gpu-model.md) predicts, as Markdown.
-
-    Only of ops that a model calls once, float16 and warm, which are what the gauge predicts.
-
-    Args:
-        rows: of a result.
-        device: the GPU's name, which holds that of the gauge's.
-        predicted: the content of ``results/gpu-model.json``.
-
-    Returns:
-        A table, and a line that names what is off by more than :data:`OFF`; empty when nothing that
-        was measured is predicted.
-    """
-    known = {(r["model"], r["batch"], r["op"]): r["predicted_us"] for r in predicted["rows"]
-             if r["calls"] == 1 and r["gpu"] in device}  # fmt: skip
-    lines, off = [], []
-    for r in rows:
-        us = known.get((r["model"], r["batch"], r["case"]))
-        ours = [t["median_ms"] for name, t in r["times"].items() if name.startswith(OURS)]
-        if us is None or not ours or (r["dtype"], r["cache"]) != ("float16", "warm"):
-            continue
-        measured = 1e3 * min(ours)
-        what = f"{r['case']}, {r['model']}, batch {r['batch']}"
-        lines.append(f"| {what} | {us:.1f} | {measured:.1f} | {measured / us - 1:+.0%} |")
-        if abs(measured / us - 1) > OFF:
-            off.append(what)
-    if not lines:
-        return ""
-    head = ["| | predicted µs | measured µs | off by |", "|---|---|---|---|"]
-    wrong = ", ".join(off) or "nothing"
-    return "\n".join([*head, *lines, f"\nOff by more than {OFF:.0%}: {wrong}"])
 
 
 def softmax_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -320,68 +233,162 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    add("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    add("--parts", nargs="*", default=list(gpu_models.PARTS), choices=gpu_models.PARTS,
+        help="of whole models; none: no whole models")  # fmt: skip
+    add("--cases", nargs="*", default=list(CASES), choices=list(CASES),
+        help="ops by themselves; none: no ops")  # fmt: skip
     add("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     add("--batches", nargs="+", type=int, default=[1, 8, 64])
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     add("--caches", nargs="+", default=["warm", "cold"], choices=["warm", "cold"])
-    add("--seconds", type=float, default=0.1, help="of each figure, at least 20 samples")
+    add("--compile-models", nargs="*", default=["tf_efficientdet_d0"], choices=MODELS,
+        help="whole models compiled too, in a minute or two for each part and mode")  # fmt: skip
+    add("--compile-batches", nargs="+", type=int, default=[1])
+    add("--compile-parts", nargs="+", default=["network"], choices=gpu_models.PARTS[:-1])
+    add("--compile-seconds", type=float, default=180, help="that one compilation may take")
+    add("--launches", action=argparse.BooleanOptionalAction, default=True,
+        help="list the launches of ours, by the profiler")  # fmt: skip
+    add("--seconds", type=float, default=0.1, help="of each figure")
     add("--limit", type=float, default=math.inf, help="seconds after which nothing new is begun")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    add("--update", action="store_true",
+        help="measure nothing: fill docs/cuda.md from --output")  # fmt: skip
     args = parser.parse_args(argv)
-    if min(args.batches) < 1:
-        parser.error(f"--batches must be positive, got {min(args.batches)}")
+    for name in ("batches", "compile_batches"):
+        if min(getattr(args, name)) < 1:
+            option = "--" + name.replace("_", "-")
+            parser.error(f"{option} must be positive, got {min(getattr(args, name))}")
     if not args.output.parent.is_dir():
         parser.error(f"the folder of --output does not exist: {args.output.parent}")
     return args
 
 
-def _usable() -> bool:
-    """Whether the GPU still answers: after an illegal access it does not."""
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
+class Run:
+    """Fills a result and writes it after each case, so that nothing that was measured is lost.
 
-
-def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Fills ``result`` and writes it after each case, so that nothing that was measured is lost.
-
-    All cases come first without torch.compile, which takes longer than all else; a case that fails
-    is noted.
+    Args:
+        args: of the command line.
+        result: as :func:`main` begins it.
     """
-    end = time.monotonic() + args.limit
-    cases = [
-        (title, shapes, Maker(DTYPES[dtype], batch, torch.device(DEVICE)))
-        for shapes in (shapes_of(get_config(model)) for model in args.models)
-        for batch in args.batches
-        for dtype in args.dtypes
-        for title in args.cases
-    ]
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for compiled in (False, True):
-        names = [name for name in args.variants if name.startswith("compile") == compiled]
-        for i, (title, shapes, make) in enumerate(cases if names else []):
-            what = f"{title}, {shapes.name}, batch {make.batch}, {make.dtype}"
-            if time.monotonic() > end:
-                rest = len(cases) - i
-                result["left_out"].append(f"{', '.join(names)}: {rest} of {len(cases)} cases")
+
+    def __init__(self, args: argparse.Namespace, result: dict[str, Any]) -> None:
+        self.args, self.result = args, result
+        self.end = time.monotonic() + args.limit
+        self.found: dict[str, dict[Any, dict[str, Any]]] = {"models": {}, "rows": {}}
+
+    @property
+    def left(self) -> float:
+        """Seconds until nothing new is begun."""
+        return self.end - time.monotonic()
+
+    def effort(self) -> gpu_timing.Effort:
+        """What a row may take now."""
+        compile_seconds = max(1.0, min(self.args.compile_seconds, self.left))
+        return gpu_timing.Effort(self.args.seconds, compile_seconds, self.args.launches)
+
+    def add(self, section: str, key: Any, row: dict[str, Any]) -> None:
+        """Adds a row, or to that of the same what it has more, and writes the result."""
+        known = self.found[section].setdefault(key, row)
+        for name in ("times", "errors", "unavailable"):
+            known[name].update(row[name])
+        self.result[section] = list(self.found[section].values())
+        self.result["softmax_ratio"] = softmax_ratio(self.result["rows"])
+        _write(self.args.output, self.result)
+
+    def cases(self, what: str, cases: Sequence[tuple[str, Callable[[], None]]]) -> None:
+        """Does the cases, each with its name, as far as there is time; notes which fail.
+
+        Raises:
+            GpuLost: the GPU answers no more.
+        """
+        for i, (title, case) in enumerate(cases):
+            if self.left < 0:
+                self.result["left_out"].append(f"{what}: {len(cases) - i} of {len(cases)} cases")
                 break
+            start = time.monotonic()
             try:
-                for row in rows(title, shapes, make, names, args.caches, args.seconds):
-                    known = found.setdefault((what, row["cache"]), row)
-                    for key in ("times", "errors", "unavailable"):
-                        known[key].update(row[key])
+                case()
             except Exception as error:
-                result["failures"][what] = first_line(error)
-                if not _usable():
-                    result["left_out"].append(f"all after {what}: the GPU answers no more")
-                    return
-            result["rows"] = list(found.values())
-            result["softmax_ratio"] = softmax_ratio(result["rows"])
-            _write(args.output, result)
+                self.result["failures"][title] = gpu_timing.first_line(error)
+                if not gpu_timing.usable():
+                    raise GpuLost(title) from error
+            print(f"{title}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        _write(self.args.output, self.result)
+
+    def models(self, names: Sequence[str], *, compiled: bool) -> None:
+        """Rows of whole models: a case is one model at one batch, with all its parts."""
+        args = self.args
+        parts = [p for p in args.parts if not compiled or p in args.compile_parts]
+        models = args.compile_models if compiled else args.models
+        batches = args.compile_batches if compiled else args.batches
+        if not names or not parts:
+            return
+
+        def case(model: str, batch: int, dtype: str) -> None:
+            size = get_config(model).image_size
+            subject = gpu_models.Subject(model, batch, DTYPES[dtype], size)
+            wrong = []
+            for part in parts:
+                if self.left < 0:
+                    self.result["left_out"].append(f"{part} and all after it of {subject.what}")
+                    break
+                try:
+                    row = gpu_models.row_of(subject, part, names, self.effort())
+                except Exception as error:  # costs no other part its times
+                    wrong.append(gpu_timing.first_line(error))
+                else:
+                    self.add("models", (model, batch, dtype, part), row)
+            if wrong:
+                raise RuntimeError("; ".join(wrong))
+
+        self.cases(
+            f"whole models, {', '.join(names)}",
+            [
+                (f"{model}, batch {batch}, {dtype}", partial(case, model, batch, dtype))
+                for model, batch, dtype in itertools.product(models, batches, args.dtypes)
+            ],
+        )
+
+    def ops(self, names: Sequence[str]) -> None:
+        """Rows of ops by themselves."""
+        args = self.args
+        if not names:
+            return
+
+        def case(title: str, shapes: Shapes, make: Maker) -> None:
+            key = title, shapes.name, make.batch, make.dtype
+            for row in rows(title, shapes, make, names, args.caches, self.effort()):
+                self.add("rows", (*key, row["cache"]), row)
+
+        cases: list[tuple[str, Callable[[], None]]] = []
+        for model, batch, dtype in itertools.product(args.models, args.batches, args.dtypes):
+            shapes = shapes_of(get_config(model))
+            make = Maker(DTYPES[dtype], batch, torch.device(gpu_timing.DEVICE))
+            cases += [
+                (f"{title}, {model}, batch {batch}, {make.dtype}",
+                 partial(case, title, shapes, make))
+                for title in args.cases
+            ]  # fmt: skip
+        self.cases(", ".join(names), cases)
+
+    def all(self) -> None:
+        """Everything asked for: first without torch.compile, which takes longer than all else."""
+        try:
+            for compiled in (False, True):
+                models, ops = (
+                    [name for name in known
+                     if name in self.args.variants and name.startswith("compile") == compiled]
+                    for known in (gpu_models.VARIANTS, OP_VARIANTS)
+                )  # fmt: skip
+                self.models(models, compiled=compiled)
+                self.ops(ops)
+        except GpuLost as error:
+            self.result["left_out"].append(f"all after {error}: the GPU answers no more")
+            _write(self.args.output, self.result)
+
+
+class GpuLost(RuntimeError):
+    """The GPU answers no more, after the case that the message names."""
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
@@ -390,10 +397,20 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def update(path: Path) -> None:
+    """Fills the page from a result; see benchmarks/update_readme.py, which does so too."""
+    from benchmarks.update_readme import update_gpu
+
+    update_gpu(path)
+
+
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs from the command line."""
     args = parse(argv)
+    if args.update:
+        update(args.output)
+        return
     if not torch.cuda.is_available():
         sys.exit("torch finds no CUDA GPU: nothing is measured")
     if not library.load():
@@ -403,21 +420,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": machine_name(torch.device(DEVICE)),
+        "device": machine_name(torch.device(gpu_timing.DEVICE)),
         "torch": torch.__version__,
         "library": library.status(),
-        "ceilings": {name: ceilings(DTYPES[name]) for name in args.dtypes},
+        "ceilings": {name: gpu_timing.ceilings(DTYPES[name]) for name in args.dtypes},
         "softmax_ratio": None,
+        "models": [],
         "rows": [],
         "failures": {},
         "left_out": [],
     }
-    with edet_kernels.backend(DEVICE):
-        run(args, result)
+    with edet_kernels.backend(gpu_timing.DEVICE):
+        Run(args, result).all()
     _write(args.output, result)
-    print(markdown(result))
+    print(gpu_tables.markdown(result))
     predicted = json.loads(PREDICTED.read_text(encoding="utf-8"))
-    print("\n" + beside_predicted(result["rows"], result["device"], predicted))
+    print("\n" + gpu_tables.beside_predicted(result, predicted))
     if result["failures"]:
         sys.exit("\n".join(f"{what}: {why}" for what, why in result["failures"].items()))
 

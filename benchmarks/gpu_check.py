@@ -2,13 +2,16 @@
 
 ``make gpu-check`` runs it with the Python at hand, which needs torch ≥ 2.10, cmake, ninja and
 pytest; no network. Results go to one folder; the GPU's settings are left as they are. A step that
-fails or takes too long costs no other its results.
+fails or takes too long costs no other its results. Arguments after ``--`` are the benchmark's:
+
+    python benchmarks/gpu_check.py --steps test benchmark -- --models tf_efficientdet_d0 --cases
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -22,16 +25,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("build", "test", "sanitize", "benchmark")
-TOOLS = ("memcheck", "racecheck", "synccheck")
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # as a program, only its own folder is searched
+STEPS = ("build", "test", "triton", "sanitize", "benchmark")
+#: The steps without any asked for; the kernels' own tests on Triton take a while.
+DEFAULT_STEPS = ("build", "test", "sanitize", "benchmark")
+#: Of compute-sanitizer. initcheck follows what is written by all kernels, PyTorch's too: a report
+#: is about ours only where it names one of edet::cuda.
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 #: Seconds that all steps may take, and each; the benchmark, which is last, may take what is left.
-TOTAL, LIMITS = 570, {"build": 180, "test": 120, "sanitize": 120}
+TOTAL, LIMITS = 570, {"build": 180, "test": 100, "triton": 120, "sanitize": 100}
+#: Processes that run tests at once, at most: each holds a part of the GPU's memory.
+WORKERS = 12
+#: Seconds of one test; the compiler takes most of them.
+TEST_SECONDS = 80
 #: Of these the benchmark keeps some to end by itself, with what it has.
 SPARE = 20
 #: Bytes of a log that are kept: its end.
 LOG_BYTES = 2**20
 #: Files that hold tests for a GPU: the others may need packages that are not there.
-TESTS = ("tests/kernels/test_gpu.py", "tests/fused/test_module.py")
+TESTS = (
+    "tests/kernels/test_gpu.py",
+    "tests/fused/test_module.py",
+    "tests/models/test_on_gpu.py",
+    "tests/detection/test_on_gpu.py",
+    "tests/training/test_on_gpu.py",
+    "tests/dropin/test_on_gpu.py",
+)
+#: Files whose tests of Triton's kernels run on a GPU where there is one, else interpreted.
+TRITON_TESTS = ("tests/kernels/test_ops.py", "tests/kernels/test_autograd.py")
+#: What is timed unless asked for otherwise.
+BENCHMARK = [
+    *("--models", "tf_efficientdet_d0", "tf_efficientdet_d3", "--batches", "1", "64"),
+    *("--dtypes", "float16"),
+]
 
 
 @dataclass
@@ -43,30 +69,67 @@ class Part:
     variables: dict[str, str] = field(default_factory=dict)
 
 
-def plan(steps: Sequence[str], folder: Path, sanitizer: str | None) -> dict[str, list[Part]]:
-    """The commands of each of ``steps``, in order; those of a step run at once."""
-    python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+def has(module: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def pytest_command(*, parallel: bool) -> list[str]:
+    """pytest, without what a machine with another torch would warn of.
+
+    Args:
+        parallel: whether several processes share the tests, where pytest-xdist is installed, and
+            a test has a limit, where pytest-timeout is; a sanitizer slows some of them too much.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
+    if parallel and has("xdist"):
+        command += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) - 2)))]
+    if parallel and has("pytest_timeout"):
+        command += ["--timeout", str(TEST_SECONDS)]
+    return command
+
+
+def plan(
+    steps: Sequence[str],
+    folder: Path,
+    sanitizer: str | None,
+    benchmark: Sequence[str] = (),
+    tools: Sequence[str] = TOOLS,
+) -> dict[str, list[Part]]:
+    """The commands of each of ``steps``, in order; those of a step run at once.
+
+    Args:
+        steps: of :data:`STEPS`.
+        folder: for results.
+        sanitizer: compute-sanitizer; without it the step is left out.
+        benchmark: arguments of benchmarks/gpu.py; :data:`BENCHMARK` when empty.
+        tools: of :data:`TOOLS`.
+    """
     commands: dict[str, list[Part]] = {}
     if "build" in steps:
-        command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         commands["build"] = [Part("build", command)]
     if "test" in steps:
-        commands["test"] = [Part("test", [*pytest, *TESTS])]
+        tests = [*pytest_command(parallel=True), "-m", "gpu", *TESTS]
+        commands["test"] = [Part("test", tests)]
+    if "triton" in steps:
+        tests = [*pytest_command(parallel=True), "-k", "triton", *TRITON_TESTS]
+        commands["triton"] = [Part("triton", tests)]
     if "sanitize" in steps and sanitizer:
-        small = [*pytest, TESTS[0], "-k", "sanitize"]
-        # torch's allocator hands out parts of blocks, whose ends memcheck would not see
+        small = [*pytest_command(parallel=False), "-m", "gpu", "-k", "sanitize", TESTS[0]]
+        # torch's allocator hands out parts of blocks, whose ends memcheck would not see, nor
+        # initcheck what of them was written before
+        whole = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         commands["sanitize"] = [
             Part(
                 tool,
                 [sanitizer, "--tool", tool, "--error-exitcode", "1", *small],
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {},
+                whole if tool in ("memcheck", "initcheck") else {},
             )
-            for tool in TOOLS
+            for tool in tools
         ]
     if "benchmark" in steps:
-        command = [python, "benchmarks/gpu.py", "--models", "tf_efficientdet_d0",
-                   "tf_efficientdet_d3", "--batches", "1", "64", "--dtypes", "float16",
+        command = [sys.executable, "benchmarks/gpu.py", *(benchmark or BENCHMARK),
                    "--output", str(folder / "gpu.json")]  # fmt: skip
         commands["benchmark"] = [Part("benchmark", command)]
     return commands
@@ -159,13 +222,41 @@ def run(parts: Sequence[Part], log: Path, env: dict[str, str], limit: float) -> 
     return {"codes": codes, "seconds": round(time.monotonic() - start, 1)}
 
 
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line: its own arguments, and the benchmark's.
+
+    Raises:
+        SystemExit: one is wrong, also of the benchmark, which would be the last to say so.
+    """
+    own, benchmark = list(argv), list[str]()
+    if "--" in own:
+        at = own.index("--")
+        own, benchmark = own[:at], own[at + 1 :]
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        usage="%(prog)s [options] [-- arguments of benchmarks/gpu.py]",
+    )
+    add = parser.add_argument
+    built = [step for step in DEFAULT_STEPS if step != "build" or "EDET_LIBRARY" not in os.environ]
+    add("--steps", nargs="+", default=built, choices=STEPS,
+        help="all but triton; build not where EDET_LIBRARY names a library")  # fmt: skip
+    add("--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="of compute-sanitizer")
+    add("--output", type=Path, default=ROOT / "gpu-check")
+    add("--seconds", type=float, default=TOTAL, help="for all steps together")
+    args = parser.parse_args(own)
+    for option in ("--output", "--limit"):
+        if option in benchmark:
+            parser.error(f"{option} of the benchmark is given by --output and --seconds")
+    if benchmark:
+        from benchmarks import gpu
+
+        gpu.parse(benchmark)
+    return args, benchmark
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
-    parser.add_argument("--output", type=Path, default=ROOT / "gpu-check")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all steps together")
-    args = parser.parse_args(argv)
+    args, benchmark = parse(sys.argv[1:] if argv is None else argv)
     start = time.monotonic()
     found = device()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -176,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     steps: dict[str, object] = {}
     failed = []
-    for name, parts in plan(args.steps, args.output.resolve(), sanitizer).items():
+    commands = plan(args.steps, args.output.resolve(), sanitizer, benchmark, args.tools)
+    for name, parts in commands.items():
         left = start + args.seconds - time.monotonic()
         limit = min(LIMITS.get(name, left), left)
         if name == "benchmark":

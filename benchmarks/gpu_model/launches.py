@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
         launches = [_launch(raw) for raw in module.launches()]
         if launches:
             op = str(func).split(".")[1]
-            kernels = sum(1 for launch in launches if launch.kernel)
+            kernels = [launch.kernel for launch in launches if launch.kernel]
             works = iter(works_of(op, args, result, kernels))
             done = [next(works) if launch.kernel else Work() for launch in launches]
             first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]

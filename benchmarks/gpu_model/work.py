@@ -21,27 +21,38 @@ def _size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _stem(args: Sequence[Any], result: Any) -> list[Work]:
+def _stem(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
     return [Work(_size(args[0], args[1], result))]
 
 
-def _mbconv(args: Sequence[Any], result: Any) -> list[Work]:
-    """Expand with the depthwise convolution, which writes the middle; gates; the projection."""
+def _mbconv(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
+    """Expand with the depthwise convolution, or one after the other; gates; the projection."""
     image, expand, depthwise, squeeze, project = args[:5]
     n, c_out, h, w = result.shape
-    middle = depthwise[0].shape[-1]
+    middle, element = depthwise[0].shape[-1], image.element_size()
     pixels = n * image.shape[2] * image.shape[3]
-    middle_bytes = n * h * w * middle * image.element_size()
+    middle_bytes = n * h * w * middle * element
     residual = _size(image) if args[9] else 0
+    operations = 2 * pixels * image.shape[1] * middle
+    groups = sum("convolve_depthwise" in name for name in kernels)
+    # groups of images, each expanded and then convolved
+    if groups and kernels[0].startswith("multiply_large"):
+        own, expanded = _size(image) // groups, pixels * middle * element // groups
+        first = [
+            Work(own + _size(*expand) + expanded, operations // groups),
+            Work(expanded + _size(*depthwise, *squeeze[:1]) + middle_bytes // groups),
+        ] * groups
+    else:
+        read = _size(image, *expand, *depthwise, *squeeze[:1])
+        first = [Work(read + middle_bytes, operations)]
     return [
-        Work(_size(image, *expand, *depthwise, *squeeze[:1]) + middle_bytes,
-             2 * pixels * image.shape[1] * middle if expand else 0),
+        *first,
         *([Work(_size(*squeeze[1:]) + 4 * n * middle)] if squeeze else []),
         Work(middle_bytes + _size(result, *project) + residual, 2 * n * h * w * middle * c_out),
-    ]  # fmt: skip
+    ]
 
 
-def _lateral(args: Sequence[Any], result: Any) -> list[Work]:
+def _lateral(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
     """All projections, then one pooling after the other."""
     image, weights, scales, _, pooled = args[:5]
     n, c_in, h, w = image.shape
@@ -60,83 +71,94 @@ def _separable(c: int, c_out: int, pixels: int, element: int) -> tuple[int, int]
     return 4 * (9 * c + c * c_out) + pixels * c_out * element, 2 * pixels * c * c_out
 
 
-def _bifpn(args: Sequence[Any], result: Any, launches: int) -> list[Work]:
-    """One launch for each node, or two: up to the depthwise convolution, and the projection."""
+def _node(read: int, pixels: int, c: int, c_out: int, element: int, two: bool) -> list[Work]:
+    """One launch, or two: up to the depthwise convolution, and the product."""
+    other, operations = _separable(c, c_out, pixels, element)
+    if not two:
+        return [Work(read + other, operations)]
+    between = pixels * c * element
+    return [Work(read + between + 4 * 9 * c), Work(between + other - 4 * 9 * c, operations)]
+
+
+def _bifpn(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
+    """One launch for each node, or two."""
     maps, sizes, edges, counts = args[0], args[8], args[6], args[7]
     n, c, element = maps[0].shape[0], maps[0].shape[1], maps[0].element_size()
     known = [_size(m) for m in maps]
-    works, at = [], 0
+    works: list[Work] = []
+    at = 0
     for i, count in enumerate(counts):
         pixels = n * sizes[2 * i] * sizes[2 * i + 1]
-        own = pixels * c * element
-        other, operations = _separable(c, c, pixels, element)
         read = sum(known[e] for e in edges[at : at + count])
-        if launches == 2 * len(counts):
-            works.append(Work(read + own + 4 * 9 * c))
-            works.append(Work(2 * own + 4 * c * c, operations))
-        else:
-            works.append(Work(read + other, operations))
-        known.append(own)
+        works += _node(read, pixels, c, c, element, _is_two(kernels, len(works)))
+        known.append(pixels * c * element)
         at += count
     return works
 
 
-def _head(args: Sequence[Any], result: Any) -> list[Work]:
-    """One launch for each layer on all levels."""
+def _is_two(kernels: Sequence[str], at: int) -> bool:
+    return at < len(kernels) and "depthwise" in kernels[at]
+
+
+def _head(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
+    """One launch for each layer on all levels, or two."""
     maps, scales = args[0], args[3]
     element = maps[0].element_size()
     pixels = sum(m.shape[0] * m.shape[2] * m.shape[3] for m in maps)
-    works, c = [], maps[0].shape[1]
+    works: list[Work] = []
+    c = maps[0].shape[1]
     for scale in scales:
-        other, operations = _separable(c, scale.shape[-1], pixels, element)
-        works.append(Work(pixels * c * element + other, operations))
-        c = scale.shape[-1]
+        read, c_out = pixels * c * element, scale.shape[-1]
+        works += _node(read, pixels, c, c_out, element, _is_two(kernels, len(works)))
+        c = c_out
     return works
 
 
-def _one_launch(args: Sequence[Any], result: Any) -> list[Work]:
+def _single(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
     """A node, or a separable convolution on all levels."""
     maps = args[0]
     outs = result if isinstance(result, (list, tuple)) else [result]
     c, c_out, element = maps[0].shape[1], outs[0].shape[1], maps[0].element_size()
     pixels = sum(out.shape[0] * out.shape[2] * out.shape[3] for out in outs)
-    other, operations = _separable(c, c_out, pixels, element)
-    return [Work(_size(*maps) + other, operations)]
+    return _node(_size(*maps), pixels, c, c_out, element, _is_two(kernels, 0))
 
 
-def _detect(args: Sequence[Any], result: Any, launches: int) -> list[Work]:
+def _detect(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
     """Passes over the logits, of which the last collects; then the candidates alone."""
     logits, candidates = _size(*args[0]), result[0].shape[0] * args[9]
-    return [Work(logits)] * (launches - 2) + [
+    return [Work(logits)] * (len(kernels) - 2) + [
         Work(candidates * (8 + 4 + 32)),
         Work(candidates * 28),
     ]
 
 
-_OPS: dict[str, Callable[[Sequence[Any], Any], list[Work]]] = {
+_OPS: dict[str, Callable[[Sequence[Any], Any, Sequence[str]], list[Work]]] = {
     "stem": _stem,
     "mbconv": _mbconv,
     "lateral": _lateral,
+    "bifpn": _bifpn,
     "head": _head,
-    "fusion_node": _one_launch,
-    "separable_conv": _one_launch,
+    "fusion_node": _single,
+    "separable_conv": _single,
+    "detect": _detect,
 }
 
+#: The kernel that makes 16-bit weights of packed ones: which is no work that must be done.
+PACKS = "narrow<"
 
-def works_of(op: str, args: Sequence[Any], result: Any, launches: int) -> list[Work]:
+
+def works_of(op: str, args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
     """What each launch of a call must do, when it is launched node by node.
 
     Args:
         op: of ``torch.ops.edet_kernels``.
         args: its arguments, as its schema has them.
         result: what it returned.
-        launches: of kernels.
+        kernels: that it launched.
     """
-    if op == "bifpn":
-        return _bifpn(args, result, launches)
-    if op == "detect":
-        return _detect(args, result, launches)
-    return _OPS[op](args, result)
+    others = [name for name in kernels if not name.startswith(PACKS)]
+    works = iter(_OPS[op](args, result, others))
+    return [Work() if name.startswith(PACKS) else next(works) for name in kernels]
 
 
 def total(works: Sequence[Work]) -> Work:

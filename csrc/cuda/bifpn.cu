@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "fused_depthwise.h"
+#include "gemm.h"
 #include "lateral.h"
 #include "node_tile.cuh"
 
@@ -311,31 +312,97 @@ bool is_level(const NodeGraph& graph, size_t first, size_t node) {
          edge.source < static_cast<int>(first);
 }
 
-// A node of more channels than this is two launches, unless it activates its results: one fuses and
-// convolves depthwise, with a block for each chunk of channels of a tile, one projects. In one
-// launch a block takes a tile's chunks one after the other, and its registers and weights leave a
-// multiprocessor no second block to hide that.
-constexpr int64_t kWide = 128;
-bool is_wide(const NodeParams& node) {
-  return node.fusion.c > kWide && node.activation == Activation::none;
-}
+// Nodes that are one launch, or two: a node, or the nodes of a layer of a head.
+struct Group {
+  size_t begin, end;
+  int64_t rows;  // pixels of all its maps
 
-// Bytes between the two launches of the graph's largest wide node.
-int64_t wide_bytes(const NodeGraph& graph) {
-  int64_t bytes = 0;
-  for (const NodeParams& node : graph.nodes) {
-    const FusionParams& f = node.fusion;
-    if (is_wide(node))
-      bytes = std::max(bytes, f.n * f.h * f.w * f.c * (f.dtype == DType::f32 ? 4 : 2));
+  const NodeParams& node(const NodeGraph& graph) const { return graph.nodes[begin]; }
+};
+std::vector<Group> groups_of(const NodeGraph& graph) {
+  std::vector<Group> groups;
+  for (size_t i = 0; i < graph.nodes.size();) {
+    Group group{i, i, 0};
+    const bool levels = is_level(graph, i, i);
+    for (; group.end < graph.nodes.size(); group.end++) {
+      const size_t count = group.end - i;
+      if (count > 0 && (!levels || count == kMaxLevels || !is_level(graph, i, group.end))) break;
+      const FusionParams& fusion = graph.nodes[group.end].fusion;
+      group.rows += fusion.n * fusion.h * fusion.w;
+    }
+    groups.push_back(group);
+    i = group.end;
   }
-  return bytes;
+  return groups;
 }
 
-// The two launches of a wide node; `between` is memory for what goes from the first to the second.
-Error launch_wide(const FusionNodeParams& p, void* between, bool pdl, bool overlaps,
-                  Stream stream) {
+// A node of more channels than kWide, or a layer much wider than its input that has many pixels, is
+// two launches: one fuses and convolves depthwise, with a block for each chunk of channels of a
+// tile, one multiplies. In one launch a block takes a tile's chunks one after the other, or
+// convolves the same pixels for each slice of columns, and its registers and weights leave a
+// multiprocessor no second block to hide that. The product is gemm's where that pays, else
+// project's, which activates nothing.
+constexpr int64_t kWide = 128;
+bool by_gemm(const NodeGraph& graph, const Group& group) {
+  const NodeParams& node = group.node(graph);
+  const bool wide = node.fusion.c > kWide || node.c_out > 4 * node.fusion.c;
+  return wide && gemm_pays(node.fusion.dtype, group.rows, node.fusion.c, node.c_out, 0);
+}
+bool is_wide(const NodeGraph& graph, const Group& group) {
+  const NodeParams& node = group.node(graph);
+  if (by_gemm(graph, group)) return true;
+  return group.end - group.begin == 1 && node.fusion.c > kWide &&
+         node.activation == Activation::none;
+}
+
+// Memory of a graph's wide groups: what goes from the first launch to the second, and weights as
+// gemm reads them.
+struct WideMemory {
+  int64_t weights = 0, bytes = 0;   // weights: where they begin
+  std::vector<GemmWeights> packed;  // `to` is an offset from there
+  std::vector<int> of_group;        // whose weights they are; −1 for none
+};
+WideMemory wide_memory(const NodeGraph& graph, const std::vector<Group>& groups) {
+  WideMemory memory;
+  int64_t next = 0;
+  for (const Group& group : groups) {
+    const NodeParams& node = group.node(graph);
+    memory.of_group.push_back(-1);
+    if (!is_wide(graph, group)) continue;
+    const int64_t element = node.fusion.dtype == DType::f32 ? 4 : 2;
+    memory.weights =
+        std::max(memory.weights, round_up(group.rows * node.fusion.c * element, int64_t(256)));
+    if (!by_gemm(graph, group)) continue;
+    memory.of_group.back() = static_cast<int>(memory.packed.size());
+    memory.packed.push_back({node.pw, node.fusion.c, node.c_out, reinterpret_cast<void*>(next)});
+    next += round_up(gemm_weight_bytes(node.fusion.c, node.c_out), int64_t(256));
+  }
+  memory.bytes = memory.weights + next;
+  return memory;
+}
+
+// The two launches of a wide group; `between` is memory for what goes from the first to the second,
+// `weights` those of gemm, or null.
+Error launch_wide(const FusionNodeParams& p, void* between, const void* weights, bool pdl,
+                  bool overlaps, Stream stream) {
   const Error error = fused_depthwise(p, between, stream, overlaps);
   if (error != kSuccess) return error;
+  if (weights) {
+    GemmParams to{};
+    to.dtype = p.dtype;
+    to.k = p.c, to.n = p.c_out;
+    to.w = weights;
+    to.activation = p.post_activation;
+    to.levels = p.levels;
+    const char* from = static_cast<const char*>(between);
+    for (int l = 0; l < p.levels; l++) {
+      const NodeLevel& level = p.level[l];
+      const int64_t rows = p.n * level.h * level.w;
+      to.level[l] = {from, rows, level.scale, level.shift, level.out};
+      from += rows * p.c * 2;
+    }
+    return gemm(to, stream, pdl);
+  }
   const NodeLevel& level = p.level[0];
   ProjectionParams to{};
   to.dtype = p.dtype;
@@ -349,10 +416,22 @@ Error launch_wide(const FusionNodeParams& p, void* between, bool pdl, bool overl
   return project(to, stream, pdl);
 }
 
-Error launch_nodes(const NodeGraph& graph, bool pdl, void* between, Stream stream) {
-  size_t end = 0;
-  for (size_t i = 0; i < graph.nodes.size(); i = end) {
-    const NodeParams& node = graph.nodes[i];
+Error launch_nodes(const NodeGraph& graph, bool pdl, void* workspace, Stream stream) {
+  const std::vector<Group> groups = groups_of(graph);
+  WideMemory memory = wide_memory(graph, groups);
+  char* const weights = static_cast<char*>(workspace) + memory.weights;
+  for (GemmWeights& w : memory.packed) w.to = weights + reinterpret_cast<intptr_t>(w.to);
+  for (size_t i = 0; i < memory.packed.size(); i += kMostGemmWeights) {
+    const int count =
+        static_cast<int>(std::min<size_t>(memory.packed.size() - i, kMostGemmWeights));
+    const Error error =
+        pack_weights(graph.nodes[0].fusion.dtype, &memory.packed[i], count, stream, pdl && i > 0);
+    if (error != kSuccess) return error;
+  }
+  bool first = memory.packed.empty();  // of the call's launches
+  for (size_t i = 0; i < groups.size(); i++) {
+    const Group& group = groups[i];
+    const NodeParams& node = group.node(graph);
     FusionNodeParams p{};
     p.dtype = node.fusion.dtype;
     p.tf32 = graph.tf32;
@@ -363,20 +442,21 @@ Error launch_nodes(const NodeGraph& graph, bool pdl, void* between, Stream strea
     p.weights = node.fusion.weights;
     p.dw = node.dw;
     p.pw = node.pw;
-    for (end = i; end < graph.nodes.size(); end++) {
-      if (end > i && (p.levels == kMaxLevels || !is_level(graph, i, i) || !is_level(graph, i, end)))
-        break;
-      const NodeParams& level = graph.nodes[end];
+    for (size_t member = group.begin; member < group.end; member++) {
+      const NodeParams& level = graph.nodes[member];
       for (int e = 0; e < level.fusion.edges; e++) {
         p.edge[p.levels + e] = level.fusion.edge[e];
         p.edge[p.levels + e].source = 0;  // of the graph; nodes alike have parameters alike
       }
       p.level[p.levels++] = {level.fusion.h, level.fusion.w, level.scale, level.shift, level.out};
     }
-    const Error error = between && p.levels == 1 && is_wide(node)
-                            ? launch_wide(p, between, pdl, pdl && i > 0, stream)
-                            : fusion_node(p, stream, pdl && i > 0);
+    const int which = memory.of_group[i];
+    const void* const packed = which < 0 ? nullptr : memory.packed[static_cast<size_t>(which)].to;
+    const Error error = is_wide(graph, group)
+                            ? launch_wide(p, workspace, packed, pdl, pdl && !first, stream)
+                            : fusion_node(p, stream, pdl && !first);
     if (error != kSuccess) return error;
+    first = false;
   }
   return kSuccess;
 }
@@ -405,7 +485,9 @@ Error plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* p
                               ? cut<typename decltype(operand)::Type>(graph, device, plan)
                               : true;
     if (!possible) plan->launch = GraphLaunch::nodes;
-    if (plan->launch != GraphLaunch::persistent) plan->workspace = wide_bytes(graph);
+    if (plan->launch != GraphLaunch::persistent) {
+      plan->workspace = wide_memory(graph, groups_of(graph)).bytes;
+    }
     return kSuccess;
   });
 }
@@ -415,8 +497,7 @@ Error run_graph(const NodeGraph& graph, const GraphPlan& plan, void* workspace, 
   const FusionParams& first = graph.nodes[0].fusion;
   if (first.n == 0) return kSuccess;
   if (plan.launch != GraphLaunch::persistent) {
-    return launch_nodes(graph, plan.launch == GraphLaunch::pdl,
-                        plan.workspace ? workspace : nullptr, stream);
+    return launch_nodes(graph, plan.launch == GraphLaunch::pdl, workspace, stream);
   }
   return by_operand(first.dtype, graph.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;

@@ -324,7 +324,8 @@ int64_t depthwise_most_parts(const MbconvParams& p) {
   return most;
 }
 
-Error depthwise(const MbconvParams& p, const void* input, Stream stream, int* parts, bool pdl) {
+Error depthwise(const MbconvParams& p, const void* input, int64_t images, Stream stream, int* parts,
+                bool pdl) {
   Device device;
   const Error error = current_device(&device);
   if (error != kSuccess) return error;
@@ -333,7 +334,8 @@ Error depthwise(const MbconvParams& p, const void* input, Stream stream, int* pa
   for (int i = 0; i < kMostColumns; i++) plan.column[i] = 2 * p.c_mid * i;
   plan.row = 2 * p.c_mid * p.w, plan.out_row = 2 * p.c_mid * p.out_w;
   *parts = plan.parts;
-  if (p.n * plan.parts > INT32_MAX || plan.row > INT32_MAX) return kInvalidValue;
+  plan.p.n = images;
+  if (images * plan.parts > INT32_MAX || plan.row > INT32_MAX) return kInvalidValue;
   return p.dtype == DType::f16 ? launch_type<f16>(plan, stream, pdl)
                                : launch_type<bf16>(plan, stream, pdl);
 }

@@ -158,6 +158,24 @@ EDET_DEVICE uint32_t pack(float first, float second) {
   }
   return pair;
 }
+// The product of each two, rounded to T.
+template <class T>
+EDET_DEVICE uint32_t product(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  using Pair = std::conditional_t<std::is_same_v<T, f16>, __half2, __nv_bfloat162>;
+  Pair x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  x = __hmul2(x, y);
+  memcpy(&a, &x, 4);
+  return a;
+#else
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  return pack<T>(x[0] * y[0], x[1] * y[1]);
+#endif
+}
 // The larger of each two, NaN where either is.
 template <class T>
 EDET_DEVICE uint32_t max_nan(uint32_t a, uint32_t b) {
@@ -317,7 +335,7 @@ EDET_DEVICE void griddep_launch() {
 }
 
 // Copies 16 bytes of global memory, or zeros, past the registers (from sm_80; through them before).
-// They are there after cp_async_wait_all() and a barrier.
+// They are there after a wait for them and a barrier.
 template <class T>
 EDET_DEVICE void cp_async_16(Shared<T> to, const T* from, bool real) {
 #if __CUDA_ARCH__ >= 800
@@ -329,9 +347,17 @@ EDET_DEVICE void cp_async_16(Shared<T> to, const T* from, bool real) {
       real ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
 #endif
 }
-EDET_DEVICE void cp_async_wait_all() {
+// Ends a group of the thread's copies.
+EDET_DEVICE void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all groups but the last kLeft.
+template <int kLeft>
+EDET_DEVICE void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 #endif
 }
 

@@ -1,5 +1,6 @@
-// The CUDA kernel for the first half of a wide fusion node: fuse, activate and convolve depthwise.
-// The projection of lateral.cu is the other half.
+// The CUDA kernel for the first half of a wide fusion node, or of a wide separable convolution on
+// all levels of a pyramid: fuse, activate and convolve depthwise. A product, of lateral.cu or
+// gemm.cu, is the other half.
 //
 // Floors. Bytes: each input and the result once. The result is a map more than a node in one launch
 // moves; but of many channels such a launch fuses one chunk after the other, in few blocks.
@@ -17,20 +18,23 @@ namespace {
 struct Plan {
   FusionNodeParams p;
   void* out;
-  int across, down, chunks;  // tiles of an image, and chunks of channels
-  bool aligned;              // 16 bytes of every map may be read at once
-  FuseKind kind;
+  int first_tile[kMaxLevels + 1];
+  int64_t first_row[kMaxLevels];  // of `out`
+  int chunks;                     // of channels
+  bool aligned;                   // 16 bytes of every map may be read at once
+  FuseKind kind;                  // of all levels
 };
 
-// The node as its tiles see it.
+// A level as its tiles see it.
 struct WideNode {
   const Plan& plan;
+  int level;
 
   EDET_DEVICE int c() const { return int(plan.p.c); }
-  EDET_DEVICE int h() const { return int(plan.p.level[0].h); }
-  EDET_DEVICE int w() const { return int(plan.p.level[0].w); }
+  EDET_DEVICE int h() const { return int(plan.p.level[level].h); }
+  EDET_DEVICE int w() const { return int(plan.p.level[level].w); }
   EDET_DEVICE int edges() const { return plan.p.edges; }
-  EDET_DEVICE const Edge& edge(int e) const { return plan.p.edge[e]; }
+  EDET_DEVICE const Edge& edge(int e) const { return plan.p.edge[plan.p.levels > 1 ? level : e]; }
   EDET_DEVICE const EdgeWeights& weights() const { return plan.p.weights; }
   EDET_DEVICE Activation pre_activation() const { return plan.p.pre_activation; }
   EDET_DEVICE FuseKind kind() const { return plan.kind; }
@@ -51,13 +55,18 @@ fuse_depthwise(EDET_PARAMS(Plan) plan) {
   const Shared<float> dw = as<float>(memory + At::kDepthwise),
                       factors = as<float>(memory + At::kFactors);
   const Shared<T> patch = as<T>(memory + At::kPatch), a = as<T>(memory + At::kLeft);
-  const WideNode node{plan};
-  const int c = node.c(), k = int(block().x) % plan.chunks * kChunk<T>;
+  const int all = int(block().x) / plan.chunks, k = int(block().x) % plan.chunks * kChunk<T>;
+  int level = 0;
+  while (all >= plan.first_tile[level + 1]) level++;
+  const WideNode node{plan, level};
+  const int c = node.c();
   const int depth = round_up(min(kChunk<T>, c - k), kDepth);
   const SharedTile tile(as<int>(memory + At::kTiles));
-  const int number = int(block().x) / plan.chunks, tiles = plan.across * plan.down;
-  const int image = number / tiles, y0 = number % tiles / plan.across * kTileHeight<Mma>,
-            x0 = number % plan.across * kTileWidth<Mma>;
+  const int number = all - plan.first_tile[level];
+  const int across = divide_up(node.w(), kTileWidth<Mma>);
+  const int tiles = across * divide_up(node.h(), kTileHeight<Mma>);
+  const int image = number / tiles, y0 = number % tiles / across * kTileHeight<Mma>,
+            x0 = number % across * kTileWidth<Mma>;
   if (thread().x == 0) tile.set({0, image, y0, x0, 0, 0});
   DepthwisePart<T> dw_part;
   dw_part.load(plan.p.dw, c, k, c % 4 == 0);
@@ -70,7 +79,8 @@ fuse_depthwise(EDET_PARAMS(Plan) plan) {
   sync_threads();
   convolve_patch<Mma>(patch, dw, depth, a);
   sync_threads();
-  T* const out = static_cast<T*>(plan.out) + int64_t(image) * node.h() * node.w() * c + k;
+  T* const out = static_cast<T*>(plan.out) +
+                 (plan.first_row[level] + int64_t(image) * node.h() * node.w()) * c + k;
   for (int i = thread().x; i < Mma::kRows * kVectors; i += kProductThreads) {
     const int vector = i % kVectors, row = i / kVectors, left = c - k - vector * V;
     const int y = y0 + row / kTileWidth<Mma>, x = x0 + row % kTileWidth<Mma>;
@@ -93,16 +103,23 @@ Error launch_tiles(const FusionNodeParams& p, void* out, Stream stream, bool pdl
   Plan plan{};
   plan.p = p;
   plan.out = out;
-  const NodeLevel& level = p.level[0];
-  plan.across = static_cast<int>(divide_up(level.w, kTileWidth<Mma>));
-  plan.down = static_cast<int>(divide_up(level.h, kTileHeight<Mma>));
   plan.chunks = static_cast<int>(divide_up(p.c, kChunk<T>));
-  const int64_t blocks = p.n * plan.across * plan.down * plan.chunks;
-  if (blocks > INT32_MAX) return kInvalidValue;
   plan.aligned = p.c % kVector<T> == 0;
-  for (int e = 0; e < p.edges; e++) plan.aligned = plan.aligned && is_aligned(p.edge[e].data);
-  plan.kind = fuse_kind(p.dtype, plan.aligned, p.weights, p.pre_activation, p.edge, p.edges, p.c,
-                        level.h, level.w);
+  int64_t tiles = 0, row = 0;
+  for (int l = 0; l < p.levels; l++) {
+    const NodeLevel& level = p.level[l];
+    plan.first_tile[l] = static_cast<int>(tiles);
+    plan.first_row[l] = row;
+    tiles += p.n * divide_up(level.h, kTileHeight<Mma>) * divide_up(level.w, kTileWidth<Mma>);
+    row += p.n * level.h * level.w;
+    if (tiles * plan.chunks > INT32_MAX) return kInvalidValue;
+  }
+  plan.first_tile[p.levels] = static_cast<int>(tiles);
+  for (int e = 0; e < p.edges * p.levels; e++) {
+    plan.aligned = plan.aligned && is_aligned(p.edge[e].data);
+  }
+  plan.kind = kind_of_levels(p, plan.aligned);
+  const int64_t blocks = tiles * plan.chunks;
   return launch(fuse_depthwise<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
                 static_cast<size_t>(NodeMemory<Mma>::kOperands), stream, plan, pdl);
 }
@@ -112,7 +129,10 @@ Error launch_type(const FusionNodeParams& p, void* out, const Device& device, St
                   bool pdl) {
   // the smallest tiles of which all run at once: their halo costs less than waiting for a few
   const auto all_at_once = [&](int height, int width) {
-    const int64_t tiles = p.n * divide_up(p.level[0].h, height) * divide_up(p.level[0].w, width);
+    int64_t tiles = 0;
+    for (int l = 0; l < p.levels; l++) {
+      tiles += p.n * divide_up(p.level[l].h, height) * divide_up(p.level[l].w, width);
+    }
     return tiles * divide_up(p.c, kChunk<T>) <= 2 * device.multiprocessors;
   };
   if (all_at_once(4, 4)) return launch_tiles<BlockMma<T, 0, 2>>(p, out, stream, pdl);

@@ -6,8 +6,9 @@
 
 namespace edet::cuda {
 
-// Writes dw(pre_activation(Σ aᵢ·resize(edgeᵢ))) of a node of one level, (N, h, w, C) in the maps'
-// type, to `out`, which is aligned to 16 bytes and overlaps no input. `pdl`: as fusion_node's.
+// Writes dw(pre_activation(Σ aᵢ·resize(edgeᵢ))) of all levels, (N, h, w, C) in the maps' type one
+// after the other, to `out`, which is aligned to 16 bytes and overlaps no input. `pdl`: as
+// fusion_node's.
 cudaError_t fused_depthwise(const FusionNodeParams& params, void* out, cudaStream_t stream,
                             bool pdl = false);
 

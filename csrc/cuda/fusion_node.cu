@@ -104,13 +104,7 @@ Error launch_node(const FusionNodeParams& p, int64_t slices, const Device& devic
   for (int e = 0; e < p.edges * p.levels; e++) {
     plan.aligned_in = plan.aligned_in && is_aligned(p.edge[e].data);
   }
-  plan.kind = fuse_kind(p.dtype, plan.aligned_in, p.weights, p.pre_activation, p.edge, p.edges, p.c,
-                        p.level[0].h, p.level[0].w);
-  for (int l = 1; l < p.levels; l++) {
-    if (fuse_kind(p.dtype, plan.aligned_in, p.weights, p.pre_activation, p.edge + l, 1, p.c,
-                  p.level[l].h, p.level[l].w) != plan.kind)
-      plan.kind = FuseKind::any;
-  }
+  plan.kind = kind_of_levels(p, plan.aligned_in);
   const int chunks = static_cast<int>(divide_up(p.c, kChunk<T>));
   ProductGrid blocks{};
   const Error error = product_grid<Mma>(

@@ -71,6 +71,18 @@ struct FusionNodeParams {
   const float* pw;  // (⌈c_out/16⌉, C, 16), aligned to 16 bytes
 };
 
+// The kind of all levels of a launch.
+inline FuseKind kind_of_levels(const FusionNodeParams& p, bool aligned) {
+  const auto kind = [&](int level, int edges) {
+    return fuse_kind(p.dtype, aligned, p.weights, p.pre_activation, p.edge + level, edges, p.c,
+                     p.level[level].h, p.level[level].w);
+  };
+  const FuseKind first = kind(0, p.edges);
+  for (int l = 1; l < p.levels; l++)
+    if (kind(l, 1) != first) return FuseKind::any;
+  return first;
+}
+
 // Launches on `stream` of the current device; no output may overlap an input. `pdl`: the
 // launch may begin while the one before it, of this function too, still runs (from compute
 // capability 9.0).

@@ -49,20 +49,6 @@ EDET_EVERYWHERE constexpr FewMemory few_memory(int chunks) {
   return m;
 }
 
-template <class T, int V>
-EDET_DEVICE Vector<T, V> sum_of(const Vector<T, V>& a, const Vector<T, V>& b) {
-  if constexpr (V == 1) {
-    return {{from_float<T>(to_float(a.value[0]) + to_float(b.value[0]))}};
-  } else {
-    float x[V], y[V];
-    to_floats(a, x);
-    to_floats(b, y);
-    EDET_UNROLL
-    for (int i = 0; i < V; i++) x[i] += y[i];
-    return from_floats<T>(x);
-  }
-}
-
 // What a thread brings of a tile's rows to shared memory, gated: one vector of every 32nd row. Read
 // while the block works on the chunk before.
 template <class Mma>

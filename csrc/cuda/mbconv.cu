@@ -16,6 +16,7 @@
 #include "block_mma.cuh"
 #include "depthwise.h"
 #include "fusion.cuh"
+#include "gemm.h"
 #include "lateral.h"
 #include "squeeze.cuh"
 
@@ -542,26 +543,129 @@ ProjectionParams projection_of(const MbconvParams& p) {
   return to;
 }
 
+// ---- large maps: the expansion goes through memory ----
+
+// What of a block is done by gemm. The expansion, if its map is so large that to convolve it anew
+// for every tile's halo costs more than to write and read it; then images follow each other in
+// groups, so that the expanded map of a group stays in the second-level cache.
+struct Large {
+  bool expands, projects;
+  int64_t images;  // of a group
+};
+constexpr int64_t kLeastExpanded = int64_t(32)
+                                   << 10;            // bytes of all images' maps per multiprocessor
+constexpr int64_t kMostExpanded = int64_t(1) << 30;  // bytes of a group's map
+
+Large large_of(const MbconvParams& p) {
+  const int64_t rows = p.h * p.w, out_rows = p.out_h * p.out_w;
+  Large large{};
+  large.projects = gemm_pays(p.dtype, p.n * out_rows, p.c_mid, p.c_out, p.c_reduced ? out_rows : 0);
+  large.images = p.n;
+  Device device;
+  if (!p.expand || !gemm_can(p.dtype, p.c_in, 0) || current_device(&device) != kSuccess)
+    return large;
+  const int64_t image_bytes = rows * p.c_mid * 2;
+  large.expands = p.n * image_bytes >= kLeastExpanded * device.multiprocessors;
+  if (large.expands) {
+    large.images = std::min(p.n, std::max<int64_t>(1, kMostExpanded / image_bytes));
+  }
+  return large;
+}
+
+int64_t expanded_bytes(const MbconvParams& p, const Large& large) {
+  return large.expands ? large.images * p.h * p.w * p.c_mid * 2 : 0;
+}
+
+// Where the memory of a call of them holds the expanded map, and weights as gemm reads them.
+struct LargeMemory {
+  int64_t expand, project, bytes;
+};
+LargeMemory large_memory(const MbconvParams& p, const Large& large) {
+  LargeMemory m{};
+  m.expand = round_up(expanded_bytes(p, large), int64_t(256));
+  m.project = m.expand;
+  if (large.expands) m.project += round_up(gemm_weight_bytes(p.c_in, p.c_mid), int64_t(256));
+  m.bytes = m.project + (large.projects ? gemm_weight_bytes(p.c_mid, p.c_out) : 0);
+  return m;
+}
+
+Error pack_large(const MbconvParams& p, const Large& large, char* memory, Stream stream) {
+  const LargeMemory at = large_memory(p, large);
+  GemmWeights weights[2];
+  int count = 0;
+  if (large.expands) weights[count++] = {p.expand, p.c_in, p.c_mid, memory + at.expand};
+  if (large.projects) weights[count++] = {p.project, p.c_mid, p.c_out, memory + at.project};
+  return count ? pack_weights(p.dtype, weights, count, stream, true) : kSuccess;
+}
+
+// Expands and convolves one group of images after the other.
+Error expand_large(const MbconvParams& p, const Large& large, char* memory, Stream stream,
+                   int* parts, bool pdl) {
+  GemmParams to{};
+  to.dtype = p.dtype;
+  to.k = p.c_in, to.n = p.c_mid;
+  to.w = memory + large_memory(p, large).expand;
+  to.activation = p.activation;
+  to.levels = 1;
+  MbconvParams group = p;
+  group.n = large.images;
+  for (int64_t image = 0; image < p.n; image += large.images) {
+    const int64_t images = std::min(large.images, p.n - image);
+    to.level[0] = {static_cast<const char*>(p.input) + image * p.h * p.w * p.c_in * 2,
+                   images * p.h * p.w, p.expand_scale, p.expand_shift, memory};
+    Error error = gemm(to, stream, pdl);
+    if (error != kSuccess) return error;
+    error = depthwise(group, memory, images, stream, parts, pdl);
+    if (error != kSuccess) return error;
+    group.mid += images * p.out_h * p.out_w * p.c_mid / 2;  // floats, of 16-bit numbers
+    if (group.sums) group.sums += images * *parts * p.c_reduced;
+  }
+  return kSuccess;
+}
+
+Error project_large(const MbconvParams& p, const Large& large, const char* memory, Stream stream,
+                    bool pdl) {
+  GemmParams to{};
+  to.dtype = p.dtype;
+  to.k = p.c_mid, to.n = p.c_out;
+  to.w = memory + large_memory(p, large).project;
+  to.levels = 1;
+  to.image_rows = p.out_h * p.out_w;
+  to.level[0] = {p.mid, p.n * to.image_rows, p.project_scale, p.project_shift, p.out};
+  to.gate = p.c_reduced ? p.gate : nullptr;
+  to.residual = p.residual ? p.input : nullptr;
+  return gemm(to, stream, pdl);
+}
+
 template <class Mma>
-Error launch_block(const MbconvParams& p, void* split, const Device& device, Stream stream) {
+Error launch_block(const MbconvParams& p, void* split, void* memory, const Device& device,
+                   Stream stream) {
   using T = typename Mma::Type;
   Plan plan = plan_of<T>(p, kLow<Mma>);
   ProjectionParams to = projection_of(p);
   if (split) {
-    const SplitMemory memory = split_memory(to);
+    const SplitMemory split_at = split_memory(to);
     to.partial = static_cast<float*>(split);
-    to.counters = reinterpret_cast<int*>(static_cast<char*>(split) + memory.partial_bytes);
-    plan.counters = to.counters, plan.counted = memory.counters;
+    to.counters = reinterpret_cast<int*>(static_cast<char*>(split) + split_at.partial_bytes);
+    plan.counters = to.counters, plan.counted = split_at.counters;
   }
   const int64_t blocks = blocks_of(plan);
   const int bytes = memory_of<Mma>(plan.height, p.kernel, p.stride).bytes;
   if (blocks > INT32_MAX || p.n > 65535 || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
     return kInvalidValue;
   const bool pdl = device.capability >= 90;
-  Error error = !p.expand && depthwise_takes(p, p.input)
-                    ? depthwise(p, p.input, stream, &plan.parts)
-                    : launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)),
-                             Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan);
+  const Large large = large_of(p);
+  char* const own = static_cast<char*>(memory);
+  Error error = pack_large(p, large, own, stream);
+  if (error != kSuccess) return error;
+  if (large.expands) {
+    error = expand_large(p, large, own, stream, &plan.parts, pdl);
+  } else if (!p.expand && depthwise_takes(p, p.input)) {
+    error = depthwise(p, p.input, p.n, stream, &plan.parts);
+  } else {
+    error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
+                   static_cast<size_t>(bytes), stream, plan);
+  }
   if (error == kSuccess && p.c_reduced) {
     const int64_t floats = kProductThreads / kWarp * kMiddle + round_up(p.c_reduced, 4) +
                            kGateRows * 4 * kProductThreads;
@@ -570,8 +674,7 @@ Error launch_block(const MbconvParams& p, void* split, const Device& device, Str
                    Dim3(kProductThreads), static_cast<size_t>(floats * 4), stream, plan, pdl);
   }
   if (error != kSuccess) return error;
-
-  return project(to, stream, pdl);
+  return large.projects ? project_large(p, large, own, stream, pdl) : project(to, stream, pdl);
 }
 
 }  // namespace
@@ -584,19 +687,20 @@ MbconvMemory mbconv_memory(const MbconvParams& p) {
   return {p.n * p.out_h * p.out_w * p.c_mid * element,
           p.c_reduced ? p.n * parts * p.c_reduced * 4 : 0, p.c_reduced ? p.n * p.c_mid * 4 : 0,
           // `gates` is what sets the counters to zero
-          p.c_reduced ? split.partial_bytes + 4 * split.counters : 0};
+          p.c_reduced ? split.partial_bytes + 4 * split.counters : 0,
+          large_memory(p, large_of(p)).bytes};
 }
 
-Error mbconv(const MbconvParams& p, void* split, Stream stream) {
+Error mbconv(const MbconvParams& p, void* split, void* large, Stream stream) {
   if (p.n == 0) return kSuccess;
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
     using T = typename BlockMma<Operand, 1, 2>::Type;
     // a map of fewer tiles than there are multiprocessors is sooner done by twice as many
     if (blocks_of(plan_of<T>(p, false)) <= device.multiprocessors) {
-      return launch_block<BlockMma<Operand, 2, 2>>(p, split, device, stream);
+      return launch_block<BlockMma<Operand, 2, 2>>(p, split, large, device, stream);
     }
-    return launch_block<BlockMma<Operand, 1, 2>>(p, split, device, stream);
+    return launch_block<BlockMma<Operand, 1, 2>>(p, split, large, device, stream);
   });
 }
 

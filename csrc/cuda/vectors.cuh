@@ -82,4 +82,19 @@ EDET_DEVICE Vector<T, V> from_floats(const float (&x)[V]) {
   return v;
 }
 
+// The sum of two vectors, rounded once.
+template <class T, int V>
+EDET_DEVICE Vector<T, V> sum_of(const Vector<T, V>& a, const Vector<T, V>& b) {
+  if constexpr (V == 1) {
+    return {{from_float<T>(to_float(a.value[0]) + to_float(b.value[0]))}};
+  } else {
+    float x[V], y[V];
+    to_floats(a, x);
+    to_floats(b, y);
+    EDET_UNROLL
+    for (int i = 0; i < V; i++) x[i] += y[i];
+    return from_floats<T>(x);
+  }
+}
+
 }  // namespace edet::cuda

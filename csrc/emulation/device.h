@@ -97,6 +97,13 @@ uint32_t pack(float first, float second) {
   return pair;
 }
 template <class T>
+uint32_t product(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  unpack<T>(a, x[0], x[1]);
+  unpack<T>(b, y[0], y[1]);
+  return pack<T>(x[0] * y[0], x[1] * y[1]);
+}
+template <class T>
 uint32_t max_nan(uint32_t a, uint32_t b) {
   float x[2], y[2];
   unpack<T>(a, x[0], x[1]);
@@ -190,14 +197,17 @@ T atomic_add(Shared<T> s, T v) {
   return before;
 }
 
-// Arrives at once: that a wait is missing is seen as a missing barrier only.
 template <class T>
 void cp_async_16(Shared<T> to, const T* from, bool real) {
   Vector<T, 16 / sizeof(T)> v{};
-  if (real) v = load_constant<T, 16 / sizeof(T)>(from);
-  store(to, v);
+  if (real) v = load_written<T, 16 / sizeof(T)>(from);
+  emulation::copy_later(reinterpret_cast<char*>(to.at), reinterpret_cast<const char*>(&v));
 }
-inline void cp_async_wait_all() {}
+inline void cp_async_commit() { emulation::end_group(); }
+template <int kLeft>
+void cp_async_wait() {
+  emulation::await_groups(kLeft);
+}
 
 namespace detail {
 

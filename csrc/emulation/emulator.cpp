@@ -143,6 +143,13 @@ struct Access {
 
 struct Block;
 
+// 16 bytes on their way to shared memory.
+struct Copy {
+  char* to;
+  char bytes[16];
+  int group;  // of its thread's
+};
+
 struct Fiber {
   Block* block;
   Thread index;
@@ -156,6 +163,8 @@ struct Fiber {
   Knowledge unfenced;            // from atomics, to be known after a fence
   bool fenced;                   // since its last atomic
   bool awaited;                  // the launches before, where this one may overtake them
+  std::vector<Copy> copies;      // that have not arrived
+  int group;                     // of copies, that is not ended
 };
 
 // The last accesses of two bytes of shared memory.
@@ -226,6 +235,9 @@ class Machine {
   void changed(const void* p);
   void await(const Flag& flag, int line);
   void await_launches() { now->awaited = true; }
+  void copy_later(char* to, const char* bytes);
+  void end_group() { now->group++; }
+  void await_groups(int left);
 
  private:
   static void entry();
@@ -254,6 +266,7 @@ class Machine {
   int launch_number_ = 0;
   std::unordered_map<const void*, Knowledge> released_;  // by whoever wrote to an address
   std::mt19937_64 random_;
+  bool late_copies_ = false;
   Launch launch_;
   size_t last_range_ = 0;
   void (*body_)(const void*, const void*) = nullptr;
@@ -392,6 +405,30 @@ bool Machine::make_stacks(size_t count) {
   return true;
 }
 
+void Machine::copy_later(char* to, const char* bytes) {
+  if (!late_copies_) {
+    shared_access(to, sizeof Copy::bytes, true, false);
+    std::memcpy(to, bytes, sizeof Copy::bytes);
+    return;
+  }
+  Copy copy{to, {}, now->group};
+  std::memcpy(copy.bytes, bytes, sizeof copy.bytes);
+  now->copies.push_back(copy);
+}
+
+void Machine::await_groups(int left) {
+  std::vector<Copy> later;
+  for (const Copy& copy : now->copies) {
+    if (copy.group >= now->group - left) {
+      later.push_back(copy);
+      continue;
+    }
+    shared_access(copy.to, sizeof copy.bytes, true, false);
+    std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+  }
+  now->copies = std::move(later);
+}
+
 void Machine::begin_block(Block& b, int64_t number) {
   const auto warps = static_cast<size_t>(divide_up(threads_, kWarp));
   const auto place = static_cast<size_t>(&b - blocks_.data());
@@ -422,6 +459,8 @@ void Machine::begin_block(Block& b, int64_t number) {
     f.unfenced.clear();
     f.fenced = false;
     f.awaited = !pdl_;
+    f.copies.clear();
+    f.group = 0;
     const size_t stack = place * static_cast<size_t>(threads_) + static_cast<size_t>(i);
     f.context.prepare(stacks_ + stack * kStack + kGuard, kStack - kGuard, entry);
     b.next.push_back(i);
@@ -715,6 +754,7 @@ cudaError_t Machine::run(const char* name, Extent grid, Extent block, size_t sha
   launch_number_++;
   released_.clear();
   random_.seed(seed);
+  late_copies_ = seed % 2 == 1;
   body_ = body, kernel_ = kernel, params_ = params;
   block_extent = block, grid_extent = grid;
   last_range_ = 0;
@@ -801,6 +841,9 @@ void shared_access(const void* p, size_t bytes, bool write) {
 }
 void shared_atomic(const void* p, size_t bytes) { machine().shared_access(p, bytes, true, true); }
 char* shared_memory() { return machine().now->block->shared; }
+void copy_later(char* to, const char* bytes) { machine().copy_later(to, bytes); }
+void end_group() { machine().end_group(); }
+void await_groups(int left) { machine().await_groups(left); }
 void fail(const std::string& what) { machine().fail(what); }
 int architecture() { return machine().architecture; }
 int multiprocessors() { return machine().processors; }

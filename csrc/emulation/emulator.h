@@ -71,6 +71,12 @@ void shared_access(const void* p, size_t bytes, bool write);
 void shared_atomic(const void* p, size_t bytes);
 char* shared_memory();
 
+// A copy of 16 bytes to shared memory that has begun: arrives at once or when its thread waits for
+// its group, as the seed says, for a GPU may do either. Waits for all groups but the last `left`.
+void copy_later(char* to, const char* bytes);
+void end_group();
+void await_groups(int left);
+
 // Ends the launch with an error.
 [[noreturn]] void fail(const std::string& what);
 

@@ -76,7 +76,8 @@ EDET_DEVICE void product_as(const ProductParams& p) {
   const int lane = thread().x, g = lane / 4, t = lane % 4;
   cp_async_16(a + lane * V, static_cast<const T*>(p.a) + lane * V, true);
   cp_async_16(b + lane * V, static_cast<const T*>(p.b) + lane % 16 * V, lane < 16);
-  cp_async_wait_all();
+  cp_async_commit();
+  cp_async_wait<0>();
   sync_warp();
   uint32_t left[4], right[4];
   ldmatrix_x4(a + (lane % 16 * 2 * V + lane / 16 * V), left);

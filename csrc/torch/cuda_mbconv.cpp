@@ -23,7 +23,8 @@ static Tensor mbconv_cuda(const Tensor input, const Tensors expand, const Tensor
   p.sums = static_cast<float*>(call.scratch(memory.sums_bytes));
   p.gate = static_cast<float*>(call.scratch(memory.gate_bytes));
   void* const split = memory.split_bytes ? call.scratch(memory.split_bytes) : nullptr;
-  call.check(cuda::mbconv(p, split, call.stream()));
+  void* const large = memory.large_bytes ? call.scratch(memory.large_bytes) : nullptr;
+  call.check(cuda::mbconv(p, split, large, call.stream()));
   return out;
 }
 

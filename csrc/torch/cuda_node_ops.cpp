@@ -47,11 +47,11 @@ class CudaNodes {
   void* write(Tensor& t) { return call_.write(t); }
   bool reuses_maps() const { return plan_.launch != cuda::GraphLaunch::persistent; }
 
-  // Bytes of flags. A single node is one launch anyway.
+  // Bytes of what the launches need beside the maps. A single node waits for no other.
   int64_t plan(NodeGraph& graph) {
     graph.tf32 = in_tf32();
-    if (graph.nodes.size() == 1) return 0;
-    const std::optional<cuda::GraphLaunch> wanted = wanted_launch();
+    const std::optional<cuda::GraphLaunch> wanted =
+        graph.nodes.size() == 1 ? cuda::GraphLaunch::nodes : wanted_launch();
     call_.check(cuda::plan_graph(graph, wanted ? &*wanted : nullptr, &plan_));
     return plan_.workspace;
   }

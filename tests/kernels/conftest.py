@@ -44,6 +44,8 @@ def backend(request, kernels_only, monkeypatch):
         monkeypatch.setenv("EDET_BACKEND", "triton")
         if torch.cuda.is_available():
             device = torch.device("cuda")
+            # eager, the measure, without what it may do by itself and the kernels do not
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         else:
             large_tiles(monkeypatch)
     elif name == "emulated":

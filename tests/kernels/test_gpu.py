@@ -5,14 +5,23 @@ import threading
 import pytest
 import torch
 
+from backends import BACKENDS, BLOCK_OPS
 from edet_kernels import explain
-from edet_kernels.names import TF32_OPS
+from edet_kernels.backend import has_kernel
+from edet_kernels.names import MAP_OPS, TF32_OPS
 from edet_kernels.testing.numeric import assert_identical
 from edet_kernels.testing.samples import DTYPES, SAMPLES, Call, bifpn_graph, map_tree, sample
 
 pytestmark = [pytest.mark.gpu]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-all_ops = pytest.mark.parametrize("op", SAMPLES)
+#: Ops that have CUDA kernels: what is emulated elsewhere, by name, so that none can go missing.
+CUDA_OPS = [op for op in SAMPLES if op not in BACKENDS["emulated"].lacks]
+# nms takes and gives float32 whatever the maps are
+all_ops = pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(op, dtype) for op in CUDA_OPS for dtype in (DTYPES[:1] if op == "nms" else DTYPES)],
+    ids=str,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +31,23 @@ def cuda_only(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Lets torch's allocator hand out memory that is full of NaN: a pixel not written shows."""
+    small = [torch.full((2**17,), torch.nan, device="cuda") for _ in range(32)]
+    large = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(4)]
+    del small, large
+
+
 def on_gpu(call: Call) -> Call:
     moved = [map_tree(torch.Tensor.cuda, part) for part in (call.maps, call.weights, call.options)]
     return Call(call.op, *moved)
 
 
-@dtypes
+def test_the_library_has_the_kernels_that_are_tested():
+    assert [op for op in SAMPLES if has_kernel(op, "cuda")] == CUDA_OPS
+
+
 @all_ops
 def test_sanitize(op, dtype):  # the part that compute-sanitizer runs
     on_gpu(sample(op, dtype)).check(dtype)
@@ -45,11 +65,20 @@ def test_sanitize_tf32(op, monkeypatch):
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setenv("EDET_BACKEND", "auto")  # not all ops have a CUDA kernel to be explained
     assert {c.op for c in explain("cuda") if "TF32 products" in c.reason} == set(TF32_OPS)
+    monkeypatch.setenv("EDET_BACKEND", "cuda")
     on_gpu(sample(op, channels=72)).check_tf32()
 
 
+# forward by the CUDA kernels, backward and training by Triton's, where there is one
 @dtypes
+@pytest.mark.parametrize("op", [op for op in MAP_OPS if op not in BLOCK_OPS])
+def test_gradients(op, dtype, monkeypatch):
+    monkeypatch.setenv("EDET_BACKEND", "auto")
+    on_gpu(sample(op, dtype)).check_gradients(dtype)
+
+
 @all_ops
 def test_results_are_the_same_from_run_to_run(op, dtype):
     call = on_gpu(sample(op, dtype))

@@ -37,12 +37,14 @@ from .table import PAIRS
 def random_model(name: str, images: Tensor) -> EfficientDet:
     """The model ``name`` in eval mode with random weights, the same ones every time.
 
+    It is on the device of ``images``, which set its batch norms, in float32.
+
     How much a random network amplifies rounding is a matter of luck; what is checked and timed
     must not be.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = create_model(name).eval()
+        model = create_model(name).eval().to(images.device)
     set_batch_norms(model, images)
     return model
 

@@ -1,0 +1,477 @@
+// The CUDA kernel for large products: rows of 16-bit maps, times a gate where there is one, by
+// pointwise weights, then scale, shift, activation and residual.
+//
+// Floors. Bytes: rows and results once, from DRAM where the maps are large. Operations: 2·rows·k·n;
+// at k = n = 384 of D7 192 a byte, where an H100's memory allows 330 at the tensor cores' peak.
+// Budget: 128 registers, tensor cores.
+//
+// A block owns 128 rows and up to 128 columns. Chunks of 64 channels of rows and of weights come by
+// asynchronous copies, two of them on their way during the product of a third; 8 warps, 4 along
+// the rows and 2 along the columns, keep 32 rows of half the columns each in registers.
+// Weights are 16 bits wide, made of the packed ones by a launch of their own, so that a copy brings
+// them as they are multiplied. Blocks of the same rows follow each other: their rows come from the
+// second-level cache.
+#include "gemm.h"
+
+#include <algorithm>
+
+#include "block_mma.cuh"
+#include "fusion.cuh"
+
+namespace edet::cuda {
+namespace {
+
+constexpr int kGemmRows = 128, kStages = 3;
+
+// The block's tile, and its operands in shared memory: rows are padded by 16 bytes, which keeps 8
+// of them in different banks.
+template <class Operand, int kTilesN>
+class GemmTile {
+ public:
+  using Type = Operand;
+  static constexpr int kRows = kGemmRows, kColumns = 32 * kTilesN;
+  static constexpr int kPitchA = kChunk<Operand> + 8, kPitchW = kColumns + 8;
+  static constexpr int kBytesA = kRows * kPitchA * 2, kBytesW = kChunk<Operand> * kPitchW * 2;
+  static constexpr int kBytesOut = kRows * kPitchW * 2;
+  static constexpr int kStage = kBytesA + kBytesW;
+
+  EDET_DEVICE GemmTile() {
+    EDET_UNROLL
+    for (int m = 0; m < kM; m++) {
+      EDET_UNROLL
+      for (int n = 0; n < kN; n++) {
+        EDET_UNROLL
+        for (int i = 0; i < 4; i++) acc_[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  // Adds a (128, depth) · w (depth, columns), depth a multiple of kStepDepth. change(m, k, rows)
+  // gates the m-th 16 rows of a warp, at channels from k on.
+  static constexpr int kStepDepth = 16;
+  template <class Change>
+  EDET_DEVICE void mma(Shared<Type> a, Shared<Type> w, int depth, const Change& change) {
+    const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
+    const int row = lane % 16,
+              column = lane / 16 * 8;  // of a lane's 8 numbers of four 8×8 matrices
+    const Shared<Type> left = a + ((warp % 4 * 32 + row) * kPitchA + column);
+    const Shared<Type> right = w + (row * kPitchW + warp / 4 * (kN * 8) + column);
+    EDET_LOOP
+    for (int k = 0; k < depth; k += kStepDepth) {
+      uint32_t rows[kM][4];
+      EDET_UNROLL
+      for (int m = 0; m < kM; m++) ldmatrix_x4(left + (m * 16 * kPitchA + k), rows[m]);
+      EDET_UNROLL
+      for (int m = 0; m < kM; m++) change(m, k, rows[m]);
+      EDET_UNROLL
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(right + (k * kPitchW + n * 8), b);
+        EDET_UNROLL
+        for (int other = 0; other < 2; other++) {
+          EDET_UNROLL
+          for (int m = 0; m < kM; m++) {
+            warp_mma<Type>(acc_[m][n + other], rows[m], b[2 * other], b[2 * other + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Calls put(factors(column), row, column, sum, sum of column + 1) for all sums of this thread.
+  template <class Factors, class Put>
+  EDET_DEVICE void each(const Factors& factors, const Put& put) const {
+    const int t = opaque(thread().x), lane = t % kWarp, warp = t / kWarp;
+    EDET_UNROLL
+    for (int n = 0; n < kN; n++) {
+      const int column = (warp / 4 * kN + n) * 8 + lane % 4 * 2;
+      const auto f = factors(column);
+      EDET_UNROLL
+      for (int m = 0; m < kM; m++) {
+        const int row = warp % 4 * 32 + m * 16 + lane / 4;
+        put(f, row, column, acc_[m][n][0], acc_[m][n][1]);
+        put(f, row + 8, column, acc_[m][n][2], acc_[m][n][3]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kM = 2, kN = 2 * kTilesN;  // of 16 rows and 8 columns
+  float acc_[kM][kN][4];
+};
+
+// What the launcher adds to the op's parameters.
+struct LargeProduct {
+  GemmParams p;
+  int first_tile[kMaxLevels + 1];  // of 128 rows
+  int columns, slices;             // of a block, and blocks of a tile
+  int stages;                      // of shared memory
+  bool aligned_out;
+};
+
+// Where a block's shared memory holds scales and shifts, gates of two images, and the stages, in
+// the place of which the result comes.
+template <class Tile>
+struct Memory {
+  int gates, stages;
+
+  EDET_EVERYWHERE constexpr Memory(int64_t k, bool gated)
+      : gates(2 * Tile::kColumns * 4), stages(gates + (gated ? 2 * int(k) * 2 : 0)) {}
+};
+
+// What a thread copies of a stage: of rows and of weights one vector of 8 channels every so often.
+// Its addresses go on from chunk to chunk.
+template <class Tile>
+class StagePart {
+  using T = typename Tile::Type;
+  static constexpr int kStep = kProductThreads / kVectors;  // rows between two of a thread's
+  static constexpr int kParts = Tile::kRows / kStep;
+  // the same of weights, for which a row has a power of two of threads
+  static constexpr int kAcross = Tile::kColumns == 96 ? 16 : Tile::kColumns / 8;
+  static constexpr int kStepW = kProductThreads / kAcross, kPartsW = kChunk<T> / kStepW;
+
+ public:
+  EDET_DEVICE StagePart(const GemmParams& p, const GemmRows& level, int64_t row0, int n)
+      : k_(int(p.k)), pitch_(int(round_up(p.n, 8))) {
+    const int t = thread().x, row = t / kVectors;
+    const int64_t left = level.rows - row0 - row;
+    rows_ = left < Tile::kRows ? int(left) : Tile::kRows;
+    channels_ = k_ - t % kVectors * 8;
+    from_ = static_cast<const T*>(level.input) + (row0 + row) * k_ + t % kVectors * 8;
+    const int column = n + t % kAcross * 8;
+    weights_ = column < pitch_ ? k_ - t / kAcross : 0;
+    w_ = static_cast<const T*>(p.w) + (t / kAcross * pitch_ + column);
+  }
+  // Copies the next 64 channels; zeros where there are none.
+  EDET_DEVICE void copy(Shared<T> a, Shared<T> w) {
+    const int t = thread().x;
+    a = a + (t / kVectors * Tile::kPitchA + t % kVectors * 8);
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) {
+      cp_async_16(a + j * kStep * Tile::kPitchA, from_ + j * kStep * k_,
+                  channels_ > 0 && j * kStep < rows_);
+    }
+    if (Tile::kColumns != 96 || t % kAcross < 12) {
+      w = w + (t / kAcross * Tile::kPitchW + t % kAcross * 8);
+      EDET_UNROLL
+      for (int j = 0; j < kPartsW; j++) {
+        cp_async_16(w + j * kStepW * Tile::kPitchW, w_ + j * kStepW * pitch_,
+                    j * kStepW < weights_);
+      }
+    }
+    channels_ -= kChunk<T>;
+    from_ += kChunk<T>;
+    weights_ -= kChunk<T>;
+    w_ += kChunk<T> * pitch_;
+  }
+
+ private:
+  const int k_, pitch_;
+  int rows_, channels_, weights_;  // rows and channels from the thread's first on; rows of weights
+  const T *from_, *w_;
+};
+
+// Stores the tile's result, which is in shared memory, 16 bytes at a time where rows are aligned to
+// that, else words or elements.
+template <class Tile, class Finish>
+EDET_DEVICE void store_tile(Shared<typename Tile::Type> from, typename Tile::Type* to, int rows,
+                            int columns, int pitch, bool aligned, const Finish& finish) {
+  using T = typename Tile::Type;
+  constexpr int kAcross = Tile::kColumns / 8, kStep = kProductThreads / kAcross;
+  const int t = opaque(thread().x);
+  if (aligned) {
+    if (t >= kStep * kAcross) return;
+    const int row = t / kAcross, column = t % kAcross * 8;
+    if (column >= columns) return;
+    to += int64_t(row) * pitch + column;
+    from = from + (row * Tile::kPitchW + column);
+    EDET_UNROLL
+    for (int r = 0; r < Tile::kRows; r += kStep) {
+      if (r + row >= rows) break;
+      store(to, finish(load<8>(from + r * Tile::kPitchW), to));
+      to += kStep * pitch;
+    }
+    return;
+  }
+  if (pitch % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+    // a warp has a row at a time, each lane a word of every 32
+    constexpr int kWarps = kProductThreads / kWarp, kParts = divide_up(Tile::kColumns / 2, kWarp);
+    const int column = t % kWarp * 2, row = t / kWarp;
+    to += int64_t(row) * pitch + column;
+    from = from + (row * Tile::kPitchW + column);
+    EDET_UNROLL
+    for (int r = 0; r < Tile::kRows; r += kWarps) {
+      if (r + row >= rows) break;
+      EDET_UNROLL
+      for (int j = 0; j < kParts; j++) {
+        if (column + j * 2 * kWarp >= columns) break;
+        T* const at = to + j * 2 * kWarp;
+        store(at, finish(load<2>(from + (r * Tile::kPitchW + j * 2 * kWarp)), at));
+      }
+      to += kWarps * pitch;
+    }
+    return;
+  }
+  EDET_LOOP
+  for (int i = t; i < Tile::kRows * Tile::kColumns; i += kProductThreads) {
+    const int row = i / Tile::kColumns, column = i % Tile::kColumns;
+    if (row >= rows || column >= columns) continue;
+    T* const at = to + (int64_t(row) * pitch + column);
+    store(at, finish(load<1>(from + (row * Tile::kPitchW + column)), at));
+  }
+}
+
+template <class Tile, bool kGated>
+EDET_KERNEL(kProductThreads, 2)
+multiply_large(EDET_PARAMS(LargeProduct) plan) {
+  using T = typename Tile::Type;
+  if (turing()) return;  // which lacks asynchronous copies: gemm_can() says no
+  const GemmParams& p = plan.p;
+  EDET_SHARED(char, memory);
+  griddep_launch();
+  const Memory<Tile> at(p.k, kGated);
+  const Shared<float> affine = as<float>(memory);
+  const Shared<T> gates = as<T>(memory + at.gates);
+  const auto left_of = [&](int stage) {
+    return as<T>(memory + (at.stages + stage * Tile::kStage));
+  };
+  const auto right_of = [&](int stage) {
+    return as<T>(memory + (at.stages + stage * Tile::kStage + Tile::kBytesA));
+  };
+  const int tile = int(block().x) / plan.slices, t = thread().x;
+  const int n = int(block().x) % plan.slices * plan.columns, n_all = int(p.n);
+  const int columns = min(n_all - n, plan.columns), k_all = int(p.k);
+  int l = 0;
+  while (tile >= plan.first_tile[l + 1]) l++;
+  const GemmRows& level = p.level[l];
+  const int64_t row0 = int64_t(tile - plan.first_tile[l]) * Tile::kRows;
+  if (t < Tile::kColumns) {
+    const bool real = t < columns;
+    store(affine + t, real ? load_constant<float, 1>(level.scale + n + t).value[0] : 0.0f);
+    store(affine + (Tile::kColumns + t),
+          real ? load_constant<float, 1>(level.shift + n + t).value[0] : 0.0f);
+  }
+  StagePart<Tile> part(p, level, row0, n);
+  // the image of a warp's 16 rows is the tile's first or the one after
+  const int first_image = kGated ? int(row0 / p.image_rows) : 0;
+  const int next_rows = kGated ? int((first_image + 1) * p.image_rows - row0) : 0;
+  griddep_wait();
+  const int chunks = divide_up(k_all, kChunk<T>);
+  EDET_UNROLL
+  for (int chunk = 0; chunk < kStages - 1; chunk++) {
+    if (chunk < chunks) part.copy(left_of(chunk), right_of(chunk));
+    cp_async_commit();
+  }
+  if (kGated) {  // which are there at the first barrier
+    const int images = int(p.level[0].rows / p.image_rows), fours = k_all / 4;
+    for (int i = t; i < 2 * fours; i += kProductThreads) {
+      const int image = i / fours, four = i % fours * 4;
+      if (first_image + image >= images) break;
+      const Vector<float, 4> v =
+          load_written<float, 4>(p.gate + int64_t(first_image + image) * k_all + four);
+      store(gates + (image * k_all + four), from_floats<T>(v.value));
+    }
+  }
+  Tile sums;
+  int stage = 0, next = kStages - 1;
+  EDET_LOOP
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    cp_async_wait<kStages - 2>();
+    sync_threads();  // the chunk is there, and nobody reads the stage that the next one goes to
+    const int ahead = chunk + kStages - 1;
+    if (ahead < chunks) part.copy(left_of(next), right_of(next));
+    cp_async_commit();
+    const int k0 = chunk * kChunk<T>;
+    const int depth = round_up(min(kChunk<T>, k_all - k0), Tile::kStepDepth);
+    sums.mma(left_of(stage), right_of(stage), depth, [&](int m, int k, uint32_t (&rows)[4]) {
+      if constexpr (kGated) {
+        const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+        const int image = warp % 4 * 32 + m * 16 >= next_rows ? 1 : 0;
+        EDET_UNROLL
+        for (int half = 0; half < 2; half++) {
+          // past the rows' channels are zeros, whatever they are multiplied by
+          const int channel = min(k0 + k + half * 8, k_all - 8) + lane % 4 * 2;
+          const uint32_t gate = get(as<uint32_t>(gates + (image * k_all + channel)));
+          EDET_UNROLL
+          for (int i = 0; i < 2; i++) rows[half * 2 + i] = product<T>(rows[half * 2 + i], gate);
+        }
+      }
+    });
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    next = next + 1 == kStages ? 0 : next + 1;
+  }
+  sync_threads();  // the operands, in whose place the result comes, are read
+  const Shared<T> stage_out = left_of(0);
+  const Activation activation = p.activation;
+  const auto stage_all = [&](const auto& change) {
+    sums.each(
+        [&](int column) {
+          const Vector<float, 2> scale = load<2>(affine + column);
+          const Vector<float, 2> shift = load<2>(affine + (Tile::kColumns + column));
+          return Affine{{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
+        },
+        [&](const Affine& f, int row, int column, float first, float second) {
+          float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
+          change(x);
+          store(stage_out + (row * Tile::kPitchW + column), from_floats<T>(x));
+        });
+  };
+  if (activation == Activation::none) {
+    stage_all([](float (&)[2]) {});
+  } else if (activation == Activation::swish) {
+    stage_all([](float (&x)[2]) { x[0] = swish<T>(x[0]), x[1] = swish<T>(x[1]); });
+  } else {
+    stage_all([&](float (&x)[2]) { activate<T>(x, activation); });
+  }
+  sync_threads();
+  T* const to = static_cast<T*>(level.out) + row0 * n_all + n;
+  const int64_t rows_left = level.rows - row0;
+  const int rows = rows_left < Tile::kRows ? int(rows_left) : Tile::kRows;
+  if (!p.residual) {
+    return store_tile<Tile>(stage_out, to, rows, columns, n_all, plan.aligned_out, AsItIs{});
+  }
+  const int64_t residual = static_cast<const T*>(p.residual) - static_cast<const T*>(level.out);
+  store_tile<Tile>(stage_out, to, rows, columns, n_all, plan.aligned_out, [&](auto v, const T* at) {
+    return sum_of(v, load_constant<T, sizeof(v) / sizeof(T)>(at + residual));
+  });
+}
+
+// Bytes of shared memory of a block of so many columns.
+int shared_of(int64_t k, int64_t columns, bool gated) {
+  const int64_t stage = (kGemmRows * (64 + 8) + 64 * (columns + 8)) * 2;
+  const int64_t stages = std::min<int64_t>(divide_up(k, 64), kStages) * stage;
+  const int64_t out = kGemmRows * (columns + 8) * 2;
+  return static_cast<int>(2 * columns * 4 + (gated ? 2 * k * 2 : 0) + std::max(stages, out));
+}
+
+template <class Tile, bool kGated>
+Error launch_tile(const LargeProduct& plan, const Device& device, Stream stream, bool pdl) {
+  const GemmParams& p = plan.p;
+  const int bytes = shared_of(p.k, Tile::kColumns, kGated);
+  if (bytes > device.shared_bytes) return kInvalidValue;
+  const Dim3 grid(static_cast<unsigned>(plan.first_tile[p.levels] * plan.slices));
+  return launch(multiply_large<Tile, kGated>, grid, Dim3(kProductThreads),
+                static_cast<size_t>(bytes), stream, plan, pdl);
+}
+
+struct Packing {
+  GemmWeights weights[kMostGemmWeights];
+  int first[kMostGemmWeights + 1];  // vectors of 8 columns
+  int count;
+};
+
+template <class T>
+EDET_KERNEL(kProductThreads, 4)
+narrow(EDET_PARAMS(Packing) packing) {
+  griddep_launch();
+  griddep_wait();
+  const int i = int(block().x) * kProductThreads + int(thread().x);
+  if (i >= packing.first[packing.count]) return;
+  int which = 0;
+  while (i >= packing.first[which + 1]) which++;
+  const GemmWeights& w = packing.weights[which];
+  // two vectors of a row of a panel follow each other, then the panel's next row
+  const int local = i - packing.first[which], k = int(w.k);
+  const int row = local / 2 % k, panel = local / 2 / k, column = panel * kPanel + local % 2 * 8;
+  if (column >= w.n) return;
+  float x[8];
+  EDET_UNROLL
+  for (int half = 0; half < 2; half++) {
+    const Vector<float, 4> v = load_constant<float, 4>(w.packed + local * 8 + half * 4);
+    EDET_UNROLL
+    for (int j = 0; j < 4; j++) x[half * 4 + j] = v.value[j];
+  }
+  store(static_cast<T*>(w.to) + (int64_t(row) * round_up(int(w.n), 8) + column), from_floats<T>(x));
+}
+
+// A block has as many columns as shared memory allows; to gate rows takes registers, which leave
+// room for fewer. 0: none.
+int64_t columns_of(int64_t k, int64_t n, bool gated, int shared_bytes) {
+  for (int64_t most = gated ? 96 : 128; most > 0; most -= 32) {
+    const int64_t columns = round_up(divide_up(n, divide_up(n, most)), 32);
+    if (shared_of(k, columns, gated) <= shared_bytes) return columns;
+  }
+  return 0;
+}
+
+}  // namespace
+
+bool gemm_can(DType dtype, int64_t k, int64_t image_rows) {
+  Device device;
+  if (dtype == DType::f32 || current_device(&device) != kSuccess || device.capability < 80)
+    return false;
+  // rows of a warp's product are of one image, those of a block of two at most
+  const bool images = image_rows == 0 || (image_rows % 16 == 0 && image_rows >= kGemmRows - 16);
+  return k > 0 && k % 8 == 0 && images && shared_of(k, 32, image_rows > 0) <= device.shared_bytes;
+}
+
+bool gemm_pays(DType dtype, int64_t rows, int64_t k, int64_t n, int64_t image_rows) {
+  if (!gemm_can(dtype, k, image_rows)) return false;
+  Device device;
+  if (current_device(&device) != kSuccess) return false;
+  // fewer blocks than that leave the machine emptier than smaller tiles would
+  const int64_t slices = divide_up(n, columns_of(k, n, image_rows > 0, device.shared_bytes));
+  return divide_up(rows, int64_t(kGemmRows)) * slices >= device.multiprocessors * 3 / 8;
+}
+
+Error pack_weights(DType dtype, const GemmWeights* weights, int count, Stream stream, bool pdl) {
+  if (count > kMostGemmWeights) return kInvalidValue;
+  Packing packing{};
+  packing.count = count;
+  for (int i = 0; i < count; i++) {
+    packing.weights[i] = weights[i];
+    packing.first[i + 1] =
+        packing.first[i] + static_cast<int>(divide_up(weights[i].n, kPanel) * weights[i].k * 2);
+  }
+  const Dim3 grid(static_cast<unsigned>(divide_up(packing.first[count], kProductThreads)));
+  Device device;
+  const Error error = current_device(&device);
+  if (error != kSuccess) return error;
+  pdl = pdl && device.capability >= 90;
+  const auto kernel = dtype == DType::f16 ? narrow<f16> : narrow<bf16>;
+  return launch(kernel, grid, Dim3(kProductThreads), 0, stream, packing, pdl);
+}
+
+Error gemm(const GemmParams& p, Stream stream, bool pdl) {
+  Device device;
+  const Error error = current_device(&device);
+  if (error != kSuccess) return error;
+  LargeProduct plan{};
+  plan.p = p;
+  plan.columns = static_cast<int>(columns_of(p.k, p.n, p.gate != nullptr, device.shared_bytes));
+  if (plan.columns == 0) return kInvalidValue;
+  plan.slices = static_cast<int>(divide_up(p.n, plan.columns));
+  plan.aligned_out = p.n % 8 == 0;
+  int64_t tiles = 0;
+  for (int l = 0; l < p.levels; l++) {
+    plan.first_tile[l] = static_cast<int>(tiles);
+    tiles += divide_up(p.level[l].rows, int64_t(kGemmRows));
+    plan.aligned_out = plan.aligned_out && is_aligned(p.level[l].out);
+  }
+  plan.first_tile[p.levels] = static_cast<int>(tiles);
+  if (tiles == 0) return kSuccess;
+  if (tiles * plan.slices > INT32_MAX) return kInvalidValue;
+  pdl = pdl && device.capability >= 90;
+  const auto by_columns = [&](auto type) {
+    using T = typename decltype(type)::Type;
+    const auto tile = [&](auto tag) {
+      using Tile = typename decltype(tag)::Type;
+      return p.gate ? launch_tile<Tile, true>(plan, device, stream, pdl)
+                    : launch_tile<Tile, false>(plan, device, stream, pdl);
+    };
+    switch (plan.columns) {
+      case 32: return tile(Tag<GemmTile<T, 1>>{});
+      case 64: return tile(Tag<GemmTile<T, 2>>{});
+      case 96: return tile(Tag<GemmTile<T, 3>>{});
+      default: return launch_tile<GemmTile<T, 4>, false>(plan, device, stream, pdl);
+    }
+  };
+  switch (p.dtype) {
+    case DType::f16: return by_columns(Tag<f16>{});
+    case DType::bf16: return by_columns(Tag<bf16>{});
+    case DType::f32: break;
+  }
+  return kInvalidValue;
+}
+
+}  // namespace edet::cuda
