@@ -35,7 +35,8 @@ def _mbconv(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Wo
     residual = _size(image) if args[9] else 0
     operations = 2 * pixels * image.shape[1] * middle
     groups = sum("convolve_depthwise" in name for name in kernels)
-    if groups and kernels[0].startswith("multiply_"):  # of images, each expanded and then convolved
+    # groups of images, each expanded and then convolved
+    if groups and kernels[0].startswith("multiply_"):
         own, expanded = _size(image) // groups, pixels * middle * element // groups
         first = [
             Work(own + _size(*expand) + expanded, operations // groups),

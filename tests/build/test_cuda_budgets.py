@@ -84,7 +84,8 @@ sizes = pytest.mark.parametrize("size", [32, 64, 192])
     [("node<BlockMma<f16, 1, 2>>", 8), ("multiply<BlockMma<f16, 1, 2>>", 3),
      ("multiply_few<BlockMma<f16, 1, 2>>", 3), ("expand<BlockMma<f16, 1, 2>>", 2),
      ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3),
-     ("convolve_depthwise<f16, 3, 1, true, true>", 12)],
+     ("convolve_depthwise<f16, 3, 1, true, true>", 12),
+     ("multiply_pixels<unsigned char, f16>", 2)],
 )  # fmt: skip
 def test_no_slow_code(kernels, name, count):
     """In the whole code of the kernels for 16-bit maps, and so in their tile loops."""
@@ -194,3 +195,22 @@ def test_depthwise_of_many_images(kernels, channels, size, kernel, stride, most)
     found = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)[0]
     assert found.kernel.startswith("convolve_depthwise<")
     assert found.time_us <= most * found.bandwidth_us
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.half], ids=str)
+@pytest.mark.parametrize(("batch", "most"), [(1, 8), (64, 200)])
+def test_stem(kernels, dtype, batch, most):
+    """The first layer of D0, in microseconds."""
+    launch_of("one", 32)  # skips where there is no emulation
+    gpu = rates.gpu("H100")
+    ones, three = torch.ones(32), torch.ones(3)
+    image, weight = torch.empty(batch, 3, 512, 512, dtype=dtype), torch.empty(2, 27, 16)
+    recorder = launches.Recorder()
+    with launches.dry(gpu.device), recorder:
+        torch.ops.edet_kernels.stem(
+            image, weight, ones, ones, three, three, [0, 0], [256, 256], 1, torch.half
+        )
+    (call,) = recorder.calls
+    (found,) = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)
+    assert found and found.kernel.startswith("multiply_pixels<")
+    assert found.time_us <= most
