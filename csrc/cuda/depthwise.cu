@@ -21,8 +21,11 @@ namespace edet::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // of a block at most: a warp for each scheduler
-// Of a multiprocessor: 5×5 taps are 50 registers.
-EDET_EVERYWHERE constexpr int blocks_of(int kernel) { return kernel == 3 ? 5 : 3; }
+// Of a multiprocessor: 5×5 taps are 50 registers, and what strips that are not whole need, some
+// more.
+EDET_EVERYWHERE constexpr int blocks_of(int kernel, int stride, bool whole) {
+  return kernel == 3 ? (whole ? 5 : 4) : whole && stride == 2 ? 4 : 3;
+}
 constexpr int kMostRows = 64, kLeastRows = 4;  // of a strip
 
 // Columns of a strip's results: the more, the fewer of the map's are read twice, as far as
@@ -89,8 +92,9 @@ class Walk {
     }
     from_ = static_cast<const char*>(plan_.input) + image * p.h * plan_.row +
             left * plan_.column[1] + channel_ * 2;
-    char* to = reinterpret_cast<char*>(p.mid) + (image * p.out_h + y0) * plan_.out_row +
-               x0 * plan_.column[1] + channel_ * 2;
+    char* to = reinterpret_cast<char*>(p.mid) +
+               (image * p.out_h + y0 - (kAlive - 1)) * plan_.out_row + x0 * plan_.column[1] +
+               channel_ * 2;
     float sum[kAlive][kColumns][2] = {};
     Rows next;
     load(next);
@@ -102,8 +106,9 @@ class Walk {
         const int y = y_ - kStride;
         load(next);
         add(now, y, phase, sum);
-        if (y_ <= complete) continue;
-        finish(sum[(phase + 1) % kAlive], to, total);
+        // the first rows complete none: a branch would wait for the next row
+        const bool done = y_ > complete;
+        finish(sum[(phase + 1) % kAlive], done, to, total);
         to += plan_.out_row;
       }
     }
@@ -119,7 +124,8 @@ class Walk {
   EDET_DEVICE void load(Rows& rows) {
     EDET_UNROLL
     for (int r = 0; r < kStride; r++) {
-      const char* const row = opaque(from_ + int64_t(max(0, min(y_ + r, last_))) * int(plan_.row));
+      const char* const row =
+          opaque(from_ + uint64_t(uint32_t(max(0, min(y_ + r, last_)))) * uint32_t(plan_.row));
       EDET_UNROLL
       for (int j = 0; j < kInputs; j++) {
         const auto read = [&] {
@@ -168,7 +174,9 @@ class Walk {
     }
   }
 
-  EDET_DEVICE void finish(const float (&sum)[kColumns][2], char* to, float (&total)[2]) const {
+  // Activates and stores a row of results; nothing if it is not `done`: `total` is zero then.
+  EDET_DEVICE void finish(const float (&sum)[kColumns][2], bool done, char* to,
+                          float (&total)[2]) const {
     float x[2 * kColumns];
     EDET_UNROLL
     for (int i = 0; i < 2 * kColumns; i++) {
@@ -181,8 +189,10 @@ class Walk {
       EDET_UNROLL
       for (int j = 0; j < 2; j++) total[j] += real ? x[2 * i + j] : 0.0f;
       const uint32_t word = pack<T>(x[2 * i], x[2 * i + 1]);
-      if (real) store(reinterpret_cast<uint32_t*>(to + plan_.column[i]), word);
+      if (done && real) store(reinterpret_cast<uint32_t*>(to + plan_.column[i]), word);
     }
+    EDET_UNROLL
+    for (int j = 0; j < 2; j++) total[j] = done ? total[j] : 0.0f;
   }
 
   const Plan& plan_;
@@ -194,7 +204,7 @@ class Walk {
 };
 
 template <class T, int kKernel, int kStride, bool kSwish, bool kWhole>
-EDET_KERNEL(kThreads, blocks_of(kKernel))
+EDET_KERNEL(kThreads, blocks_of(kKernel, kStride, kWhole))
 convolve_depthwise(EDET_PARAMS(Plan) plan) {
   const MbconvParams& p = plan.p;
   EDET_SHARED(float, sums);  // of channels; of each strip; then what reduce_part needs
@@ -227,6 +237,13 @@ convolve_depthwise(EDET_PARAMS(Plan) plan) {
   sync_threads();
   reduce_part(p, number % plan.chunks * channels, channels, threads, sums, of_strips,
               p.sums + int64_t(number) * p.c_reduced);
+}
+
+// Whether there is a kernel without conditions for a map; see Walk.
+bool is_whole(const MbconvParams& p) {
+  const int64_t half = p.kernel / 2, right = (p.out_w - 1) * p.stride + p.kernel - p.pad_left - p.w;
+  return p.activation == Activation::swish && p.out_w % columns_of(p.stride) == 0 &&
+         p.pad_left <= half && right <= half;
 }
 
 // A plan with strips of so many rows.
@@ -267,7 +284,7 @@ Plan plan_for(const MbconvParams& p, const Device& device) {
   double least = INFINITY;
   for (int rows = kLeastRows; rows <= kMostRows; rows *= 2) {
     const Plan plan = plan_of(p, rows);
-    const int resident = blocks_of(p.kernel) * kThreads / threads_of(plan);
+    const int resident = blocks_of(p.kernel, p.stride, is_whole(p)) * kThreads / threads_of(plan);
     const double waves = double(p.n * plan.parts) / (resident * device.multiprocessors);
     const double turns = waves < 1.0   ? 0.5 + 0.5 * waves
                          : waves < 4.0 ? std::ceil(waves)
@@ -288,15 +305,11 @@ Error launch_activation(const Plan& plan, Stream stream, bool pdl) {
                   Dim3(static_cast<unsigned>(threads)), static_cast<size_t>(bytes), stream, plan,
                   pdl);
   };
-  const MbconvParams& p = plan.p;
-  if (p.activation != Activation::swish) {
+  if (plan.p.activation != Activation::swish) {
     return start(convolve_depthwise<T, kKernel, kStride, false, false>);
   }
-  const int64_t right = (p.out_w - 1) * kStride + kKernel - p.pad_left - p.w;
-  const bool whole =
-      p.out_w % columns_of(kStride) == 0 && p.pad_left <= kKernel / 2 && right <= kKernel / 2;
-  return whole ? start(convolve_depthwise<T, kKernel, kStride, true, true>)
-               : start(convolve_depthwise<T, kKernel, kStride, true, false>);
+  return is_whole(plan.p) ? start(convolve_depthwise<T, kKernel, kStride, true, true>)
+                          : start(convolve_depthwise<T, kKernel, kStride, true, false>);
 }
 
 template <class T>
