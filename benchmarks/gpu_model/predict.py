@@ -25,7 +25,8 @@ SOURCES = {
     "node": "fusion_node", "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
     "gates": "mbconv", "convolve_depthwise": "depthwise", "convolve": "stem",
     "multiply_pixels": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
-    "fuse_depthwise": "fused_depthwise", "multiply_large": "gemm", "narrow": "gemm",
+    "fuse_depthwise": "fused_depthwise", "multiply_large": "gemm", "multiply_rows": "gemm",
+    "narrow": "gemm",
     "count": "detect", "collect": "detect", "rank": "detect", "suppress_hard": "nms",
 }  # fmt: skip
 #: Parts of a kernel, by the source function that its instructions are of: the first that fits.

@@ -36,7 +36,7 @@ def _mbconv(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Wo
     operations = 2 * pixels * image.shape[1] * middle
     groups = sum("convolve_depthwise" in name for name in kernels)
     # groups of images, each expanded and then convolved
-    if groups and kernels[0].startswith("multiply_large"):
+    if groups and kernels[0].startswith("multiply_"):
         own, expanded = _size(image) // groups, pixels * middle * element // groups
         first = [
             Work(own + _size(*expand) + expanded, operations // groups),

@@ -119,31 +119,23 @@ struct Memory {
       : gates(2 * Tile::kColumns * 4), stages(gates + (gated ? 2 * int(k) * 2 : 0)) {}
 };
 
-// What a thread copies of a stage: of rows and of weights one vector of 8 channels every so often.
-// Its addresses go on from chunk to chunk.
+// What a thread copies of a tile's rows: one vector of 8 channels of every 32nd. Its address goes
+// on from chunk to chunk.
 template <class Tile>
-class StagePart {
+class RowCopies {
   using T = typename Tile::Type;
-  static constexpr int kStep = kProductThreads / kVectors;  // rows between two of a thread's
-  static constexpr int kParts = Tile::kRows / kStep;
-  // the same of weights, for which a row has a power of two of threads
-  static constexpr int kAcross = Tile::kColumns == 96 ? 16 : Tile::kColumns / 8;
-  static constexpr int kStepW = kProductThreads / kAcross, kPartsW = kChunk<T> / kStepW;
+  static constexpr int kStep = kProductThreads / kVectors, kParts = Tile::kRows / kStep;
 
  public:
-  EDET_DEVICE StagePart(const GemmParams& p, const GemmRows& level, int64_t row0, int n)
-      : k_(int(p.k)), pitch_(int(round_up(p.n, 8))) {
+  EDET_DEVICE RowCopies(const GemmParams& p, const GemmRows& level, int64_t row0) : k_(int(p.k)) {
     const int t = thread().x, row = t / kVectors;
     const int64_t left = level.rows - row0 - row;
     rows_ = left < Tile::kRows ? int(left) : Tile::kRows;
     channels_ = k_ - t % kVectors * 8;
     from_ = static_cast<const T*>(level.input) + (row0 + row) * k_ + t % kVectors * 8;
-    const int column = n + t % kAcross * 8;
-    weights_ = column < pitch_ ? k_ - t / kAcross : 0;
-    w_ = static_cast<const T*>(p.w) + (t / kAcross * pitch_ + column);
   }
   // Copies the next 64 channels; zeros where there are none.
-  EDET_DEVICE void copy(Shared<T> a, Shared<T> w) {
+  EDET_DEVICE void copy(Shared<T> a) {
     const int t = thread().x;
     a = a + (t / kVectors * Tile::kPitchA + t % kVectors * 8);
     EDET_UNROLL
@@ -151,24 +143,46 @@ class StagePart {
       cp_async_16(a + j * kStep * Tile::kPitchA, from_ + j * kStep * k_,
                   channels_ > 0 && j * kStep < rows_);
     }
-    if (Tile::kColumns != 96 || t % kAcross < 12) {
-      w = w + (t / kAcross * Tile::kPitchW + t % kAcross * 8);
-      EDET_UNROLL
-      for (int j = 0; j < kPartsW; j++) {
-        cp_async_16(w + j * kStepW * Tile::kPitchW, w_ + j * kStepW * pitch_,
-                    j * kStepW < weights_);
-      }
-    }
     channels_ -= kChunk<T>;
     from_ += kChunk<T>;
-    weights_ -= kChunk<T>;
-    w_ += kChunk<T> * pitch_;
   }
 
  private:
-  const int k_, pitch_;
-  int rows_, channels_, weights_;  // rows and channels from the thread's first on; rows of weights
-  const T *from_, *w_;
+  const int k_;
+  int rows_, channels_;  // from the thread's first on
+  const T* from_;
+};
+
+// The same of weights, of which a row has a power of two of threads.
+template <class Tile>
+class WeightCopies {
+  using T = typename Tile::Type;
+  static constexpr int kAcross = Tile::kColumns == 96 ? 16 : Tile::kColumns / 8;
+  static constexpr int kStep = kProductThreads / kAcross, kParts = kChunk<T> / kStep;
+
+ public:
+  EDET_DEVICE WeightCopies(const GemmParams& p, int n) : pitch_(int(round_up(p.n, 8))) {
+    const int t = thread().x, column = n + t % kAcross * 8;
+    rows_ = column < pitch_ ? int(p.k) - t / kAcross : 0;
+    from_ = static_cast<const T*>(p.w) + (t / kAcross * pitch_ + column);
+  }
+  EDET_DEVICE void copy(Shared<T> w) {
+    const int t = thread().x;
+    if (Tile::kColumns != 96 || t % kAcross < 12) {
+      w = w + (t / kAcross * Tile::kPitchW + t % kAcross * 8);
+      EDET_UNROLL
+      for (int j = 0; j < kParts; j++) {
+        cp_async_16(w + j * kStep * Tile::kPitchW, from_ + j * kStep * pitch_, j * kStep < rows_);
+      }
+    }
+    rows_ -= kChunk<T>;
+    from_ += kChunk<T> * pitch_;
+  }
+
+ private:
+  const int pitch_;
+  int rows_;
+  const T* from_;
 };
 
 // Stores the tile's result, which is in shared memory, 16 bytes at a time where rows are aligned to
@@ -221,6 +235,103 @@ EDET_DEVICE void store_tile(Shared<typename Tile::Type> from, typename Tile::Typ
   }
 }
 
+// Scales and shifts of a block's columns to shared memory, where `finish_tile` reads them.
+template <class Tile>
+EDET_DEVICE void load_factors(const GemmRows& level, int n, int columns, Shared<float> affine) {
+  const int t = thread().x;
+  if (t >= Tile::kColumns) return;
+  const bool real = t < columns;
+  store(affine + t, real ? load_constant<float, 1>(level.scale + n + t).value[0] : 0.0f);
+  store(affine + (Tile::kColumns + t),
+        real ? load_constant<float, 1>(level.shift + n + t).value[0] : 0.0f);
+}
+
+// Gates of a tile's first image and the one after, as the rows' numbers, to shared memory.
+template <class T>
+EDET_DEVICE void load_gates(const GemmParams& p, int first_image, Shared<T> gates) {
+  const int images = int(p.level[0].rows / p.image_rows), k = int(p.k), fours = k / 4;
+  for (int i = thread().x; i < 2 * fours; i += kProductThreads) {
+    const int image = i / fours, four = i % fours * 4;
+    if (first_image + image >= images) break;
+    const Vector<float, 4> v =
+        load_written<float, 4>(p.gate + int64_t(first_image + image) * k + four);
+    store(gates + (image * k + four), from_floats<T>(v.value));
+  }
+}
+
+// Multiplies the rows of a product by their gates. Rows of a warp's 16 are of one image: the tile's
+// first, of which it has `next_rows` more, or the one after.
+template <class T>
+struct Gate {
+  Shared<T> gates;
+  int k_all, k0, next_rows;
+
+  EDET_DEVICE void operator()(int m, int k, uint32_t (&rows)[4]) const {
+    const int lane = thread().x % kWarp, warp = thread().x / kWarp;
+    const int image = warp % 4 * 32 + m * 16 >= next_rows ? 1 : 0;
+    EDET_UNROLL
+    for (int half = 0; half < 2; half++) {
+      // past the rows' channels are zeros, whatever they are multiplied by
+      const int channel = min(k0 + k + half * 8, k_all - 8) + lane % 4 * 2;
+      const uint32_t gate = get(as<uint32_t>(gates + (image * k_all + channel)));
+      EDET_UNROLL
+      for (int i = 0; i < 2; i++) rows[half * 2 + i] = product<T>(rows[half * 2 + i], gate);
+    }
+  }
+};
+struct NoGate {
+  EDET_DEVICE void operator()(int, int, uint32_t (&)[4]) const {}
+};
+
+// Scales, shifts and activates a tile's sums, adds the residual and stores them, by way of `out` in
+// shared memory, which nobody reads.
+template <class Tile>
+EDET_DEVICE void finish_tile(const LargeProduct& plan, const GemmRows& level, const Tile& sums,
+                             int64_t row0, int n, int columns, Shared<float> affine,
+                             Shared<typename Tile::Type> out) {
+  using T = typename Tile::Type;
+  const GemmParams& p = plan.p;
+  const Activation activation = p.activation;
+  const auto stage_all = [&](const auto& change) {
+    sums.each(
+        [&](int column) {
+          const Vector<float, 2> scale = load<2>(affine + column);
+          const Vector<float, 2> shift = load<2>(affine + (Tile::kColumns + column));
+          return Affine{{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
+        },
+        [&](const Affine& f, int row, int column, float first, float second) {
+          float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
+          change(x);
+          store(out + (row * Tile::kPitchW + column), from_floats<T>(x));
+        });
+  };
+  if (activation == Activation::none) {
+    stage_all([](float (&)[2]) {});
+  } else if (activation == Activation::swish) {
+    stage_all([](float (&x)[2]) { x[0] = swish<T>(x[0]), x[1] = swish<T>(x[1]); });
+  } else {
+    stage_all([&](float (&x)[2]) { activate<T>(x, activation); });
+  }
+  sync_threads();
+  const int n_all = int(p.n);
+  T* const to = static_cast<T*>(level.out) + row0 * n_all + n;
+  const int64_t rows_left = level.rows - row0;
+  const int rows = rows_left < Tile::kRows ? int(rows_left) : Tile::kRows;
+  if (!p.residual) {
+    return store_tile<Tile>(out, to, rows, columns, n_all, plan.aligned_out, AsItIs{});
+  }
+  const int64_t residual = static_cast<const T*>(p.residual) - static_cast<const T*>(level.out);
+  store_tile<Tile>(out, to, rows, columns, n_all, plan.aligned_out, [&](auto v, const T* at) {
+    return sum_of(v, load_constant<T, sizeof(v) / sizeof(T)>(at + residual));
+  });
+}
+
+EDET_DEVICE int level_of(const LargeProduct& plan, int tile) {
+  int l = 0;
+  while (tile >= plan.first_tile[l + 1]) l++;
+  return l;
+}
+
 template <class Tile, bool kGated>
 EDET_KERNEL(kProductThreads, 2)
 multiply_large(EDET_PARAMS(LargeProduct) plan) {
@@ -238,120 +349,150 @@ multiply_large(EDET_PARAMS(LargeProduct) plan) {
   const auto right_of = [&](int stage) {
     return as<T>(memory + (at.stages + stage * Tile::kStage + Tile::kBytesA));
   };
-  const int tile = int(block().x) / plan.slices, t = thread().x;
-  const int n = int(block().x) % plan.slices * plan.columns, n_all = int(p.n);
-  const int columns = min(n_all - n, plan.columns), k_all = int(p.k);
-  int l = 0;
-  while (tile >= plan.first_tile[l + 1]) l++;
+  const int tile = int(block().x) / plan.slices;
+  const int n = int(block().x) % plan.slices * plan.columns;
+  const int columns = min(int(p.n) - n, plan.columns), k_all = int(p.k);
+  const int l = level_of(plan, tile);
   const GemmRows& level = p.level[l];
   const int64_t row0 = int64_t(tile - plan.first_tile[l]) * Tile::kRows;
-  if (t < Tile::kColumns) {
-    const bool real = t < columns;
-    store(affine + t, real ? load_constant<float, 1>(level.scale + n + t).value[0] : 0.0f);
-    store(affine + (Tile::kColumns + t),
-          real ? load_constant<float, 1>(level.shift + n + t).value[0] : 0.0f);
-  }
-  StagePart<Tile> part(p, level, row0, n);
-  // the image of a warp's 16 rows is the tile's first or the one after
+  load_factors<Tile>(level, n, columns, affine);
+  RowCopies<Tile> rows(p, level, row0);
+  WeightCopies<Tile> weights(p, n);
+  const auto copy = [&](int stage) {
+    rows.copy(left_of(stage));
+    weights.copy(right_of(stage));
+  };
   const int first_image = kGated ? int(row0 / p.image_rows) : 0;
   const int next_rows = kGated ? int((first_image + 1) * p.image_rows - row0) : 0;
   griddep_wait();
   const int chunks = divide_up(k_all, kChunk<T>);
   EDET_UNROLL
   for (int chunk = 0; chunk < kStages - 1; chunk++) {
-    if (chunk < chunks) part.copy(left_of(chunk), right_of(chunk));
+    if (chunk < chunks) copy(chunk);
     cp_async_commit();
   }
-  if (kGated) {  // which are there at the first barrier
-    const int images = int(p.level[0].rows / p.image_rows), fours = k_all / 4;
-    for (int i = t; i < 2 * fours; i += kProductThreads) {
-      const int image = i / fours, four = i % fours * 4;
-      if (first_image + image >= images) break;
-      const Vector<float, 4> v =
-          load_written<float, 4>(p.gate + int64_t(first_image + image) * k_all + four);
-      store(gates + (image * k_all + four), from_floats<T>(v.value));
-    }
-  }
+  if (kGated) load_gates(p, first_image, gates);  // they are there at the first barrier
   Tile sums;
   int stage = 0, next = kStages - 1;
   EDET_LOOP
   for (int chunk = 0; chunk < chunks; chunk++) {
     cp_async_wait<kStages - 2>();
     sync_threads();  // the chunk is there, and nobody reads the stage that the next one goes to
-    const int ahead = chunk + kStages - 1;
-    if (ahead < chunks) part.copy(left_of(next), right_of(next));
+    if (chunk + kStages - 1 < chunks) copy(next);
     cp_async_commit();
     const int k0 = chunk * kChunk<T>;
     const int depth = round_up(min(kChunk<T>, k_all - k0), Tile::kStepDepth);
-    sums.mma(left_of(stage), right_of(stage), depth, [&](int m, int k, uint32_t (&rows)[4]) {
-      if constexpr (kGated) {
-        const int lane = thread().x % kWarp, warp = thread().x / kWarp;
-        const int image = warp % 4 * 32 + m * 16 >= next_rows ? 1 : 0;
-        EDET_UNROLL
-        for (int half = 0; half < 2; half++) {
-          // past the rows' channels are zeros, whatever they are multiplied by
-          const int channel = min(k0 + k + half * 8, k_all - 8) + lane % 4 * 2;
-          const uint32_t gate = get(as<uint32_t>(gates + (image * k_all + channel)));
-          EDET_UNROLL
-          for (int i = 0; i < 2; i++) rows[half * 2 + i] = product<T>(rows[half * 2 + i], gate);
-        }
-      }
-    });
+    if constexpr (kGated) {
+      sums.mma(left_of(stage), right_of(stage), depth, Gate<T>{gates, k_all, k0, next_rows});
+    } else {
+      sums.mma(left_of(stage), right_of(stage), depth, NoGate{});
+    }
     stage = stage + 1 == kStages ? 0 : stage + 1;
     next = next + 1 == kStages ? 0 : next + 1;
   }
   sync_threads();  // the operands, in whose place the result comes, are read
-  const Shared<T> stage_out = left_of(0);
-  const Activation activation = p.activation;
-  const auto stage_all = [&](const auto& change) {
-    sums.each(
-        [&](int column) {
-          const Vector<float, 2> scale = load<2>(affine + column);
-          const Vector<float, 2> shift = load<2>(affine + (Tile::kColumns + column));
-          return Affine{{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
-        },
-        [&](const Affine& f, int row, int column, float first, float second) {
-          float x[2] = {f.scale[0] * first + f.shift[0], f.scale[1] * second + f.shift[1]};
-          change(x);
-          store(stage_out + (row * Tile::kPitchW + column), from_floats<T>(x));
-        });
-  };
-  if (activation == Activation::none) {
-    stage_all([](float (&)[2]) {});
-  } else if (activation == Activation::swish) {
-    stage_all([](float (&x)[2]) { x[0] = swish<T>(x[0]), x[1] = swish<T>(x[1]); });
-  } else {
-    stage_all([&](float (&x)[2]) { activate<T>(x, activation); });
-  }
-  sync_threads();
-  T* const to = static_cast<T*>(level.out) + row0 * n_all + n;
-  const int64_t rows_left = level.rows - row0;
-  const int rows = rows_left < Tile::kRows ? int(rows_left) : Tile::kRows;
-  if (!p.residual) {
-    return store_tile<Tile>(stage_out, to, rows, columns, n_all, plan.aligned_out, AsItIs{});
-  }
-  const int64_t residual = static_cast<const T*>(p.residual) - static_cast<const T*>(level.out);
-  store_tile<Tile>(stage_out, to, rows, columns, n_all, plan.aligned_out, [&](auto v, const T* at) {
-    return sum_of(v, load_constant<T, sizeof(v) / sizeof(T)>(at + residual));
-  });
+  finish_tile(plan, level, sums, row0, n, columns, affine, left_of(0));
 }
 
-// Bytes of shared memory of a block of so many columns.
+// Where a block of multiply_rows has what: factors, weights, gates and rows of two tiles, the
+// result.
+template <class Tile>
+struct RowsMemory {
+  static constexpr int kWeights = 2 * Tile::kColumns * 4;
+  static constexpr int kRows = kWeights + Tile::kBytesW, kGates = kRows + 2 * Tile::kBytesA;
+  static constexpr int kGate = 2 * kChunk<typename Tile::Type> * 2;  // bytes of a tile's
+  static constexpr int kOut = kGates + 2 * kGate, kBytes = kOut + Tile::kBytesOut;
+};
+
+// A product of one chunk of channels, whose time is that of its rows' and results' bytes: blocks
+// take tiles in turns, and the rows of the next two are on their way while one is finished.
+template <class Tile, bool kGated>
+EDET_KERNEL(kProductThreads, Tile::kColumns <= 64 ? 3 : 2)
+multiply_rows(EDET_PARAMS(LargeProduct) plan) {
+  using T = typename Tile::Type;
+  using At = RowsMemory<Tile>;
+  if (turing()) return;
+  const GemmParams& p = plan.p;
+  EDET_SHARED(char, memory);
+  griddep_launch();
+  const Shared<float> affine = as<float>(memory);
+  const Shared<T> w = as<T>(memory + At::kWeights), out = as<T>(memory + At::kOut);
+  const auto rows_of = [&](int turn) { return as<T>(memory + (At::kRows + turn * Tile::kBytesA)); };
+  const auto gates_of = [&](int turn) { return as<T>(memory + (At::kGates + turn * At::kGate)); };
+  // a block's tiles are all of one slice
+  const int slices = plan.slices, tiles = plan.first_tile[p.levels];
+  const int n = int(block().x) % slices * plan.columns, step = int(grid_size().x) / slices;
+  const int columns = min(int(p.n) - n, plan.columns), k = int(p.k);
+  const auto begin = [&](int tile, int turn) {
+    if (tile < tiles) {
+      const int l = level_of(plan, tile);
+      const int64_t row0 = int64_t(tile - plan.first_tile[l]) * Tile::kRows;
+      RowCopies<Tile>(p, p.level[l], row0).copy(rows_of(turn));
+      if (kGated) load_gates(p, int(row0 / p.image_rows), gates_of(turn));
+    }
+    cp_async_commit();
+  };
+  int tile = int(block().x) / slices;
+  griddep_wait();
+  WeightCopies<Tile>(p, n).copy(w);
+  begin(tile, 0);
+  begin(tile + step, 1);
+  int turn = 0, loaded = -1;  // loaded: whose factors are in shared memory
+  for (; tile < tiles; tile += step) {
+    const int l = level_of(plan, tile);
+    const GemmRows& level = p.level[l];
+    const int64_t row0 = int64_t(tile - plan.first_tile[l]) * Tile::kRows;
+    cp_async_wait<1>();
+    sync_threads();  // the rows are there, and what the tile before left is stored
+    if (l != loaded) load_factors<Tile>(level, n, columns, affine);
+    loaded = l;
+    Tile sums;
+    const int depth = round_up(k, Tile::kStepDepth);
+    if constexpr (kGated) {
+      const int next_rows = int((row0 / p.image_rows + 1) * p.image_rows - row0);
+      sums.mma(rows_of(turn), w, depth, Gate<T>{gates_of(turn), k, 0, next_rows});
+    } else {
+      sums.mma(rows_of(turn), w, depth, NoGate{});
+    }
+    sync_threads();  // the rows are read
+    begin(tile + 2 * step, turn);
+    finish_tile(plan, level, sums, row0, n, columns, affine, out);
+    turn ^= 1;
+  }
+}
+
+// Whether a product is multiply_rows'.
+bool in_turns(int64_t k) { return k <= kChunk<f16>; }
+
+// Bytes of shared memory of a block.
+template <class Tile>
+int shared_of(int64_t k, bool gated) {
+  if (in_turns(k)) return RowsMemory<Tile>::kBytes;
+  const int chunks = static_cast<int>(divide_up(k, kChunk<f16>));
+  return Memory<Tile>(k, gated).stages +
+         std::max(std::min(chunks, kStages) * Tile::kStage, Tile::kBytesOut);
+}
 int shared_of(int64_t k, int64_t columns, bool gated) {
-  const int64_t stage = (kGemmRows * (64 + 8) + 64 * (columns + 8)) * 2;
-  const int64_t stages = std::min<int64_t>(divide_up(k, 64), kStages) * stage;
-  const int64_t out = kGemmRows * (columns + 8) * 2;
-  return static_cast<int>(2 * columns * 4 + (gated ? 2 * k * 2 : 0) + std::max(stages, out));
+  switch (columns) {
+    case 32: return shared_of<GemmTile<f16, 1>>(k, gated);
+    case 64: return shared_of<GemmTile<f16, 2>>(k, gated);
+    case 96: return shared_of<GemmTile<f16, 3>>(k, gated);
+    default: return shared_of<GemmTile<f16, 4>>(k, gated);
+  }
 }
 
 template <class Tile, bool kGated>
 Error launch_tile(const LargeProduct& plan, const Device& device, Stream stream, bool pdl) {
   const GemmParams& p = plan.p;
-  const int bytes = shared_of(p.k, Tile::kColumns, kGated);
-  if (bytes > device.shared_bytes) return kInvalidValue;
-  const Dim3 grid(static_cast<unsigned>(plan.first_tile[p.levels] * plan.slices));
-  return launch(multiply_large<Tile, kGated>, grid, Dim3(kProductThreads),
-                static_cast<size_t>(bytes), stream, plan, pdl);
+  const int bytes = shared_of<Tile>(p.k, kGated), tiles = plan.first_tile[p.levels];
+  const bool turns = in_turns(p.k);
+  // as many as run at once, of which all slices have as many
+  const int held =
+      std::min(Tile::kColumns <= 64 ? 3 : 2, device.multiprocessor_bytes / (bytes + kReserved));
+  const int most = std::max(1, std::max(1, held) * device.multiprocessors / plan.slices);
+  const Dim3 grid(static_cast<unsigned>((turns ? std::min(tiles, most) : tiles) * plan.slices));
+  return launch(turns ? multiply_rows<Tile, kGated> : multiply_large<Tile, kGated>, grid,
+                Dim3(kProductThreads), static_cast<size_t>(bytes), stream, plan, pdl);
 }
 
 struct Packing {
