@@ -192,8 +192,8 @@ def test_depthwise_of_many_images(kernels, channels, size, kernel, stride, most)
             False,
         )
     (call,) = recorder.calls
-    found = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)[0]
-    assert found.kernel.startswith("convolve_depthwise<")
+    predictions = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)
+    (found,) = [p for p in predictions if p and p.kernel.startswith("convolve_depthwise<")]
     assert found.time_us <= most * found.bandwidth_us
 
 
