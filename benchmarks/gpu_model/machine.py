@@ -73,7 +73,8 @@ class Block:
         self.size = block
         self.most = MOST_STEPS
         self.atomic_result = 0  # what an atomic of global memory finds
-        self.loaded: dict[int, int] = {}  # what loads of so many bytes find, if not zero
+        # what loads of so many bytes find, if not zero: always the same, or words by their places
+        self.loaded: dict[int, int | Callable[[Any], list[Any]]] = {}
         bank = bytearray(PARAMETERS[kernel.arch] + len(params) + 64)
         for i, extent in enumerate((*block, *grid)):
             bank[4 * i : 4 * i + 4] = extent.to_bytes(4, "little")

@@ -113,8 +113,13 @@ def _load_global(i: Instruction) -> Action:
         at = _places(w, parts, 64)[w.mask]
         w.record(sectors=_sectors(at, size), size=size)
         found = w.block.loaded.get(size, 0)
-        for k, put in enumerate(puts):
-            put(w, found >> 32 * k & WORD)
+        if callable(found):
+            words = found(_places(w, parts, 64))
+            for put, word in zip(puts, words, strict=True):
+                put(w, word)
+        else:
+            for k, put in enumerate(puts):
+                put(w, found >> 32 * k & WORD)
         if out:
             out(w, True)
 
@@ -189,12 +194,22 @@ def _atomic_shared(i: Instruction) -> Action:
 
     # a sum that nobody reads is added once for all lanes of a word
     together, size = ".POPC" in i.name, _size(i.name)
+    known = together or (".ADD" in i.name and size == 4)
     parts = _address(next(o for o in i.operands if "[" in o))
+    added = None if together or not known else integer(i.operands[-1])
 
     def run(w: Warp) -> None:
-        places = _places(w, parts, 32)[w.mask]
-        w.record(turns=_turns(places, size) if together else len(places))
-        put(w, 0)
+        if not known:
+            raise RuntimeError(f"{w.block.kernel.name} {i.address:#x}: {i.name} is not followed")
+        places = _places(w, parts, 32)
+        w.record(turns=_turns(places[w.mask], size) if together else int(w.mask.sum()))
+        words, first = w.block.shared_words, places >> 2
+        sums = np.broadcast_to(np.asarray(added(w) if added else 1, np.uint32), (32,))
+        found = np.zeros(32, np.uint32)
+        for lane in np.flatnonzero(w.mask):
+            found[lane] = words[first[lane]]
+            words[first[lane]] += sums[lane]
+        put(w, found)
 
     return run
 

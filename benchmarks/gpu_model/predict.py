@@ -12,10 +12,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks.gpu_model import sass, timing
 from benchmarks.gpu_model.launches import Call, Extent, Launch
 from benchmarks.gpu_model.machine import Block, Stopped, Trace
+from benchmarks.gpu_model.operands import WORD
 from benchmarks.gpu_model.rates import Gpu
 from benchmarks.gpu_model.sass import Kernel
 from benchmarks.gpu_model.work import Work
@@ -27,7 +31,7 @@ SOURCES = {
     "multiply_pixels": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
     "fuse_depthwise": "fused_depthwise", "multiply_large": "gemm", "multiply_rows": "gemm",
     "narrow": "gemm",
-    "count": "detect", "collect": "detect", "rank": "detect", "suppress_hard": "nms",
+    "count": "detect", "collect": "detect", "take_best": "detect",
 }  # fmt: skip
 #: Parts of a kernel, by the source function that its instructions are of: the first that fits.
 PHASES = (
@@ -36,11 +40,25 @@ PHASES = (
     ("expand_patch", "expand"), ("load_rows", "rows"), ("mma", "product"),
     ("gates", "gates"), ("reduce_part", "gates"), ("store_product", "epilogue"),
 )  # fmt: skip
-#: What the memory of kernels holds whose way depends on it, by the bytes of a load: each pass of
-#: detect has found that few logits are among the best, there are 5000 candidates, and the scores of
-#: all exceed the threshold, so that the first 100, which do not overlap, are kept.
-LOADED: dict[str, dict[int, int]] = {
-    "collect": {8: 1 << 40}, "rank": {4: 5000}, "suppress_hard": {4: 0x3F800000},
+
+
+def _keys(places: Any) -> list[Any]:
+    """The keys at places of a list, four words for two keys: all different, and anywhere."""
+    at = places.astype(np.uint64) // np.uint64(8)
+    words = []
+    for number in (at, at + np.uint64(1)):
+        key = _LEAST_KEY + number * np.uint64(0x9E3779B97F4A7C15) % np.uint64(1 << 35)
+        words += [key & np.uint64(WORD), key >> np.uint64(32)]
+    return [word.astype(np.uint32) for word in words]
+
+
+#: The first key of a list.
+_LEAST_KEY = np.uint64(1 << 30)
+#: What the memory of kernels holds whose way depends on it, by the bytes of a load: no logit is as
+#: large as the one from which on detect lists them; its list has 6000 keys, of boxes without area,
+#: so that the first 100 are kept.
+LOADED: dict[str, dict[int, Any]] = {
+    "collect": {4: 0x3F800000}, "take_best": {4: 6000, 8: int(_LEAST_KEY), 16: _keys},
 }  # fmt: skip
 #: A launch of more blocks than this many for each multiprocessor is many waves.
 _MANY_WAVES = 4
@@ -132,6 +150,8 @@ def _block(kernel: Kernel, launch: Launch, number: int, blocks: int) -> Block:
     block = Block(kernel, launch.params, grid, launch.block, index)
     # of the blocks that share out a tile's channels, the last, which adds what all have found
     block.atomic_result = launch.grid[2] - 1
+    if launch.kernel.startswith("count<"):  # of the blocks that count an image, the last
+        block.atomic_result = launch.grid[0] - 1
     block.loaded = LOADED.get(launch.kernel.split("<")[0], {})
     return block
 

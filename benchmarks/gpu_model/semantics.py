@@ -168,10 +168,11 @@ def _word_as_predicates(i: Instruction) -> Action:
 def _branch(i: Instruction) -> Action:
     conditions = [predicate(o) for o in i.operands if is_predicate(o)]
     label = next(o for o in i.operands if "(" in o).strip("`()")
+    diverged = ".DIV" in i.name  # taken by a warp whose lanes are not together
 
     def run(w: Warp) -> None:
         kernel = w.block.kernel
-        taken: Any = np.ones(32, bool)
+        taken: Any = np.full(32, not (diverged and w.mask.all()))
         for condition in conditions:
             taken = taken & condition(w)
         w.branch(kernel.index[kernel.labels[label]], taken)
@@ -264,7 +265,7 @@ _TABLE: dict[str, Callable[[Instruction], Action]] = {
     "HMMA": memory.no_product,
     **dict.fromkeys(
         ("NOP", "YIELD", "PREEXIT", "ACQBULK", "ERRBAR", "CGAERRBAR", "CCTL", "MEMBAR", "DEPBAR",
-         "LDGDEPBAR", "WARPSYNC.ALL", "FENCE", "NANOSLEEP"),
+         "LDGDEPBAR", "WARPSYNC.ALL", "ENDCOLLECTIVE", "FENCE", "NANOSLEEP"),
         _nothing,
     ),
     **memory.TABLE,

@@ -36,7 +36,7 @@ def _mbconv(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Wo
     operations = 2 * pixels * image.shape[1] * middle if expand else 0
     groups = sum("convolve_depthwise" in name for name in kernels)
     # groups of images, each expanded and then convolved
-    if groups and kernels[0].startswith("multiply_"):
+    if groups and kernels[0].startswith("multiply"):
         own, expanded = _size(image) // groups, pixels * middle * element // groups
         first = [
             Work(own + _size(*expand) + expanded, operations // groups),
@@ -124,12 +124,9 @@ def _single(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Wo
 
 
 def _detect(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Work]:
-    """Passes over the logits, of which the last collects; then the candidates alone."""
+    """Two passes over the logits, of which the last lists keys; then the candidates alone."""
     logits, candidates = _size(*args[0]), result[0].shape[0] * args[9]
-    return [Work(logits)] * (len(kernels) - 2) + [
-        Work(candidates * (8 + 4 + 32)),
-        Work(candidates * 28),
-    ]
+    return [Work(logits), Work(logits), *[Work(candidates * (8 + 4 + 32))] * (len(kernels) - 2)]
 
 
 _OPS: dict[str, Callable[[Sequence[Any], Any, Sequence[str]], list[Work]]] = {

@@ -118,7 +118,12 @@ EDET_DEVICE float to_tf32(float x) {
 EDET_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 EDET_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 EDET_DEVICE int first_set(uint32_t x) { return __ffs(int(x)) - 1; }  // of a number that is not 0
+EDET_DEVICE int count_set(uint32_t x) { return __popc(x); }
+EDET_DEVICE int bit_length(uint64_t x) { return 64 - __clzll(static_cast<long long>(x)); }
 
+// The larger and the smaller of two; of a number and NaN the number.
+EDET_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+EDET_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 // e^x to 2 units in the last place, infinities and NaN included.
 EDET_DEVICE float exp(float x) { return expf(x); }
 // 2^x and 1/x to 2 units in the last place, infinities and NaN included; subnormal numbers are

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "block_mma.cuh"
+#include "fusion.cuh"
 
 namespace edet::cuda {
 namespace {
@@ -169,7 +170,8 @@ struct Slice {
   }
 };
 
-// Scales, shifts, adds the residual and stores the rows from row0 on; `stage`: where operands were.
+// Scales, shifts, activates, adds the residual and stores the rows from row0 on; `stage`: where
+// operands were.
 template <class Mma>
 EDET_DEVICE void store_rows(const Plan& plan, const Slice& slice, int64_t row0, const Mma& product,
                             Shared<typename Mma::Type> stage) {
@@ -177,23 +179,28 @@ EDET_DEVICE void store_rows(const Plan& plan, const Slice& slice, int64_t row0, 
   const ProjectionParams& p = plan.p;
   const Projection& to = slice.to;
   const int n = slice.n;
-  store_product(
-      product, stage,
-      [&](int column) {
-        return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
-      },
-      n, slice.columns, to.c_out, plan.aligned_out, [](float (&)[2], int, int) {},
-      [&](auto v, const T* at) {
-        constexpr int V = sizeof(v) / sizeof(T);
-        if (!p.residual) return v;
-        const T* const from =
-            static_cast<const T*>(p.residual) + (at - static_cast<const T*>(to.out));
-        return sum_of(v, load_constant<T, V>(from));
-      },
-      [&](int row) -> T* {
-        if (row0 + row >= p.rows) return nullptr;
-        return static_cast<T*>(to.out) + (row0 + row) * to.c_out;
-      });
+  const auto store = [&](const auto& change) {
+    store_product(
+        product, stage,
+        [&](int column) {
+          return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
+        },
+        n, slice.columns, to.c_out, plan.aligned_out, change,
+        [&](auto v, const T* at) {
+          constexpr int V = sizeof(v) / sizeof(T);
+          if (!p.residual) return v;
+          const T* const from =
+              static_cast<const T*>(p.residual) + (at - static_cast<const T*>(to.out));
+          return sum_of(v, load_constant<T, V>(from));
+        },
+        [&](int row) -> T* {
+          if (row0 + row >= p.rows) return nullptr;
+          return static_cast<T*>(to.out) + (row0 + row) * to.c_out;
+        });
+  };
+  const Activation activation = p.activation;
+  if (activation == Activation::none) return store([](float (&)[2], int, int) {});
+  store([&](float (&x)[2], int, int) { activate<T>(x, activation); });
 }
 
 // Only the smallest tiles have their channels shared out among blocks.

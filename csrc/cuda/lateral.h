@@ -8,8 +8,8 @@
 
 namespace edet::cuda {
 
-// For each projection, scale · W(gate · input) + shift (+ residual), (rows, c_out). All pointers
-// are to the device's memory; packed weights are aligned to 16 bytes.
+// For each projection, activation(scale · W(gate · input) + shift) (+ residual), (rows, c_out). All
+// pointers are to the device's memory; packed weights are aligned to 16 bytes.
 struct ProjectionParams {
   DType dtype;
   bool tf32;          // whether floats may be multiplied as tf32 (from sm_80)
@@ -17,6 +17,7 @@ struct ProjectionParams {
   int64_t rows, c_in;
   int projections;
   Projection projection[kMaxEdges];
+  Activation activation;
   const float* gate;     // (rows / image_rows, c_in), or null
   int64_t image_rows;    // of one image
   const void* residual;  // like the output of the only projection, or null

@@ -1,12 +1,14 @@
 // The CUDA kernels for an inverted residual block: expand, depthwise and pooled sums, and the gates
-// of squeeze-excite here, projection and residual by the kernel of lateral.
+// of squeeze-excite here; products by the kernels of gemm.cu and lateral.cu, the depthwise
+// convolution of an expanded map by that of depthwise.cu.
 //
-// Floors. Bytes: the input, the expanded map once written and once read, the output, the weights:
-// the expansion itself never leaves the chip before the depthwise convolution has shrunk it.
+// Floors. Bytes: the input, the expanded map written and read, the map after the depthwise
+// convolution written and read, the output, the weights.
 // Operations: 2·pixels·C_mid·(C_in + k² + C_out).
 // Budget: 128 registers, tensor cores.
 //
-// A block owns a tile of output pixels and 64 channels of the middle. It expands the tile and its
+// Maps of floats, and those of an odd number of channels, are expanded where they are convolved. A
+// block owns a tile of output pixels and 64 channels of the middle. It expands the tile and its
 // halo, 32 or 64 pixels at a time, into shared memory, convolves, adds up and multiplies the sums
 // by its channels' part of squeeze-excite's first weights. Sums are added in a fixed order.
 #include "mbconv.h"
@@ -543,32 +545,35 @@ ProjectionParams projection_of(const MbconvParams& p) {
   return to;
 }
 
-// ---- large maps: the expansion goes through memory ----
+// ---- maps of 16 bits: the expansion goes through memory ----
 
-// What of a block is done by gemm. The expansion, if its map is so large that to convolve it anew
-// for every tile's halo costs more than to write and read it; then images follow each other in
-// groups, so that the expanded map of a group stays in the second-level cache.
+// How a block's products are computed. The expanded map of 16-bit numbers is written and read: to
+// convolve it from shared memory takes longer, because tiles' halos are expanded again and few
+// blocks of it run at a time (D0 at batch 64 11.9 ms, 6.6 through memory, measured on an H100). A
+// large one is written for one group of images after the other. (Groups whose map stays in the
+// second-level cache take longer, 7.7 ms: each launch ends with a few blocks.)
 struct Large {
-  bool expands, projects;
+  bool expands;         // through memory
+  bool expand_by_gemm;  // else by `project`
+  bool project_by_gemm;
   int64_t images;  // of a group
 };
-constexpr int64_t kLeastExpanded = int64_t(32)
-                                   << 10;            // bytes of all images' maps per multiprocessor
+constexpr int64_t kLeastByGemm = 16 << 10;           // bytes of all images' maps per multiprocessor
 constexpr int64_t kMostExpanded = int64_t(1) << 30;  // bytes of a group's map
 
 Large large_of(const MbconvParams& p) {
-  const int64_t rows = p.h * p.w, out_rows = p.out_h * p.out_w;
+  const int64_t out_rows = p.out_h * p.out_w, image_bytes = p.h * p.w * p.c_mid * 2;
   Large large{};
-  large.projects = gemm_pays(p.dtype, p.n * out_rows, p.c_mid, p.c_out, p.c_reduced ? out_rows : 0);
-  large.images = p.n;
+  large.project_by_gemm =
+      gemm_pays(p.dtype, p.n * out_rows, p.c_mid, p.c_out, p.c_reduced ? out_rows : 0);
   Device device;
-  if (!p.expand || !gemm_can(p.dtype, p.c_in, 0) || current_device(&device) != kSuccess)
+  if (!p.expand || !depthwise_takes(p, nullptr) || current_device(&device) != kSuccess)
     return large;
-  const int64_t image_bytes = rows * p.c_mid * 2;
-  large.expands = p.n * image_bytes >= kLeastExpanded * device.multiprocessors;
-  if (large.expands) {
-    large.images = std::min(p.n, std::max<int64_t>(1, kMostExpanded / image_bytes));
-  }
+  large.expands = true;
+  large.expand_by_gemm =
+      p.n * image_bytes >= kLeastByGemm * device.multiprocessors && gemm_can(p.dtype, p.c_in, 0);
+  large.images =
+      std::min(p.n, std::max<int64_t>(1, kMostExpanded / std::max<int64_t>(1, image_bytes)));
   return large;
 }
 
@@ -576,7 +581,7 @@ int64_t expanded_bytes(const MbconvParams& p, const Large& large) {
   return large.expands ? large.images * p.h * p.w * p.c_mid * 2 : 0;
 }
 
-// Where the memory of a call of them holds the expanded map, and weights as gemm reads them.
+// Where their memory holds the expanded map, and weights as gemm reads them.
 struct LargeMemory {
   int64_t expand, project, bytes;
 };
@@ -584,8 +589,8 @@ LargeMemory large_memory(const MbconvParams& p, const Large& large) {
   LargeMemory m{};
   m.expand = round_up(expanded_bytes(p, large), int64_t(256));
   m.project = m.expand;
-  if (large.expands) m.project += round_up(gemm_weight_bytes(p.c_in, p.c_mid), int64_t(256));
-  m.bytes = m.project + (large.projects ? gemm_weight_bytes(p.c_mid, p.c_out) : 0);
+  if (large.expand_by_gemm) m.project += round_up(gemm_weight_bytes(p.c_in, p.c_mid), int64_t(256));
+  m.bytes = m.project + (large.project_by_gemm ? gemm_weight_bytes(p.c_mid, p.c_out) : 0);
   return m;
 }
 
@@ -593,27 +598,48 @@ Error pack_large(const MbconvParams& p, const Large& large, char* memory, Stream
   const LargeMemory at = large_memory(p, large);
   GemmWeights weights[2];
   int count = 0;
-  if (large.expands) weights[count++] = {p.expand, p.c_in, p.c_mid, memory + at.expand};
-  if (large.projects) weights[count++] = {p.project, p.c_mid, p.c_out, memory + at.project};
+  if (large.expand_by_gemm) weights[count++] = {p.expand, p.c_in, p.c_mid, memory + at.expand};
+  if (large.project_by_gemm) weights[count++] = {p.project, p.c_mid, p.c_out, memory + at.project};
   return count ? pack_weights(p.dtype, weights, count, stream, true) : kSuccess;
 }
 
-// Expands and convolves one group of images after the other.
-Error expand_large(const MbconvParams& p, const Large& large, char* memory, Stream stream,
-                   int* parts, bool pdl) {
-  GemmParams to{};
+// Expands some images, from which it knows only where they begin.
+Error expand_images(const MbconvParams& p, const Large& large, const void* input, int64_t images,
+                    char* memory, Stream stream, bool pdl) {
+  const int64_t rows = images * p.h * p.w;
+  if (large.expand_by_gemm) {
+    GemmParams to{};
+    to.dtype = p.dtype;
+    to.k = p.c_in, to.n = p.c_mid;
+    to.w = memory + large_memory(p, large).expand;
+    to.activation = p.activation;
+    to.levels = 1;
+    to.level[0] = {input, rows, p.expand_scale, p.expand_shift, memory};
+    return gemm(to, stream, pdl);
+  }
+  ProjectionParams to{};
   to.dtype = p.dtype;
-  to.k = p.c_in, to.n = p.c_mid;
-  to.w = memory + large_memory(p, large).expand;
+  to.input = input;
+  to.rows = rows;
+  to.c_in = p.c_in;
+  to.projections = 1;
+  to.projection[0] = {p.expand, p.expand_scale, p.expand_shift, p.c_mid, memory};
   to.activation = p.activation;
-  to.levels = 1;
+  return project(to, stream, pdl);
+}
+
+// Expands and convolves one group of images after the other. `packed`: weights were packed just
+// now.
+Error expand_large(const MbconvParams& p, const Large& large, char* memory, Stream stream,
+                   int* parts, bool pdl, bool packed) {
   MbconvParams group = p;
   group.n = large.images;
   for (int64_t image = 0; image < p.n; image += large.images) {
     const int64_t images = std::min(large.images, p.n - image);
-    to.level[0] = {static_cast<const char*>(p.input) + image * p.h * p.w * p.c_in * 2,
-                   images * p.h * p.w, p.expand_scale, p.expand_shift, memory};
-    Error error = gemm(to, stream, pdl);
+    const char* const input = static_cast<const char*>(p.input) + image * p.h * p.w * p.c_in * 2;
+    // what came before the call's first launch is not known
+    const bool overlaps = pdl && (packed || image > 0);
+    Error error = expand_images(p, large, input, images, memory, stream, overlaps);
     if (error != kSuccess) return error;
     error = depthwise(group, memory, images, stream, parts, pdl);
     if (error != kSuccess) return error;
@@ -659,7 +685,8 @@ Error launch_block(const MbconvParams& p, void* split, void* memory, const Devic
   Error error = pack_large(p, large, own, stream);
   if (error != kSuccess) return error;
   if (large.expands) {
-    error = expand_large(p, large, own, stream, &plan.parts, pdl);
+    const bool packed = large.expand_by_gemm || large.project_by_gemm;
+    error = expand_large(p, large, own, stream, &plan.parts, pdl, packed);
   } else if (!p.expand && depthwise_takes(p, p.input)) {
     error = depthwise(p, p.input, p.n, stream, &plan.parts);
   } else {
@@ -674,7 +701,8 @@ Error launch_block(const MbconvParams& p, void* split, void* memory, const Devic
                    Dim3(kProductThreads), static_cast<size_t>(floats * 4), stream, plan, pdl);
   }
   if (error != kSuccess) return error;
-  return large.projects ? project_large(p, large, own, stream, pdl) : project(to, stream, pdl);
+  return large.project_by_gemm ? project_large(p, large, own, stream, pdl)
+                               : project(to, stream, pdl);
 }
 
 }  // namespace

@@ -8,22 +8,25 @@
 
 namespace edet::cuda {
 
-// The candidates of a batch while they are sorted and suppressed: n images of at most `most`.
+// The candidates of a batch while they are sorted and suppressed: of each of n images a list of at
+// most `capacity` keys, an even number, of which the best `most` are candidates.
 struct Candidates {
-  int64_t n, most;
-  uint64_t* keys;  // (n, most), in any order; the larger, the better, no two are equal
-  int* count;      // (n)
-  // sorted, the best first
+  int64_t n, capacity, most;
+  int* count;  // (n): keys of the list; the first part of the memory
+  uint64_t*
+      keys;  // (n, capacity), in any order; the larger, the better, no two are equal, none is 0
+  // sorted, the best first; hard suppression keeps here the boxes that do not fit shared memory
   float* boxes;     // (n, most, 4)
-  float* scores;    // (n, most); gaussian suppression lowers them
   int64_t* labels;  // (n, most)
-  int* sources;     // (n, most): index in the arrays that the candidates come from
-  int* kept;        // (n, settings.most): positions
+  // sorted, for gaussian suppression alone
+  float* scores;  // (n, most); suppression lowers them
+  int* sources;   // (n, most): index in the arrays that the candidates come from
+  int* sorted;    // (n): candidates
 };
 
 // Bytes of one piece of memory for candidates, and its parts.
-int64_t candidates_bytes(int64_t n, int64_t most, int64_t kept);
-Candidates place_candidates(void* memory, int64_t n, int64_t most, int64_t kept);
+int64_t candidates_bytes(int64_t n, int64_t capacity, int64_t most);
+Candidates place_candidates(void* memory, int64_t n, int64_t capacity, int64_t most);
 
 // Where detections go, (n, K) each; null for what is not wanted.
 struct Detections {
@@ -34,9 +37,9 @@ struct Detections {
   int64_t* counts;  // (n)
 };
 
-// Suppresses sorted candidates; one launch.
-cudaError_t suppress(const Candidates& candidates, const NmsSettings& settings,
-                     const Detections& detections, cudaStream_t stream);
+// Gaussian suppression of sorted candidates; one launch.
+cudaError_t suppress_sorted(const Candidates& candidates, const NmsSettings& settings,
+                            const Detections& detections, cudaStream_t stream);
 
 // The whole of it: collect, sort, suppress. No step waits for the host. `memory` has nms_bytes().
 int64_t nms_bytes(int64_t batch, const NmsParams& params);

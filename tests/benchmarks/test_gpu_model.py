@@ -190,6 +190,50 @@ def test_shared_memory_and_barriers():
     assert traces[0].moved[6].turns == 32
 
 
+def test_atomics_of_shared_memory():
+    """Each lane finds what those before it have added; a count takes no turn for each lane."""
+    block, (trace,) = run([
+        "S2R R0, SR_TID.X",
+        "MOV R1, 0x10",
+        "ATOMS.ADD R2, [R1], R0",
+        "ATOMS.POPC.INC.32 RZ, [R1+URZ+0x4]",
+        "LDS R3, [R1]",
+        "LDS R4, [R1+0x4]",
+    ])  # fmt: skip
+    assert registers(block, 2) == [t * (t - 1) // 2 for t in range(32)]
+    assert registers(block, 3)[0] == 31 * 16 and registers(block, 4)[0] == 32
+    assert trace.moved[2].turns == 32 and trace.moved[3].turns == 1
+
+
+def test_global_memory_holds_what_it_is_said_to_hold():
+    made = kernel([
+        "S2R R0, SR_TID.X",
+        "IMAD.WIDE R2, R0, 0x10, RZ",
+        "LDG.E.128 R4, desc[UR4][R2.64]",
+        "LDG.E R8, desc[UR4][R2.64]",
+        "EXIT",
+    ])  # fmt: skip
+    block = Block(made, b"", (1, 1, 1), (32, 1, 1), (0, 0, 0))
+    block.loaded = {4: 77, 16: lambda places: [(places + k).astype(np.uint32) for k in range(4)]}
+    block.run()
+    assert registers(block, 5) == [16 * t + 1 for t in range(32)]
+    assert registers(block, 8) == [77] * 32
+
+
+def test_only_a_warp_that_diverged_goes_where_lanes_meet():
+    for lanes, expected in ((32, 1), (8, 2)):
+        block, _ = run([
+            "S2R R0, SR_TID.X",
+            f"ISETP.GE.AND P0, PT, R0, {lanes:#x}, PT",
+            "@P0 EXIT",
+            "MOV R1, 0x1",
+            "BRA.DIV UR4, `(apart)",
+            "EXIT",
+            "apart: MOV R1, 0x2",
+        ])  # fmt: skip
+        assert registers(block, 1)[0] == expected
+
+
 def test_a_constant_of_two_halves_is_a_word():
     block, _ = run(["HFMA2.MMA R1, -RZ, RZ, 1, 5.9604644775390625e-08"])
     assert registers(block, 1) == [0x3C000001] * 32

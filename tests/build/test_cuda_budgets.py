@@ -162,6 +162,33 @@ def test_no_slower_than_the_recorded_table(kernels):
     assert found <= 1.05 * recorded["predicted_us"]
 
 
+@pytest.fixture(scope="module")
+def detect_traces(kernels):
+    """The kernels of D0's detect at batch 1, each with the traces of a block."""
+    launch_of("one", 32)  # skips where there is no emulation
+    calls = launches.of_model("tf_efficientdet_d0", 1, rates.gpu("H100").device)
+    (call,) = [call for call in calls if call.op == "detect"]
+    found = [(kernels[launch.kernel], launch) for launch in call.launches if launch.kernel]
+    return {launch.kernel.split("<")[0]: (kernel, predict.trace_launch(kernel, launch)[0])
+            for kernel, launch in found}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "budget"), [("count", 7.2), ("collect", 3.7)])
+def test_instructions_of_a_logit(detect_traces, name, budget):
+    """Each thread has 32 logits, whose four vectors are on their way together."""
+    kernel, traces = detect_traces[name]
+    count = sum("visit_vector" in kernel.code[i].functions for trace in traces for i in trace.code)
+    assert count / (WARPS * 32) <= budget
+    assert timing.loads_in_flight(kernel, traces[0], "load_aligned") == 4
+
+
+def test_instructions_of_sorting_and_suppressing(detect_traces):
+    """6000 keys, of which 512 are sorted and 100 kept."""
+    _, traces = detect_traces["take_best"]
+    assert len(traces) == 16
+    assert predict.count(traces) <= 46_000
+
+
 @pytest.mark.parametrize(
     ("channels", "size", "kernel", "stride", "most"),
     [(32, 256, 3, 1, 1.2), (96, 256, 3, 2, 1.1), (144, 128, 3, 1, 1.2), (144, 128, 5, 2, 1.45),

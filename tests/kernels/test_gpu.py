@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+import edet_kernels
 from backends import BACKENDS, BLOCK_OPS
 from edet_kernels import explain
 from edet_kernels.backend import has_kernel
@@ -97,6 +98,27 @@ def test_cuda_graph(op):
     graph.replay()
     torch.cuda.synchronize()
     assert_identical(found, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["normal", "narrow", "equal"])
+def test_millions_of_logits(kind, dtype):
+    """Of D0's first level; those of an untrained network are too many alike to be listed."""
+    torch.manual_seed(0)
+    n, side, anchors, classes = 3, 64, 9, 90
+    logits = torch.randn(n, side, side, anchors * classes)
+    if kind != "normal":
+        logits[1:] = -4.6 + (0.003 * logits[1:] if kind == "narrow" else 0)
+    logits = logits.permute(0, 3, 1, 2).to(dtype)
+    boxes = (0.1 * torch.randn(n, side, side, 4 * anchors)).permute(0, 3, 1, 2).to(dtype)
+    corner = 500 * torch.rand(side * side * anchors, 2)
+    anchor_boxes = torch.cat([corner, corner + 30], 1)
+    found = edet_kernels.detect([logits.cuda()], [boxes.cuda()], anchor_boxes.cuda())
+    with edet_kernels.backend("reference"):
+        expected = edet_kernels.detect([logits], [boxes], anchor_boxes)
+    found = tuple(t.cpu() for t in found)
+    assert_identical(found[2:], expected[2:])
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-3)
 
 
 # --- graphs of nodes: EDET_CUDA_LAUNCH ------------------------------------------------------------
