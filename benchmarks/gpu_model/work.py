@@ -33,7 +33,7 @@ def _mbconv(args: Sequence[Any], result: Any, kernels: Sequence[str]) -> list[Wo
     pixels = n * image.shape[2] * image.shape[3]
     middle_bytes = n * h * w * middle * element
     residual = _size(image) if args[9] else 0
-    operations = 2 * pixels * image.shape[1] * middle
+    operations = 2 * pixels * image.shape[1] * middle if expand else 0
     groups = sum("convolve_depthwise" in name for name in kernels)
     # groups of images, each expanded and then convolved
     if groups and kernels[0].startswith("multiply"):

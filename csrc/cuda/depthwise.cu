@@ -21,9 +21,10 @@ namespace edet::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // of a block at most: a warp for each scheduler
-// Of a multiprocessor: 5×5 taps are 50 registers; a choice of activations takes some, too.
-EDET_EVERYWHERE constexpr int blocks_of(int kernel, bool swish) {
-  return kernel == 5 ? 3 : swish ? 5 : 4;
+// Of a multiprocessor: 5×5 taps are 50 registers, and what strips that are not whole need, some
+// more.
+EDET_EVERYWHERE constexpr int blocks_of(int kernel, int stride, bool whole) {
+  return kernel == 3 ? (whole ? 5 : 4) : whole && stride == 2 ? 4 : 3;
 }
 constexpr int kMostRows = 64, kLeastRows = 4;  // of a strip
 
@@ -123,7 +124,8 @@ class Walk {
   EDET_DEVICE void load(Rows& rows) {
     EDET_UNROLL
     for (int r = 0; r < kStride; r++) {
-      const char* const row = opaque(from_ + int64_t(max(0, min(y_ + r, last_))) * int(plan_.row));
+      const char* const row =
+          opaque(from_ + uint64_t(uint32_t(max(0, min(y_ + r, last_)))) * uint32_t(plan_.row));
       EDET_UNROLL
       for (int j = 0; j < kInputs; j++) {
         const auto read = [&] {
@@ -202,7 +204,7 @@ class Walk {
 };
 
 template <class T, int kKernel, int kStride, bool kSwish, bool kWhole>
-EDET_KERNEL(kThreads, blocks_of(kKernel, kSwish))
+EDET_KERNEL(kThreads, blocks_of(kKernel, kStride, kWhole))
 convolve_depthwise(EDET_PARAMS(Plan) plan) {
   const MbconvParams& p = plan.p;
   EDET_SHARED(float, sums);  // of channels; of each strip; then what reduce_part needs
@@ -235,6 +237,13 @@ convolve_depthwise(EDET_PARAMS(Plan) plan) {
   sync_threads();
   reduce_part(p, number % plan.chunks * channels, channels, threads, sums, of_strips,
               p.sums + int64_t(number) * p.c_reduced);
+}
+
+// Whether there is a kernel without conditions for a map; see Walk.
+bool is_whole(const MbconvParams& p) {
+  const int64_t half = p.kernel / 2, right = (p.out_w - 1) * p.stride + p.kernel - p.pad_left - p.w;
+  return p.activation == Activation::swish && p.out_w % columns_of(p.stride) == 0 &&
+         p.pad_left <= half && right <= half;
 }
 
 // A plan with strips of so many rows.
@@ -275,8 +284,7 @@ Plan plan_for(const MbconvParams& p, const Device& device) {
   double least = INFINITY;
   for (int rows = kLeastRows; rows <= kMostRows; rows *= 2) {
     const Plan plan = plan_of(p, rows);
-    const int resident =
-        blocks_of(p.kernel, p.activation == Activation::swish) * kThreads / threads_of(plan);
+    const int resident = blocks_of(p.kernel, p.stride, is_whole(p)) * kThreads / threads_of(plan);
     const double waves = double(p.n * plan.parts) / (resident * device.multiprocessors);
     const double turns = waves < 1.0   ? 0.5 + 0.5 * waves
                          : waves < 4.0 ? std::ceil(waves)
@@ -297,15 +305,11 @@ Error launch_activation(const Plan& plan, Stream stream, bool pdl) {
                   Dim3(static_cast<unsigned>(threads)), static_cast<size_t>(bytes), stream, plan,
                   pdl);
   };
-  const MbconvParams& p = plan.p;
-  if (p.activation != Activation::swish) {
+  if (plan.p.activation != Activation::swish) {
     return start(convolve_depthwise<T, kKernel, kStride, false, false>);
   }
-  const int64_t right = (p.out_w - 1) * kStride + kKernel - p.pad_left - p.w;
-  const bool whole =
-      p.out_w % columns_of(kStride) == 0 && p.pad_left <= kKernel / 2 && right <= kKernel / 2;
-  return whole ? start(convolve_depthwise<T, kKernel, kStride, true, true>)
-               : start(convolve_depthwise<T, kKernel, kStride, true, false>);
+  return is_whole(plan.p) ? start(convolve_depthwise<T, kKernel, kStride, true, true>)
+                          : start(convolve_depthwise<T, kKernel, kStride, true, false>);
 }
 
 template <class T>

@@ -191,8 +191,8 @@ def test_instructions_of_sorting_and_suppressing(detect_traces):
 
 @pytest.mark.parametrize(
     ("channels", "size", "kernel", "stride", "most"),
-    [(32, 256, 3, 1, 1.25), (96, 256, 3, 2, 1.15), (144, 128, 3, 1, 1.25), (144, 128, 5, 2, 1.6),
-     (240, 64, 5, 1, 2.2)],
+    [(32, 256, 3, 1, 1.2), (96, 256, 3, 2, 1.1), (144, 128, 3, 1, 1.2), (144, 128, 5, 2, 1.45),
+     (240, 64, 5, 1, 2.1)],
 )  # fmt: skip
 def test_depthwise_of_many_images(kernels, channels, size, kernel, stride, most):
     """A block that expands nothing: its first kernel, against the bytes that it must move."""
@@ -219,8 +219,8 @@ def test_depthwise_of_many_images(kernels, channels, size, kernel, stride, most)
             False,
         )
     (call,) = recorder.calls
-    found = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)[0]
-    assert found.kernel.startswith("convolve_depthwise<")
+    predictions = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)
+    (found,) = [p for p in predictions if p and p.kernel.startswith("convolve_depthwise<")]
     assert found.time_us <= most * found.bandwidth_us
 
 
