@@ -60,7 +60,7 @@ struct SelectParams {
   Overdue overdue;
 };
 
-// Digits are steps of 1/32 from -32 on; the first and the last have what is beyond, too.
+// Digits are steps of 1/32 from −32 on; the first and the last have what is beyond, too.
 constexpr int kMiddle = kBins / 2;
 constexpr float kStep = 1.0f / 32;
 constexpr float kMagic = 1.5f * (1 << 18);  // a sum with it is rounded to steps
@@ -320,30 +320,32 @@ EDET_DEVICE void refine(const SelectParams& s, int64_t image, uint32_t pass,
   }
 }
 
-// Which of a vector's logits are `least` or larger, in the bits of the thread's logits.
+// Which of a thread's logits have keys from one on, in bits.
 template <class T>
-EDET_DEVICE uint32_t at_least(const Words& v, int first, float least) {
-  uint32_t found = 0;
-  visit_vector<T>(v, 0, [&](float x, int i) {
-    if (x >= least) found |= 1u << i;
-  });
-  return found << first;
+EDET_DEVICE uint32_t find_keys(const SelectParams& s, const Part<T>& part, uint64_t low) {
+  const uint32_t last = (1u << s.index_bits) - 1;
+  const uint32_t least = uint32_t(low >> s.index_bits), rest = uint32_t(low) & last;
+  uint32_t all = 0;
+  EDET_LOOP
+  for (int j = 0; j < kLoads; j++) {
+    const uint32_t index = part.index + uint32_t(part.place(j * kVector<T>));
+    uint32_t found = 0;
+    visit_vector<T>(part.load_vector(j), 0, [&](float x, int i) {
+      const uint32_t order = order_of(x) >> (32 - s.order_bits);
+      const bool reaches = order > least || (order == least && last - index - uint32_t(i) >= rest);
+      if (x == x && reaches) found |= 1u << i;
+    });
+    all |= found << j * kVector<T>;
+  }
+  return all;
 }
 
-// Lists the keys of a part that are from the known one on, of those that each thread has found.
+// Lists the keys of those of a part's logits that each thread has found.
 template <class T>
 EDET_DEVICE void list(const SelectParams& s, int64_t image, const Part<T>& part, uint32_t found,
-                      const Known* known, Shared<int> words) {
+                      Shared<int> words) {
   if (thread().x == 0) store(words, 0);
   sync_threads();
-  const auto key_of_bit = [&](int i) {  // loaded again: registers have no addresses
-    return part.key(s, to_float(load_constant<T, 1>(part.data + part.place(i)).value[0]), i);
-  };
-  const uint64_t low = found ? load_shared_by_blocks(&known->low) : 0;
-  for (uint32_t rest = found; rest; rest &= rest - 1) {
-    const int i = first_set(rest);
-    if (key_of_bit(i) < low) found &= ~(1u << i);
-  }
   int at = found ? atomic_add(words, count_set(found)) : 0;
   sync_threads();
   const int all = get(words);
@@ -352,7 +354,9 @@ EDET_DEVICE void list(const SelectParams& s, int64_t image, const Part<T>& part,
   sync_threads();
   at += get(words + 1);
   for (; found; found &= found - 1) {
-    store(s.to.c.keys + image * s.to.c.capacity + at++, key_of_bit(first_set(found)));
+    const int i = first_set(found);  // loaded again: registers have no addresses
+    const float x = to_float(load_constant<T, 1>(part.data + part.place(i)).value[0]);
+    store(s.to.c.keys + image * s.to.c.capacity + at++, part.key(s, x, i));
   }
 }
 
@@ -375,8 +379,12 @@ collect(EDET_PARAMS(SelectParams) s) {
     if (least == least) {
       uint32_t found = 0;
       EDET_UNROLL
-      for (int j = 0; j < kLoads; j++) found |= at_least<T>(v[j], j * kVector<T>, least);
-      list(s, image, part, found, known, as<int>(words));
+      for (int j = 0; j < kLoads; j++) {
+        visit_vector<T>(v[j], j * kVector<T>, [&](float x, int i) {
+          if (x >= least) found |= 1u << i;
+        });
+      }
+      list(s, image, part, found, as<int>(words));
       return;
     }
   }
@@ -399,12 +407,7 @@ collect(EDET_PARAMS(SelectParams) s) {
       if (count_part<T>(s, image, int(number), pass, bins)) refine(s, image, pass, words);
     } else if (pass == load_shared_by_blocks(&known->last)) {
       const Part<T> part(s, image, int(number));
-      uint32_t found = 0;
-      EDET_LOOP
-      for (int j = 0; j < kLoads; j++) {
-        found |= at_least<T>(part.load_vector(j), j * kVector<T>, least);
-      }
-      list(s, image, part, found, known, as<int>(words));
+      list(s, image, part, find_keys(s, part, load_shared_by_blocks(&known->low)), as<int>(words));
     } else {
       return;
     }
@@ -532,7 +535,8 @@ Error detect(const DetectParams& p, void* memory, Stream stream) {
   // a float16's order is in the first 19 bits of the float's, a bfloat16's in 16
   s.order_bits = p.dtype == DType::f32 ? 32 : p.dtype == DType::f16 ? 19 : 16;
   while ((int64_t(1) << s.index_bits) < index) s.index_bits++;
-  if (p.n > 65535 || index > INT32_MAX) return kInvalidValue;
+  // places are int, also those of a part that has fewer logits
+  if (p.n > 65535 || index > INT32_MAX - kPart<f16>) return kInvalidValue;
   s.overdue.nanoseconds = kPatience;
   s.bins = static_cast<uint32_t*>(memory);
   s.progress = reinterpret_cast<Progress*>(s.bins + p.n * kBins);

@@ -79,8 +79,9 @@ inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
 inline int first_set(uint32_t x) { return __builtin_ctz(x); }
 inline int count_set(uint32_t x) { return __builtin_popcount(x); }
 inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
-inline float larger(float a, float b) { return std::fmax(a, b); }
-inline float smaller(float a, float b) { return std::fmin(a, b); }
+// The host's fmax gives NaN for a signalling one.
+inline float larger(float a, float b) { return b != b || a > b ? a : b; }
+inline float smaller(float a, float b) { return b != b || a < b ? a : b; }
 inline float exp(float x) { return std::exp(x); }
 
 inline float ex2_approx(float x) { return std::exp2(x); }

@@ -99,6 +99,16 @@ def test_logits_that_differ_are_counted_once(emulated):
     assert read[1] < 1.3 * logits.numel() * logits.element_size()
 
 
+@pytest.mark.parametrize("largest", [float("inf"), 33, 32, 8, 0.02, 0, -0.02, -5, -33])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_all_numbers_of_16_bits(dtype, largest):
+    """Among them those at the ends of steps, both zeros, what is beyond all steps, and NaN."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    numbers = torch.where(numbers > largest, torch.nan, numbers)[torch.randperm(2**16)]
+    logits = numbers.view(1, 16, 16, 256).permute(0, 3, 1, 2)
+    check_detect(logits, max_candidates=300, max_detections=300, iou_threshold=1.0)
+
+
 def test_an_image_without_numbers():
     logits = many_logits("", torch.float16)
     logits[1] = torch.nan
