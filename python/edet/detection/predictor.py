@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -371,9 +372,13 @@ class Predictor:
             self.class_agnostic,
         )
         with graph.cuda.device(self.device) if self._captures else nullcontext():
-            row: Sequence[Stage] = stages(self.network, [x.size for x in images], size, selection)
+            sizes = [x.size for x in images]
+            make: Callable[[], Sequence[Stage]] = partial(
+                stages, self.network, sizes, size, selection
+            )
             if not self._captures:  # images of all sizes share a plan
-                inputs, row = row[0]([x.to(self.device) for x in inputs]), row[1:]
+                prepare, *rest = make()
+                inputs, make = prepare([x.to(self.device) for x in inputs]), partial(tuple, rest)
             before = time.perf_counter() - start
             key = (
                 size,
@@ -383,7 +388,7 @@ class Predictor:
                 self._frozen.runs_python(),
                 *((x.shape, x.dtype) for x in inputs),
             )
-            found, seconds = self._run(key, row, inputs)
+            found, seconds = self._run(key, make, inputs)
         results = [
             Detections(*columns(rows), image.size, self.label_names)
             for image, rows in zip(images, found, strict=True)
@@ -395,14 +400,19 @@ class Predictor:
         return results
 
     def _run(
-        self, key: Hashable, row: Sequence[Stage], inputs: list[Tensor]
+        self, key: Hashable, make: Callable[[], Sequence[Stage]], inputs: list[Tensor]
     ) -> tuple[Tensor, list[float]]:
-        """The rows that the stages make of the inputs, and seconds of each stage once planned."""
+        """The rows that the stages make of the inputs, and seconds of each stage once planned.
+
+        ``make`` gives the stages, which a plan needs no more.
+        """
         with self._lock:
             seen, plan = self._plans.find(key)
             counts = plan is not None
-            if seen and plan is None:
-                plan = self._planned(row, inputs)
+            if plan is None:
+                row = make()
+                if seen:
+                    plan = self._planned(row, inputs)
             self._plans.keep(key, plan)
             if plan is None:
                 values = inputs
