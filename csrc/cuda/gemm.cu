@@ -56,8 +56,7 @@ class GemmTile {
               column = lane / 16 * 8;  // of a lane's 8 numbers of four 8×8 matrices
     const Shared<Type> left = a + ((warp % 4 * 32 + row) * kPitchA + column);
     const Shared<Type> right = w + (row * kPitchW + warp / 4 * (kN * 8) + column);
-    EDET_LOOP
-    for (int k = 0; k < depth; k += kStepDepth) {
+    const auto step = [&](int k) {
       uint32_t rows[kM][4];
       EDET_UNROLL
       for (int m = 0; m < kM; m++) ldmatrix_x4(left + (m * 16 * kPitchA + k), rows[m]);
@@ -75,7 +74,14 @@ class GemmTile {
           }
         }
       }
+    };
+    if (depth == kChunk<Type>) {  // the next step's operands are on their way during a step
+      EDET_UNROLL
+      for (int k = 0; k < kChunk<Type>; k += kStepDepth) step(k);
+      return;
     }
+    EDET_LOOP
+    for (int k = 0; k < depth; k += kStepDepth) step(k);
   }
 
   // Calls put(factors(column), row, column, sum, sum of column + 1) for all sums of this thread.
@@ -525,14 +531,18 @@ narrow(EDET_PARAMS(Packing) packing) {
   store(static_cast<T*>(w.to) + (int64_t(row) * round_up(int(w.n), 8) + column), from_floats<T>(x));
 }
 
-// A block has as many columns as shared memory allows; to gate rows takes registers, which leave
-// room for fewer. 0: none.
-int64_t columns_of(int64_t k, int64_t n, bool gated, int shared_bytes) {
+// A block has as many columns as shared memory allows, and as leave a block for each
+// multiprocessor; to gate rows takes registers, which leave room for fewer. 0: none.
+int64_t columns_of(int64_t rows, int64_t k, int64_t n, bool gated, const Device& device) {
+  int64_t columns = 0;
   for (int64_t most = gated ? 96 : 128; most > 0; most -= 32) {
-    const int64_t columns = round_up(divide_up(n, divide_up(n, most)), 32);
-    if (shared_of(k, columns, gated) <= shared_bytes) return columns;
+    const int64_t now = round_up(divide_up(n, divide_up(n, most)), 32);
+    if (shared_of(k, now, gated) > device.shared_bytes) continue;
+    columns = now;
+    const int64_t blocks = divide_up(rows, int64_t(kGemmRows)) * divide_up(n, now);
+    if (blocks >= device.multiprocessors || most == 64) break;
   }
-  return 0;
+  return columns;
 }
 
 }  // namespace
@@ -551,7 +561,7 @@ bool gemm_pays(DType dtype, int64_t rows, int64_t k, int64_t n, int64_t image_ro
   Device device;
   if (current_device(&device) != kSuccess) return false;
   // fewer blocks than that leave the machine emptier than smaller tiles would
-  const int64_t slices = divide_up(n, columns_of(k, n, image_rows > 0, device.shared_bytes));
+  const int64_t slices = divide_up(n, columns_of(rows, k, n, image_rows > 0, device));
   return divide_up(rows, int64_t(kGemmRows)) * slices >= device.multiprocessors * 3 / 8;
 }
 
@@ -579,7 +589,9 @@ Error gemm(const GemmParams& p, Stream stream, bool pdl) {
   if (error != kSuccess) return error;
   LargeProduct plan{};
   plan.p = p;
-  plan.columns = static_cast<int>(columns_of(p.k, p.n, p.gate != nullptr, device.shared_bytes));
+  int64_t rows = 0;
+  for (int l = 0; l < p.levels; l++) rows += p.level[l].rows;
+  plan.columns = static_cast<int>(columns_of(rows, p.k, p.n, p.gate != nullptr, device));
   if (plan.columns == 0) return kInvalidValue;
   plan.slices = static_cast<int>(divide_up(p.n, plan.columns));
   plan.aligned_out = p.n % 8 == 0;
