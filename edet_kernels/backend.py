@@ -272,7 +272,12 @@ def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
 def _namespace(op: str, device_type: str, dtype: torch.dtype) -> str:
     """:func:`namespace`, a constant for torch.compile like :func:`_reference_when_traced`."""
     asked = current_backend()
-    if asked == "auto" and device_type == "cuda" and _refusal(op, "cuda", "cuda", dtype):
+    if (
+        asked == "auto"
+        and device_type == "cuda"
+        and op in TRITON_OPS  # the others have a compiled kernel or none, whatever is on their map
+        and _refusal(op, "cuda", "cuda", dtype)
+    ):
         asked = "triton"
     if asked == "triton":
         return "edet_kernels_triton"

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -392,3 +393,23 @@ def test_missing_package_is_named(missing):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == f'Error: {missing} is needed here: pip install "edet-kernels[cli]"\n'
+
+
+def test_an_option_named_as_its_value_says_so():
+    """Typer 0.27 called an option ``--DEVICE`` whose help shows its value as DEVICE."""
+    from typer.models import OptionInfo
+
+    def commands(group):
+        yield from (command.callback for command in group.registered_commands)
+        for other in group.registered_groups:
+            yield from commands(other.typer_instance)
+
+    seen = 0
+    for callback in commands(app):
+        hints = get_type_hints(callback, include_extras=True)
+        for name, hint in hints.items():
+            for option in getattr(hint, "__metadata__", ()):
+                if isinstance(option, OptionInfo) and option.metavar == name.upper():
+                    assert option.param_decls == (f"--{name}",), f"{callback.__name__}: {name}"
+                    seen += 1
+    assert seen > 6

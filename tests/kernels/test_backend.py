@@ -12,7 +12,7 @@ import torch
 
 import edet_kernels
 from edet_kernels import BackendError, backend, current_backend, explain, library
-from edet_kernels.names import MAP_OPS, OPS, TF32_OPS
+from edet_kernels.names import MAP_OPS, OPS, TF32_OPS, TRITON_OPS
 from edet_kernels.testing.numeric import assert_identical
 from edet_kernels.testing.samples import SAMPLES, cast, sample, tensors
 
@@ -254,6 +254,13 @@ def test_tf32_is_multiplied_where_torch_may(ampere, way):
         assert backend_module._namespace("head", "cuda", torch.float32) == "edet_kernels_triton"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert tf32_ops() == set()
+
+
+@pytest.mark.parametrize("op", sorted(set(OPS) - set(TRITON_OPS)))
+def test_only_what_triton_has_is_looked_for_there(ampere, op):
+    """Whatever the first tensor is: the stem's is of bytes, which are no dtype of maps."""
+    for dtype in (torch.uint8, torch.float32, torch.float64):
+        assert backend_module._namespace(op, "cuda", dtype) == "edet_kernels"
 
 
 def test_older_gpus_do_not_multiply_tf32(ampere, monkeypatch):

@@ -51,7 +51,9 @@ NumClasses = Annotated[
     int, typer.Option(help="Number of classes of the model.", min=1, metavar="N")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision to compute in.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...", metavar="DEVICE")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1 ...", metavar="DEVICE")
+]
 
 
 @app.callback(invoke_without_command=True)

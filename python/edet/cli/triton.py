@@ -137,7 +137,9 @@ def triton_repository(
         typer.Option("--output", "-o", help="The server's model repository.", metavar="FOLDER"),
     ],
     checkpoint: Checkpoint = None,
-    name: Annotated[str, typer.Option(help="What clients ask for.", metavar="NAME")] = "edet",
+    name: Annotated[
+        str, typer.Option("--name", help="What clients ask for.", metavar="NAME")
+    ] = "edet",
     gpu: Annotated[bool, typer.Option("--gpu", help="Run on GPUs: an instance on each.")] = False,
     instances: Annotated[
         int, typer.Option(help="Processes; on CPUs, cores / threads.", min=1, metavar="N")
