@@ -220,6 +220,16 @@ def test_data_that_the_decoder_made_up_is_told(tmp_path):
     assert len(read) == decodable(path) > 15
 
 
+@pytest.mark.parametrize("name", ["12:30:05.mp4", "file:x.mp4", "pipe:0.mp4", "a%03d ü.mp4"])
+def test_a_name_is_no_address(tmp_path, name):
+    write(name)  # relative, as all of a name before a colon is FFmpeg's name of a protocol
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(list(video.VideoReader(name))) == 5
+    result = predict(name, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert len(list(video.VideoReader(f"out/{name}"))) == 5
+
+
 def test_what_cannot_be_read(tmp_path):
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 100)
     (tmp_path / "empty.mp4").touch()

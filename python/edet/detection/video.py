@@ -36,6 +36,11 @@ def _too_large(picture: Any) -> str:
     )
 
 
+def _address(path: str | os.PathLike[str]) -> str:
+    """The file for FFmpeg, to which ``12:30.mp4`` is else an address of the protocol ``12``."""
+    return f"file:{os.fspath(path)}"
+
+
 class Frame(np.ndarray[Any, np.dtype[np.uint8]]):
     """The pixels of a frame, (H, W, 3) uint8 RGB.
 
@@ -84,7 +89,7 @@ class VideoReader:
         with self.path.open("rb"):  # an error of the file system has its usual name
             pass
         try:
-            return av.open(os.fspath(self.path))
+            return av.open(_address(self.path))
         except av.error.FFmpegError as error:
             raise VideoError(
                 f"{self.path} is not a video that can be read: {error.strerror}"
@@ -168,7 +173,7 @@ class VideoWriter:
         self, path: str | os.PathLike[str], rate: Fraction, time_base: Fraction | None = None
     ) -> None:
         self._av = require("av", "video")
-        self._container = self._av.open(os.fspath(path), "w")
+        self._container = self._av.open(_address(path), "w")
         encoder = "libx264" if "libx264" in self._av.codec.codecs_available else "mpeg4"
         self._stream = self._container.add_stream(encoder, rate=rate)
         self._stream.pix_fmt = "yuv420p"
