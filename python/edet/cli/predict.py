@@ -152,6 +152,11 @@ ShowStats = Annotated[
 DEFAULT_MODEL = "tf_efficientdet_d0"
 
 
+def _waits(path: Path) -> bool:
+    """Whether reading it may wait for ever; such a file has to be named."""
+    return path.is_fifo() or path.is_char_device()
+
+
 def find_files(arguments: Sequence[str]) -> list[Path]:
     """The image and video files that files, folders and patterns name, in order, each once.
 
@@ -163,7 +168,9 @@ def find_files(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in suffixes and not _waits(p)
+            )
             if not inside:
                 raise ValueError(
                     f"the folder {argument} holds no images or videos (.jpg, .png, .mp4, ...)"

@@ -210,6 +210,8 @@ def _read_file(file: Path | bytes, name: str) -> np.ndarray[Any, Any]:
     if isinstance(file, Path) and file.is_dir():
         raise ImageError(f"{name} is a folder, an image file is required")
     try:
+        if isinstance(file, Path) and file.is_fifo():  # can be read only once
+            file = file.read_bytes()
         image = _open(pil, file)
     except pil.UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image in a known format") from error

@@ -1,0 +1,56 @@
+"""'edet predict' on files that are none on a disk, and on names that are no text."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edet.cli.predict import find_files
+from edet.detection.images import load_image
+
+OPTIONS = ("-m", "tf_efficientdet_lite0", "--random-weights", "--image-size", "64")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def picture(path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def edet_(command, **env):
+    """A line of bash with edet in it."""
+    command = command.replace("edet ", f"{sys.executable} -m edet ")
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        timeout=100,
+    )
+
+
+def test_a_pipe_in_a_folder_is_left_out(tmp_path):
+    picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")  # nobody will ever write to it
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.png"]
+
+
+def test_a_picture_through_a_pipe(tmp_path):
+    pixels = picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe")
+    data = (tmp_path / "a.png").read_bytes()
+    thread = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(data))
+    thread.start()
+    assert (load_image(tmp_path / "pipe").permute(1, 2, 0).numpy() == pixels).all()
+    thread.join()
+    found = edet_(f"edet predict <(cat a.png) /dev/stdin {' '.join(OPTIONS)} < <(cat a.png)")
+    assert found.returncode == 0, found.stderr
+    assert b"2 images in" in found.stderr
