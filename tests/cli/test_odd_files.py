@@ -1,6 +1,8 @@
 """'edet predict' on files that are none on a disk, and on names that are no text."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -54,3 +56,25 @@ def test_a_picture_through_a_pipe(tmp_path):
     found = edet_(f"edet predict <(cat a.png) /dev/stdin {' '.join(OPTIONS)} < <(cat a.png)")
     assert found.returncode == 0, found.stderr
     assert b"2 images in" in found.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_was_found_is_kept_when_the_process_is_ended(tmp_path, number):
+    picture(tmp_path / "0.png")
+    for i in range(1, 3000):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    words = [sys.executable, "-m", "edet", "predict", *map(str, find_files(["."])), *OPTIONS]
+    (tmp_path / "out").mkdir()
+    with subprocess.Popen(
+        [*words, "--json", "out/found.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(5):
+            process.stdout.readline()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith(b"Error: interrupted")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["found.json"]
+    # a file is told of just before its entry is written
+    assert 4 <= len(json.loads((tmp_path / "out/found.json").read_text())) < 3000

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -73,10 +74,37 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 @contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What ends a command from outside does what Ctrl-C does: no temporary file stays behind.
+
+    SIGHUP that is ignored, as under nohup, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    both = (signal.SIGTERM, signal.SIGHUP)
+    before = [number for number in both if signal.getsignal(number) is signal.SIG_DFL]
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """Shows errors that the user can act on as one line, without a traceback."""
     try:
-        yield
+        with _ended_by_signals():
+            yield
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
     except CheckFailed as error:
         fail(error, code=1)
     except OSError as error:
