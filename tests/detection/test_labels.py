@@ -62,6 +62,33 @@ def test_errors_name_the_file(tmp_path, data, message):
     assert str(caught.value).startswith(f"{tmp_path / 'names.txt'} {message}")
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('[\n"cat", "dog"\n]\n', "JSON"),
+        ('{"1": "cat",\n"2": "dog",\n"3": "bird"}', "JSON"),
+        ("0: cat\n1: dog\n2: bird\n", "numbered lines ('0: cat')"),
+        ("1 cat\n2 dog\n3 bird\n", "numbered lines ('1 cat')"),
+        ("1,cat\n2,dog\n3,bird\n", "numbered lines ('1,cat')"),
+        ("item {\nid: 1 name: 'cat'\n}\n", "a label map in protobuf's text format"),
+        ("names:\n- cat\n- dog\n", "YAML"),
+        ("nc: 1\nnames: [cat]\n\n# end", "YAML"),
+        ("[" * 100_000, "1"),
+    ],
+)
+def test_another_kind_of_file_is_not_taken_for_names(tmp_path, text, kind):
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"must hold 3 names, one a line, got ") as caught:
+        read_class_names(tmp_path / "names.txt", 3)
+    assert str(caught.value).endswith(f"got {kind}")
+
+
+@pytest.mark.parametrize("text", ["7 up\n2 cats\n3 dogs", "12\n13\n14", "[x]\n{y}\nitem"])
+def test_names_may_hold_numbers_and_brackets(tmp_path, text):
+    (tmp_path / "names.txt").write_text(text)
+    assert read_class_names(tmp_path / "names.txt", 3) == text.split("\n")
+
+
 def test_a_device_without_end_is_refused():
     with pytest.raises(ValueError, match=r"/dev/zero must be a text file .*more than 16 MiB"):
         read_class_names("/dev/zero", 3)

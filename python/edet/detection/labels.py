@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 #: Category id (1 … 90, ten of them unused) to name, as in COCO's instance annotations.
@@ -140,7 +143,8 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str
     any system. Spaces around a name and empty lines at the end do not count.
 
     Raises:
-        ValueError: not such a file, or not of ``num_classes`` names; the file is named.
+        ValueError: not such a file, also JSON, YAML, protobuf or numbered lines, or not of
+            ``num_classes`` names; the file is named.
         OSError: it does not exist or cannot be read.
     """
     with Path(path).open("rb") as file:
@@ -162,9 +166,29 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str
     names = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     while names and not names[-1]:
         names.pop()
+    other = _other_kind(text, names)
+    if other:
+        raise ValueError(f"{path} must hold {num_classes} names, one a line, got {other}")
     if len(names) != num_classes:
         raise ValueError(f"{path} must hold {num_classes} names, one a line, got {len(names)}")
     return names
+
+
+def _other_kind(text: str, lines: Sequence[str]) -> str | None:
+    """What a file with more than the names is; its lines may be as many by chance."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), list | dict):
+            return "JSON"
+    numbers = [re.match(r"(\d+)(?:\s*[:,;]|\s)\s*\S", line, re.ASCII) for line in lines]
+    if lines and all(numbers):
+        first, *_ = found = [int(number[1]) for number in numbers if number]
+        if first in (0, 1) and found == list(range(first, first + len(found))):
+            return f"numbered lines ({lines[0]!r})"
+    if any(re.fullmatch(r"item\s*\{", line) for line in lines):
+        return "a label map in protobuf's text format"
+    if any(re.fullmatch(r"names\s*:.*", line) for line in lines):
+        return "YAML"
+    return None
 
 
 def label_name(label: int, names: Mapping[int, str]) -> str:
