@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import edet
 import edet_kernels
 from edet.cli import app
+from edet.models.described import save_described
 from edet.models.pretrained import PRETRAINED
 
 MODEL = "tf_efficientdet_lite0"
@@ -168,6 +169,20 @@ def test_checkpoint_and_class_names(photos, tmp_path):
     assert result.exit_code == 0
     assert re.fullmatch(r"(.*: \d+ (cat|dog).*\n){3}", result.stdout)
     assert "random" not in result.stderr
+
+
+def test_class_names_are_as_many_as_the_checkpoint_has(photos, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    save_described(edet.create_model(MODEL, num_classes=2), tmp_path / "own.pt")
+    options = ("--class-names", "names.txt", "--score-threshold", 0, "--image-size", 64)
+    result = edet_("predict", photos, "-c", "own.pt", *options)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"(.*: \d+ (cat|dog).*\n){3}", result.stdout)
+    assert_one_line_error(edet_("predict", photos, *options), "names.txt must hold 1 names")
+    (tmp_path / "names.txt").write_text("human\n")  # of the model that comes with its weights
+    result = edet_("predict", photos, *options)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"(.*: \d+ human\n){3}", result.stdout)
 
 
 def test_class_names_of_any_script_and_a_font(photos, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edet.cli.predict import find_files
+from edet.cli.inputs import find_files
 from edet.detection.images import load_image
 
 OPTIONS = ("-m", "tf_efficientdet_lite0", "--random-weights", "--image-size", "64")

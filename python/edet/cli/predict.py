@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import time
 import warnings
 from collections import Counter
@@ -29,12 +28,11 @@ from ..detection.draw import (
 from ..detection.labels import read_class_names
 from ..detection.predictor import Prediction, Predictor
 from ..detection.stats import Stats
-from ..extras import require
 from ..files import replacing
 from ..models.configs import get_config
 from ..models.described import is_checkpoint, load_described, read_description
 from ..models.factory import create_model
-from ..models.pretrained import PRETRAINED
+from ..models.pretrained import PRETRAINED, pretrained_file
 from .common import (
     Device,
     Dtype,
@@ -48,6 +46,7 @@ from .common import (
     progress_bar,
     say,
 )
+from .inputs import find_files
 from .parts import Parts, Place, place, stamp
 from .targets import annotated_names, check_targets, is_video
 from .writer import ArrayWriter, PartWriter, Writer
@@ -152,46 +151,6 @@ ShowStats = Annotated[
 DEFAULT_MODEL = "tf_efficientdet_d0"
 
 
-def _waits(path: Path) -> bool:
-    """Whether reading it may wait for ever; such a file has to be named."""
-    return path.is_fifo() or path.is_char_device()
-
-
-def find_files(arguments: Sequence[str]) -> list[Path]:
-    """The image and video files that files, folders and patterns name, in order, each once.
-
-    Raises:
-        ValueError: an argument names nothing.
-    """
-    suffixes = (*require("PIL.Image", "image").registered_extensions(), *video.SUFFIXES)
-    found: dict[Path, None] = {}
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in suffixes and not _waits(p)
-            )
-            if not inside:
-                raise ValueError(
-                    f"the folder {argument} holds no images or videos (.jpg, .png, .mp4, ...)"
-                )
-            found.update(dict.fromkeys(inside))
-        elif path.exists():
-            found[path] = None
-        else:
-            matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-            matches = [p for p in matches if p.is_file()]
-            if not matches:
-                pattern = glob.has_magic(argument)
-                raise ValueError(
-                    f"no file matches {argument}" if pattern else f"{argument} does not exist"
-                )
-            found.update(dict.fromkeys(matches))
-    if any(map(is_video, found)):
-        require("av", "video")
-    return list(found)
-
-
 def load_predictor(
     model: str | None,
     checkpoint: Path | None,
@@ -218,14 +177,20 @@ def load_predictor(
         if checkpoint is not None:
             raise ValueError(f"--checkpoint must be left out when MODEL is one, got {model}")
         checkpoint, model = Path(model), None
-    options |= {"nms": nms.value, "image_size": parse_size(image_size), "class_names": None}
-    if class_names is not None:
-        options["class_names"] = read_class_names(class_names, num_classes)
+    options |= {"nms": nms.value, "image_size": parse_size(image_size)}
+
+    def names(classes: int) -> list[str] | None:
+        """Those of the option, as many as the model has classes."""
+        return None if class_names is None else read_class_names(class_names, classes)
+
     if checkpoint is None and not random_weights and (model is None or model in PRETRAINED):
         pretrained = model or next(iter(PRETRAINED))
         if model is None:
             typer.echo(f"No --checkpoint: {pretrained} finds {PRETRAINED[pretrained]}.", err=True)
-        return Predictor(pretrained, **options)
+        weights = pretrained_file(pretrained)
+        own = None if weights is None else read_description(weights)
+        classes = num_classes if own is None else own.config.num_classes
+        return Predictor(pretrained, class_names=names(classes), **options)
     name = get_config(DEFAULT_MODEL if model is None else model).name
     if random_weights == (checkpoint is not None):
         raise ValueError(
@@ -236,12 +201,13 @@ def load_predictor(
         )
     description = None if checkpoint is None else read_description(checkpoint)
     if checkpoint is None or description is None:
+        named = names(num_classes)
         network = create_model(name, num_classes=num_classes, checkpoint=checkpoint)
-        return Predictor(network, **options)
+        return Predictor(network, class_names=named, **options)
     if model not in (None, description.config.name):
         raise ValueError(f"--model is {model}, {checkpoint} is of {description.config.name}")
-    options["class_names"] = options["class_names"] or description.class_names or None
-    return Predictor(load_described(checkpoint)[0], **options)
+    named = names(description.config.num_classes) or description.class_names or None
+    return Predictor(load_described(checkpoint)[0], class_names=named, **options)
 
 
 def save_copy(path: Path, picture: Image) -> None:
