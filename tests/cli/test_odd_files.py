@@ -78,3 +78,20 @@ def test_what_was_found_is_kept_when_the_process_is_ended(tmp_path, number):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["found.json"]
     # a file is told of just before its entry is written
     assert 4 <= len(json.loads((tmp_path / "out/found.json").read_text())) < 3000
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    picture(tmp_path / "a.png")
+    os.link(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    found = edet_(
+        f"edet predict . --json found.json -o out {' '.join(OPTIONS)}",
+        PYTHONIOENCODING="utf-8:strict",  # as in any locale but C and POSIX
+    )
+    assert found.returncode == 0, found.stderr
+    assert [line.split(b":")[0] for line in found.stdout.splitlines()] == [
+        b"a.png",
+        b"\\udcff.png",
+    ]
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert [os.fsencode(entry["file"]) for entry in entries] == [b"a.png", b"\xff.png"]
+    assert sorted(os.listdir(os.fsencode(tmp_path / "out"))) == [b"a.png", b"\xff.png"]

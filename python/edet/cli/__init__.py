@@ -1,5 +1,8 @@
 """The sub-commands of ``edet``: predict, train, evaluate, export, triton-repository, info, …."""
 
+import io
+import sys
+
 from . import bench, evaluate, export, info, models, predict, schedule, train, triton
 from .common import app
 
@@ -26,4 +29,6 @@ app.command()(models.models)
 
 def main() -> None:
     """Runs the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
     app(prog_name="edet")
