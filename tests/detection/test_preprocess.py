@@ -1,6 +1,8 @@
 """Images of every kind: equal pixels give equal batches, bad ones are refused by name."""
 
+import io
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -136,6 +138,29 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path):
         loaded = load_image(tmp_path / name)
         expected = torch.from_numpy(grey / np.float32(65535))
         torch.testing.assert_close(loaded, expected.expand(3, 8, 8), rtol=0, atol=1e-7)
+
+
+def test_sixteen_bit_grey_of_netpbm():
+    pixels = np.array([[0, 1000], [40000, 65535]], np.uint16)
+    file = b"P5 2 2 65535\n" + pixels.astype(">u2").tobytes()
+    assert torch.equal(load_image(file), load_image(pixels))
+
+
+def test_a_transparent_value_of_sixteen_bit_grey_is_white():
+    pixels = np.array([[0, 1000], [1001, 65535]], np.uint16)
+    stored = io.BytesIO()
+    pil.fromarray(pixels).save(stored, "PNG")
+    header, rest = stored.getvalue()[:33], stored.getvalue()[33:]  # signature and IHDR
+    chunk = b"tRNS" + (1000).to_bytes(2, "big")
+    clear = b"\0\0\0\2" + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    pixels[0, 1] = 65535
+    assert torch.equal(load_image(header + clear + rest), load_image(pixels))
+
+
+def test_grey_with_premultiplied_alpha():
+    image = pil.new("LA", (2, 1))
+    image.putdata([(100, 255), (100, 0)])
+    assert load_image(image.convert("La"))[0].tolist() == [[100, 255]]
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

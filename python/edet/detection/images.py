@@ -114,8 +114,14 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
         orientation = _orientation(image)
         if orientation is not None:  # by that tag alone: others may be damaged
             image = image.transpose(require("PIL.Image", "image").Transpose[_TURNS[orientation]])
-        if mode.startswith("I;16") or (mode == "I" and fmt == "PNG"):  # Pillow < 11 reads PNG as I
-            return np.asarray(image).astype(np.uint16)
+        # Pillow < 11 reads PNG as I, and any of it a PGM of more than 8 bits, scaled to 16
+        if mode.startswith("I;16") or (mode == "I" and fmt in ("PNG", "PPM")):
+            pixels = np.asarray(image).astype(np.uint16)
+            if "transparency" in image.info:  # one value of a PNG
+                pixels[pixels == image.info["transparency"]] = 65535
+            return pixels
+        if mode == "La":  # converts to nothing else
+            image, mode = image.convert("LA"), "LA"
         if mode in _MODES:
             alpha = "transparency" in image.info or mode in ("LA", "La", "PA", "RGBA", "RGBa")
             wanted = "RGBA" if alpha else "RGB"
