@@ -348,6 +348,53 @@ def test_numbers_that_are_not_finite(model: edet.EfficientDet, tmp_path: Path) -
     assert same(copied(model), before)
 
 
+KEY = "fpn.cell.0.fnode.0.combine.edge_weights"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: (10 * x).to(torch.int8),
+        lambda x: x > 0,
+        lambda x: x.to(torch.complex64),
+        lambda x: x.to_sparse(),
+        lambda x: x.to("meta"),
+    ],
+)
+def test_weights_that_are_no_floats(
+    model: edet.EfficientDet, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    state = copied(model)
+    before = copied(model)
+    state[KEY] = change(state[KEY])
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=rf"float dtype, got {KEY} \(torch\."):
+        edet.load_checkpoint(model, tmp_path / "model.pth")
+    assert same(copied(model), before)
+
+
+def test_numbers_beyond_the_range_of_the_model(model: edet.EfficientDet, tmp_path: Path) -> None:
+    state = copied(model)
+    state[KEY] = state[KEY].double() + 1e300
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=f"got NaN or ∞ in {KEY}"):
+        edet.load_checkpoint(model, tmp_path / "model.pth")
+    state[KEY] = torch.ones_like(state[KEY]).to(torch.float8_e4m3fn)  # holds no ∞ at all
+    torch.save(state, tmp_path / "model.pth")
+    edet.load_checkpoint(model, tmp_path / "model.pth")
+    assert bool((model.state_dict()[KEY] == 1).all())
+
+
+def test_a_class_prediction_of_no_number_of_classes(
+    model: edet.EfficientDet, tmp_path: Path
+) -> None:
+    state = copied(model)
+    state[CLASS_KEYS[1]] = torch.zeros(5)
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"mis-shaped \(1\): .*bias \(5,\) not \(27,\)"):
+        edet.load_checkpoint(model, tmp_path / "model.pth")
+
+
 class Attack:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (str(Attack.folder),)

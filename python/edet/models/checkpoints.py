@@ -350,16 +350,34 @@ def load_checkpoint(
         state = {key: value for key, value in state.items() if key in own or key in unexpected}
     misshaped = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
     fits = not missing and not unexpected
-    if fits and misshaped and set(misshaped) <= set(CLASS_KEYS):
+    counts = {state[k].shape[:1].numel() / model.config.num_anchors for k in misshaped}
+    classes = set(misshaped) <= set(CLASS_KEYS) and len(counts) == 1 and counts.pop().is_integer()
+    if fits and classes:
         if not reinit_head:
             raise _class_count_error(model, path, state, misshaped)
         for key in misshaped:
             del state[key]
     elif not fits or misshaped:
         raise _mismatch_error(model, path, state, missing, unexpected, misshaped)
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    strange = [
+        f"{k} ({v.dtype}, {v.layout}, {v.device})"
+        for k, v in state.items()
+        if v.layout != torch.strided
+        or v.is_meta
+        or v.is_quantized
+        or (own[k].is_floating_point() and not v.is_floating_point())
+    ]
+    if strange:  # copied, the bytes of a quantised model would be weights of some hundreds
+        raise CheckpointError(
+            f"{path} must hold weights of float32 or another float dtype, got {_listed(strange)}"
+        )
+    floats = ((k, v, own[k].dtype) for k, v in state.items() if v.is_floating_point())
+    broken = [k for k, v, dtype in floats if not v.to(dtype).isfinite().all()]
     if broken:
-        raise CheckpointError(f"{path} must hold finite numbers, got NaN or ∞ in {_listed(broken)}")
+        raise CheckpointError(
+            f"{path} must hold finite numbers of the model's dtype, got NaN or ∞ in "
+            f"{_listed(broken)}"
+        )
     model.load_state_dict(state, strict=False)
 
 
