@@ -106,6 +106,14 @@ def test_resume_and_what_it_refuses() -> None:
     assert train_("--epochs", 1, "--resume", "-o", "new").exit_code == 0  # nothing to go on from
 
 
+def test_the_best_weights_of_a_run_are_not_overwritten() -> None:
+    assert train_("--epochs", 1).exit_code == 0
+    Path("run/last.pt").unlink()  # what is large and no longer needed
+    best = Path("run/best.pt").read_bytes()
+    assert_one_line_error(train_("--epochs", 1, "-c", "run/best.pt"), "holds a run already")
+    assert Path("run/best.pt").read_bytes() == best
+
+
 def test_starting_from_weights() -> None:
     model = edet.create_model("tf_efficientdet_lite0", **SMALL)
     edet.save_checkpoint(model, "start.pth")

@@ -237,21 +237,20 @@ class _Run:
             if resume:
                 raise ValueError("folder must be given to resume")
             return
-        path = self.source / LAST
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass  # raises where nothing can be written
             for leftover in leftovers(self.folder, (".pt", ".csv")):
                 leftover.unlink()  # of a run that was killed while it wrote
-        if not path.exists():
-            return
-        if not resume:
+        held = [name for name in (LAST, BEST) if (self.source / name).exists()]
+        if held and not resume:  # the best weights alone may be all that was kept of a run
             raise ValueError(
                 f"{self.source} holds a run already: resume it (resume=True, --resume), or give "
                 "another folder"
             )
-        self._load(path)
+        if LAST in held:
+            self._load(self.source / LAST)
 
     def _load(self, path: Path) -> None:
         description, content = read_description(path), read_training(path)
