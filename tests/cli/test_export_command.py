@@ -52,6 +52,17 @@ def test_mistakes_take_one_line(arguments: str, words: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", ["-c a.pt2", "edet_lite0_person --class-names a.pt2"])
+def test_no_input_is_overwritten(arguments: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.pt2"
+    torch.save(edet.create_model("tf_efficientdet_lite0", num_classes=1).state_dict(), file)
+    before = file.read_bytes()
+    result = export(*arguments.split(), "-o", "a.pt2", "-f", "torch")
+    assert result.exit_code == 2
+    assert "Error: --output: a.pt2 is the input a.pt2, which would be replaced" in result.stderr
+    assert file.read_bytes() == before
+
+
 def test_help() -> None:
     result = export("--help")
     assert result.exit_code == 0

@@ -33,6 +33,7 @@ from .predict import (
     Suppression,
     load_predictor,
 )
+from .targets import check_targets
 
 
 class Format(str, Enum):
@@ -142,6 +143,8 @@ def export(
                 f"got {output}"
             )
         check_target(output, "--output")
+        named = [Path(path) for path in (model, checkpoint, class_names) if path is not None]
+        check_targets(named, {output: output}, None)
         predictor = load_predictor(
             model,
             checkpoint,
