@@ -303,6 +303,20 @@ def test_schedule(tmp_path):
     assert result.exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["tiles", ".png", "tiles.jpgx"])
+def test_a_picture_without_a_format_is_refused(tmp_path, name):
+    result = edet_("schedule", MODEL, "--plot", name)
+    assert_one_line_error(result, "--plot must end in .png, .svg or .pdf", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_does_not_write_its_result_and_its_plot_to_one_file(tmp_path):
+    (tmp_path / "link.svg").symlink_to("a.png")
+    for json_file, plot in (("a.png", "a.png"), ("a.png", "link.svg")):
+        result = edet_("bench", MODEL, "--rounds", 1, "--json", json_file, "--plot", plot)
+        assert_one_line_error(result, f"--plot: {plot} would replace {json_file}")
+
+
 def test_mistakes_of_the_other_commands(tmp_path):
     for arguments, words in [
         (("info", "nope"), ["nope"]),

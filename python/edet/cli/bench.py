@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from .common import (
     Dtype,
     DtypeOption,
     app,
+    check_picture,
     check_target,
     check_writable,
     checked_device,
@@ -81,12 +83,12 @@ def run(
         names = models or ["tf_efficientdet_d0"]
         for name in names:
             get_config(name)
-        for path, option in ((json_file, "--json"), (plot_file, "--plot")):
-            if path is not None:
-                check_target(path, option)
+        if json_file is not None:
+            check_target(json_file, "--json")
         if plot_file is not None:
-            if plot_file.suffix not in (".png", ".svg", ".pdf"):
-                raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot_file}")
+            check_picture(plot_file)
+            if json_file is not None and os.path.realpath(json_file) == os.path.realpath(plot_file):
+                raise ValueError(f"--plot: {plot_file} would replace {json_file}")
             require("matplotlib.figure", "plot")
         if threads is not None:
             torch.set_num_threads(threads)

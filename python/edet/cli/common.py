@@ -200,6 +200,17 @@ def check_target(path: Path, option: str) -> None:
         raise ValueError(f"{option}: cannot write to {path}: {error.strerror}") from error
 
 
+def check_picture(path: Path) -> None:
+    """Checks that ``--plot`` names a file that can be written, of a format by its suffix.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {path}")
+    check_target(path, "--plot")
+
+
 def check_writable(folder: Path, option: str, *, create: bool = False) -> None:
     """Checks that files can be made in ``folder``, which may be created first.
 

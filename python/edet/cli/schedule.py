@@ -15,7 +15,7 @@ from ..files import replacing
 from ..fused.cells import graph_of
 from ..models.bifpn import bifpn_nodes
 from ..models.configs import ModelConfig, get_config
-from .common import ModelName, check_target, one_line_errors, print_table
+from .common import ModelName, check_picture, one_line_errors, print_table
 
 
 def of_model(config: ModelConfig, *, batch: int = 1, tile_rows: int = 8) -> Schedule:
@@ -115,7 +115,7 @@ def schedule(
         if tile_rows not in (4, 8):
             raise ValueError(f"--tile-rows must be 4 or 8, got {tile_rows}")
         if plot is not None:
-            check_target(plot, "--plot")
+            check_picture(plot)
         config = get_config(model)
         pyramid = of_model(config, batch=batch, tile_rows=tile_rows)
         print_table(table(pyramid, config.min_level, config.levels, blocks))
