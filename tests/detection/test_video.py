@@ -306,6 +306,27 @@ def test_a_video_that_breaks_off_keeps_what_came_before(tmp_path, monkeypatch):
     assert len(list(video.VideoReader(tmp_path / "out" / "clip.mp4"))) == 3
 
 
+def test_a_copy_that_cannot_be_encoded_does_not_end_the_run(tmp_path):
+    (tmp_path / "in").mkdir()
+    with av.open("in/a.mkv", "w") as container:  # wider than H.264 can be
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 20_000, 4, "yuv444p"
+        for pixels in frames(2, height=4, width=20_000):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv444p")))
+        container.mux(stream.encode())
+    write("in/b.mp4", 2)
+    result = predict("in", "--json", "found.json", "-o", "out")
+    assert result.exit_code == 1, result.output
+    assert result.stdout == "in/a.mkv: 2 frames, nothing\nin/b.mp4: 2 frames, nothing\n"
+    assert "Skipped: out/a.mp4 is not written, a video of 20000 × " in result.stderr
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert [(e["file"], e["frame"]) for e in entries] == [
+        (f"in/{name}", i) for name in ("a.mkv", "b.mp4") for i in range(2)
+    ]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b.mp4"]
+
+
 def test_missing_package_is_named(tmp_path, monkeypatch):
     write(tmp_path / "clip.mp4", 1)
     monkeypatch.setitem(sys.modules, "av", None)

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -49,7 +49,7 @@ from .common import (
 from .inputs import find_files
 from .parts import Parts, Place, place, stamp
 from .targets import annotated_names, check_targets, is_video
-from .writer import ArrayWriter, PartWriter, Writer
+from .writer import ArrayWriter, CopyFailed, PartWriter, VideoCopy, Writer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -281,17 +281,16 @@ def predict_video(
     names: Counter[str] = Counter()
     frames = 0
     damage = None
-    with ExitStack() as stack:
+    drawn = None
+    with suppress(CopyFailed), ExitStack() as stack:
         try:
             for frame, pixels, objects, error in found:
                 assert pixels is not None and objects is not None, error
                 if copy is not None and frames == 0:
                     temporary = stack.enter_context(replacing(copy))
-                    drawn = stack.enter_context(
-                        video.VideoWriter(temporary, reader.rate, reader.time_base)
-                    )
+                    drawn = stack.enter_context(VideoCopy(temporary, reader))
                     stack.callback(writer.wait)
-                if copy is not None:
+                if drawn is not None:
                     writer.draw(pixels, objects, partial(drawn.write, time=frame.time))
                 writer.entry(
                     file=str(reader.path),
@@ -306,6 +305,9 @@ def predict_video(
         except video.VideoError as error:
             damage = error
             counted.skip(error)
+    if damage is None and drawn is not None and drawn.error is not None:
+        damage = video.VideoError(f"{copy} is not written, {drawn.error}")
+        counted.skip(damage)
     writer.done(reader.path, damage)
     if frames:
         counted.tell(f"{reader.path}: {frames} frames, {listed(names)}")

@@ -7,11 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..detection import video
 from ..detection.draw import draw_detections
 from ..detection.results import Detections
 from .parts import Parts
@@ -124,3 +126,38 @@ class PartWriter(Writer):
             self._parts.write_done(path, error)
 
         self.later(write)
+
+
+class CopyFailed(Exception):
+    """Ends the writing of a copy, of which nothing is left then."""
+
+
+class VideoCopy:
+    """The annotated copy of a video. What its encoder refuses ends the copy alone.
+
+    Attributes:
+        error: why there is no copy.
+    """
+
+    def __init__(self, path: Path, reader: video.VideoReader) -> None:
+        self.error: video.VideoError | None = None
+        self._writer = video.VideoWriter(path, reader.rate, reader.time_base)
+
+    def write(self, picture: Image, time: Fraction) -> None:
+        """Appends a frame."""
+        try:
+            if self.error is None:
+                self._writer.write(picture, time)
+        except video.VideoError as error:
+            self.error = error
+
+    def __enter__(self) -> VideoCopy:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._writer.__exit__(CopyFailed if self.error else kind, error, trace)
+        except video.VideoError as late:
+            self.error = self.error or late
+        if self.error is not None and kind is None:
+            raise CopyFailed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -198,6 +199,10 @@ class VideoWriter:
             image: the picture.
             time: when it is shown, in seconds, later than the one before; None: one interval of the
                 rate after it. Times that a constant rate explains become exact.
+
+        Raises:
+            VideoError: the encoder does not take its size, or the container its time.
+            OSError: the file cannot be written.
         """
         even = max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)
         if self._count == 0:
@@ -207,8 +212,22 @@ class VideoWriter:
         pts = round(self._time / self._unit)
         self._pts = pts if self._count == 0 else max(pts, self._pts + 1)
         frame.pts, frame.time_base = self._pts, self._unit
-        self._container.mux(self._stream.encode(frame))
+        with self._encoding():
+            self._container.mux(self._stream.encode(frame))
         self._count += 1
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """What the encoder or the container refuses becomes a VideoError."""
+        try:
+            yield
+        except self._av.error.FFmpegError as error:
+            if isinstance(error, OSError):  # of the file system
+                raise
+            size = f"{self._stream.width} × {self._stream.height}"
+            raise VideoError(
+                f"a video of {size} pixels cannot be encoded: {error.strerror}"
+            ) from error
 
     def _exact(self, time: Fraction | float | None) -> Fraction:
         """The time of the next frame, without the rounding of the file that it comes from."""
@@ -229,6 +248,7 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._count:
-            self._container.mux(self._stream.encode())  # what the encoder still holds
-        self._container.close()
+        with self._encoding():
+            if kind is None and self._count:
+                self._container.mux(self._stream.encode())  # what the encoder still holds
+            self._container.close()
