@@ -157,6 +157,21 @@ def test_a_transparent_value_of_sixteen_bit_grey_is_white():
     assert torch.equal(load_image(header + clear + rest), load_image(pixels))
 
 
+@pytest.mark.parametrize("change", [lambda x: x.to_sparse(), lambda x: x.to("meta")])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_tensors_without_dense_values_are_refused(change, dtype):
+    with pytest.raises(ImageError, match=r"image must be a dense tensor with values, got Tensor"):
+        load_image(change(torch.ones((3, 4, 5), dtype=dtype)))
+
+
+def test_eight_bit_floats():
+    pixels = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 3)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        assert torch.equal(load_image(pixels.to(dtype)), pixels.expand(3, -1, -1))
+    with pytest.raises(ImageError, match=r"must have values in \[0, 1\], got 0 to 4"):
+        load_image((4 * pixels).to(torch.float8_e5m2))
+
+
 def test_grey_with_premultiplied_alpha():
     image = pil.new("LA", (2, 1))
     image.putdata([(100, 255), (100, 0)])

@@ -235,6 +235,8 @@ _STRIP = 256
 
 def _unit_range(pixels: Tensor, name: str, rounding: float) -> Tensor:
     """``pixels`` as float32, checked to lie in [0, 1] but for a ``rounding``, as of a resize."""
+    if pixels.element_size() == 1:  # PyTorch finds no ends of 8-bit floats
+        pixels = pixels.float()
     low, high = (float(x) for x in pixels.aminmax())
     if not (low >= -rounding and high <= 1 + rounding):  # also catches NaN
         raise ImageError(
@@ -313,6 +315,11 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
             raise ImageError(
                 f"{name} must be (C, H, W) with 1, 3 or 4 channels when it is a tensor, "
                 f"got {_describe(pixels)}" + _advice(pixels.shape, 2, "permute(2, 0, 1)")
+            )
+        if pixels.layout != torch.strided or pixels.is_meta:
+            raise ImageError(
+                f"{name} must be a dense tensor with values, got {_describe(pixels)}, "
+                f"{pixels.layout}, on {pixels.device}"
             )
         pixels = pixels.detach()
     else:
