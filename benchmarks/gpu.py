@@ -422,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": machine_name(torch.device(gpu_timing.DEVICE)),
         "torch": torch.__version__,
-        "library": library.status(),
+        "library": library.status().replace(f"{ROOT}/", ""),
         "ceilings": {name: gpu_timing.ceilings(DTYPES[name]) for name in args.dtypes},
         "softmax_ratio": None,
         "models": [],

@@ -26,8 +26,9 @@ namespace {
 constexpr int kMostLayers = 16;
 
 // From compute capability `capability` on and for graphs whose maps take `most_bytes` at most, the
-// first rule that fits. Nothing has been measured on a GPU: the rules are what the gauge predicts
-// (docs/gpu-model.md), of the ways that need no forward progress of other blocks.
+// first rule that fits. Measured on an H100 (docs/cuda.md), where pdl is the fastest; before 9.0
+// what the gauge predicts (docs/gpu-model.md), of the ways that need no forward progress of other
+// blocks.
 struct LaunchRule {
   int capability;
   int64_t most_bytes;

@@ -510,8 +510,10 @@ struct Packing {
 template <class T>
 EDET_KERNEL(kProductThreads, 4)
 narrow(EDET_PARAMS(Packing) packing) {
-  griddep_launch();
+  // In this order: the launch after it reads what nothing of its op writes before it waits, which is
+  // safe once all that came before the op has ended.
   griddep_wait();
+  griddep_launch();
   const int i = int(block().x) * kProductThreads + int(thread().x);
   if (i >= packing.first[packing.count]) return;
   int which = 0;

@@ -241,3 +241,37 @@ def test_stem(kernels, dtype, batch, most):
     (found,) = predict.Predictor(gpu, ROOT / "build" / "gpu-model").call(call)
     assert found and found.kernel.startswith("multiply_pixels<")
     assert found.time_us <= most
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns", "side", "kernel", "most"),
+    [(384, 384, 192, "multiply_large", 17_000), (384, 384, 48, "multiply_large", 17_000),
+     (64, 810, 128, "multiply_rows", 10_200)],
+)  # fmt: skip
+def test_instructions_of_a_product(kernels, channels, columns, side, kernel, most):
+    """A tile of 128 rows and 128 columns of a layer with swish."""
+    launch_of("one", 32)  # skips where there is no emulation
+    gpu = rates.gpu("H100")
+    image = torch.empty(1, channels, side, side, dtype=torch.half)
+    ones = torch.ones(columns)
+    packed = torch.empty(-(-columns // 16), channels, 16)
+    recorder = launches.Recorder()
+    with launches.dry(gpu.device), recorder:
+        image = image.to(memory_format=torch.channels_last)
+        layer = ([image], torch.empty(9, channels), packed, ones, ones, 1)
+        torch.ops.edet_kernels.separable_conv(*layer)
+    ((call,),) = [recorder.calls]
+    (launch,) = [one for one in call.launches if one.kernel.startswith(kernel)]
+    found = kernels[launch.kernel]
+    traces = predict.trace_tile(found, launch) if kernel == "multiply_rows" else (
+        predict.trace_launch(found, launch)[0]
+    )  # fmt: skip
+    assert predict.count(traces) <= most
+    assert not {at.op for at in found.code} & (FORBIDDEN - {"BRX"})
+    assert sum(at.op == "LDGSTS" for at in found.code) >= 8
+
+
+def test_what_may_begin_a_call_lets_nothing_overtake_it(kernels):
+    """The launch after it reads weights before it waits: by then all before the call has ended."""
+    code = [at.op for at in kernels["narrow<f16>"].code]
+    assert code.index("ACQBULK") < code.index("PREEXIT")

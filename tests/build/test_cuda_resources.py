@@ -86,8 +86,8 @@ def test_kernels_stay_in_their_budget(source, arch, tmp_path, script):
         if "tf32" in name:
             assert (" HMMA." in kernel and ".TF32" in kernel) == (arch != "75"), name
             continue
-        # squeeze-excite's two layers, of one pixel; weights that become operands; what is not run on
-        # Turing, which lacks asynchronous copies
+        # squeeze-excite's two layers, of one pixel; weights that become operands; what Turing does
+        # not run, because it lacks asynchronous copies
         if re.search("5gatesI|6narrowI", name) or (arch == "75" and "gemm_cu" in name):
             assert "HMMA" not in kernel, name
             continue

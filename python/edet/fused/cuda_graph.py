@@ -1,7 +1,6 @@
 """Functions of tensors captured in a CUDA graph, and uploads beside the work of the GPU.
 
-Not measured on a GPU: the tests run it on one where there is one, else on a stand-in for
-``torch.cuda``.
+The tests run it on a GPU where there is one, else on a stand-in for ``torch.cuda``.
 """
 
 from __future__ import annotations
