@@ -259,7 +259,6 @@ multiply(EDET_PARAMS(Plan) plan) {
   const ProjectionParams& p = plan.p;
   const int c = int(p.c_in), chunks = divide_up(c, kChunk<T>);
   EDET_SHARED(char, memory);
-  if (p.first) griddep_wait();
   griddep_launch();
   const Shared<T> a = as<T>(memory);
   const Shared<T> w = as<T>(memory + memory_of<Mma>(chunks, plan.resident).w);
@@ -322,7 +321,6 @@ multiply_few(EDET_PARAMS(Plan) plan) {
   using T = typename Mma::Type;
   const ProjectionParams& p = plan.p;
   EDET_SHARED(char, memory);
-  if (p.first) griddep_wait();
   griddep_launch();
   const int k0 = int(block().z) * plan.few * kChunk<T>, c = int(p.c_in);  // k0: first channel
   const int chunks = min(plan.few, divide_up(c - k0, kChunk<T>));

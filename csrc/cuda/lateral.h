@@ -18,9 +18,6 @@ struct ProjectionParams {
   int projections;
   Projection projection[kMaxEdges];
   Activation activation;
-  // With pdl: whether nothing is read before the launch before has ended, because it is not known
-  // what that one writes. So the first launch of a call may begin early, too.
-  bool first;
   const float* gate;     // (rows / image_rows, c_in), or null
   int64_t image_rows;    // of one image
   const void* residual;  // like the output of the only projection, or null

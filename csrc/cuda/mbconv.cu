@@ -603,10 +603,9 @@ Error pack_large(const MbconvParams& p, const Large& large, char* memory, Stream
   return count ? pack_weights(p.dtype, weights, count, stream, true) : kSuccess;
 }
 
-// Expands some images, from which it knows only where they begin. `first`: by the first launch of
-// the call.
+// Expands some images, from which it knows only where they begin.
 Error expand_images(const MbconvParams& p, const Large& large, const void* input, int64_t images,
-                    char* memory, Stream stream, bool pdl, bool first) {
+                    char* memory, Stream stream, bool pdl) {
   const int64_t rows = images * p.h * p.w;
   if (large.expand_by_gemm) {
     GemmParams to{};
@@ -626,20 +625,21 @@ Error expand_images(const MbconvParams& p, const Large& large, const void* input
   to.projections = 1;
   to.projection[0] = {p.expand, p.expand_scale, p.expand_shift, p.c_mid, memory};
   to.activation = p.activation;
-  to.first = first;
   return project(to, stream, pdl);
 }
 
-// Expands and convolves one group of images after the other.
+// Expands and convolves one group of images after the other. `packed`: weights were packed just
+// now.
 Error expand_large(const MbconvParams& p, const Large& large, char* memory, Stream stream,
-                   int* parts, bool pdl) {
+                   int* parts, bool pdl, bool packed) {
   MbconvParams group = p;
   group.n = large.images;
   for (int64_t image = 0; image < p.n; image += large.images) {
     const int64_t images = std::min(large.images, p.n - image);
     const char* const input = static_cast<const char*>(p.input) + image * p.h * p.w * p.c_in * 2;
-    const bool first = image == 0 && !large.expand_by_gemm && !large.project_by_gemm;
-    Error error = expand_images(p, large, input, images, memory, stream, pdl, first);
+    // what came before the call's first launch is not known
+    const bool overlaps = pdl && (packed || image > 0);
+    Error error = expand_images(p, large, input, images, memory, stream, overlaps);
     if (error != kSuccess) return error;
     error = depthwise(group, memory, images, stream, parts, pdl);
     if (error != kSuccess) return error;
@@ -685,7 +685,8 @@ Error launch_block(const MbconvParams& p, void* split, void* memory, const Devic
   Error error = pack_large(p, large, own, stream);
   if (error != kSuccess) return error;
   if (large.expands) {
-    error = expand_large(p, large, own, stream, &plan.parts, pdl);
+    const bool packed = large.expand_by_gemm || large.project_by_gemm;
+    error = expand_large(p, large, own, stream, &plan.parts, pdl, packed);
   } else if (!p.expand && depthwise_takes(p, p.input)) {
     error = depthwise(p, p.input, p.n, stream, &plan.parts);
   } else {

@@ -2,8 +2,9 @@
 
 The least is: of each input the pixels that a tile and its halo need, once for every tile; the
 output once; the weights once for every block where they stay in shared memory. A node of more than
-128 channels is two launches, between which a map is written and read. A block asks for each 32-byte sector once, as
-its first-level cache holds a tile. The maps are parts of P3 of D0, D3 and D6: all tiles are alike.
+128 channels is two launches, between which a map is written and read. A block asks for each 32-byte
+sector once, as its first-level cache holds a tile. The maps are parts of P3 of D0, D3 and D6: all
+tiles are alike.
 """
 
 import pytest
