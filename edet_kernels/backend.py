@@ -62,6 +62,14 @@ def current_backend() -> str:
     return _check_name(os.environ.get("EDET_BACKEND", "auto"), "EDET_BACKEND")
 
 
+def settings() -> tuple[str, str]:
+    """What decides beside its maps which kernel an op runs: whoever records calls must ask for it.
+
+    That is the backend that is asked for, and whether CUDA may multiply float32 as TF32.
+    """
+    return current_backend(), torch.backends.cuda.matmul.fp32_precision
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Runs ops on the backend ``name`` inside the ``with`` block.

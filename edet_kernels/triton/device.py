@@ -77,8 +77,10 @@ def split_pixel(pixel, h, w):
 def edge_weight(edge_weights, e, channel, C: tl.constexpr, PER_CHANNEL: tl.constexpr):
     """The raw weight of edge ``e``: a scalar, or one for each channel."""
     if PER_CHANNEL:
-        return tl.load(edge_weights + e * C + channel, mask=channel < C, other=0.0)
-    return tl.load(edge_weights + e)
+        weight = tl.load(edge_weights + e * C + channel, mask=channel < C, other=0.0)
+    else:
+        weight = tl.load(edge_weights + e)
+    return weight  # once, since the compiler wants all returns of a function to be of one type
 
 
 @triton.jit

@@ -212,3 +212,18 @@ def test_another_view_of_an_input_is_no_constant():
     view = x[:]  # made where no plan sees it
     _, plan = record(lambda: [x + view], [x])
     assert "another view" in plan.refusal
+
+
+@torch.no_grad()
+def test_tf32_is_a_plan_of_its_own(model):
+    """Recorded calls keep the operator that they found, which with TF32 is another one."""
+    fpn = model.freeze().fpn
+    maps = [torch.randn(1, c, 8 >> i, 8 >> i) for i, c in enumerate(fpn.in_channels)]
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            fpn(maps)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(fpn._frozen.plans) == 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edet_kernels.autocast import autocast_dtype
-from edet_kernels.backend import choose, current_backend
+from edet_kernels.backend import choose, settings
 
 from ..fused import cuda_graph as graph
 from ..fused.module import FrozenModel
@@ -383,7 +383,7 @@ class Predictor:
             key = (
                 size,
                 selection,
-                current_backend(),
+                settings(),
                 autocast_dtype(self.network.mean),
                 self._frozen.runs_python(),
                 *((x.shape, x.dtype) for x in inputs),

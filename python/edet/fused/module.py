@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edet_kernels import current_backend
 from edet_kernels.autocast import autocast_dtype
+from edet_kernels.backend import settings
 
 from .plan import Plan, Plans, record
 from .ranges import Int8
@@ -101,7 +102,7 @@ class _Frozen:
         if grad and any(x.requires_grad for x in inputs):
             return list(forward())
         key = (
-            current_backend(),
+            settings(),
             grad,
             torch.is_inference_mode_enabled(),
             autocast_dtype(inputs[0]),
