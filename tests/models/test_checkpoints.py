@@ -348,6 +348,39 @@ def test_numbers_that_are_not_finite(model: edet.EfficientDet, tmp_path: Path) -
     assert same(copied(model), before)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("begin", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"\x1f\x8b\x08", "is compressed by gzip"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_found_in_the_place_of_a_checkpoint(
+    tmp_path: Path, suffix: str, begin: bytes, message: str
+) -> None:
+    (tmp_path / f"model{suffix}").write_bytes(begin)
+    with pytest.raises(CheckpointError, match=rf"model{suffix} {message}"):
+        edet.read_checkpoint(tmp_path / f"model{suffix}")
+
+
+@needs_safetensors
+@pytest.mark.parametrize("name", ["blob", "model.bin", "model.SAFETENSORS"])
+def test_safetensors_of_another_name(model: edet.EfficientDet, tmp_path: Path, name: str) -> None:
+    edet.save_checkpoint(model, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"its name must end in \.safetensors"):
+        edet.read_checkpoint(tmp_path / name)
+
+
+def test_an_index_of_parts(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="lists the parts of a checkpoint"):
+        edet.read_checkpoint(tmp_path / "model.safetensors.index.json")
+
+
 KEY = "fpn.cell.0.fnode.0.combine.edge_weights"
 
 

@@ -124,12 +124,41 @@ def _format_reason(path: Path, error: Exception) -> str:
     return "torch refuses its format" if "weights_only" in text else text
 
 
+#: First bytes of files that are often found in the place of a checkpoint, and what to do.
+_TAKEN_FOR_ONE = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file: run git lfs pull",
+    b"<!doctype html": "is a web page, not the file that was to be downloaded",
+    b"<html": "is a web page, not the file that was to be downloaded",
+    b"\x1f\x8b": "is compressed by gzip: unpack it",
+}
+
+
+def _check_beginning(path: Path) -> None:
+    """Checks that a file is none that is told by its beginning not to be a checkpoint.
+
+    Raises:
+        CheckpointError: it is one, or empty.
+    """
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if not begin:
+        raise CheckpointError(f"{path} is empty")
+    for mark, words in _TAKEN_FOR_ONE.items():
+        if begin.lstrip().lower().startswith(mark):
+            raise CheckpointError(f"{path} {words}")
+    if begin.startswith(b"{") and path.name.endswith(".index.json"):
+        raise CheckpointError(f"{path} lists the parts of a checkpoint: merge them to one file")
+    if begin[8:9] == b"{" and path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} looks like safetensors: its name must end in .safetensors")
+
+
 def read_file(path: Path) -> Any:
     """All that a ``.safetensors`` file, or one of ``torch.save``, holds; no code of it is run.
 
     Raises:
         CheckpointError: it is damaged, of another format, or holds more than tensors and values.
     """
+    _check_beginning(path)
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "safetensors")
         try:
