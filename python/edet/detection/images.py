@@ -267,6 +267,20 @@ def _advice(shape: Sequence[int], channels: int, call: str) -> str:
     return f": {call} it" if len(shape) == 3 and shape[channels] in (1, 3, 4) else ""
 
 
+def _check_tensor(pixels: Tensor, name: str) -> None:
+    """Checks that a tensor has the channels of an image, and values that lie in memory."""
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
+        raise ImageError(
+            f"{name} must be (C, H, W) with 1, 3 or 4 channels when it is a tensor, "
+            f"got {_describe(pixels)}" + _advice(pixels.shape, 2, "permute(2, 0, 1)")
+        )
+    if pixels.layout != torch.strided or pixels.is_meta:
+        raise ImageError(
+            f"{name} must be a dense tensor with values, got {_describe(pixels)}, "
+            f"{pixels.layout}, on {pixels.device}"
+        )
+
+
 def load_image(image: ImageLike, name: str = "image") -> Tensor:
     """Reads one image as upright RGB.
 
@@ -311,16 +325,7 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
 
     rounding = 0.0
     if isinstance(pixels, Tensor):
-        if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
-            raise ImageError(
-                f"{name} must be (C, H, W) with 1, 3 or 4 channels when it is a tensor, "
-                f"got {_describe(pixels)}" + _advice(pixels.shape, 2, "permute(2, 0, 1)")
-            )
-        if pixels.layout != torch.strided or pixels.is_meta:
-            raise ImageError(
-                f"{name} must be a dense tensor with values, got {_describe(pixels)}, "
-                f"{pixels.layout}, on {pixels.device}"
-            )
+        _check_tensor(pixels, name)
         pixels = pixels.detach()
     else:
         if pixels.ndim == 2:
