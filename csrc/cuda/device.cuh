@@ -395,6 +395,14 @@ EDET_DEVICE constexpr bool turing() {
   return true;
 #endif
 }
+// Whether this is sm_100 or newer, for which the compiler takes some registers more.
+EDET_DEVICE constexpr bool blackwell() {
+#if __CUDA_ARCH__ >= 1000
+  return true;
+#else
+  return false;
+#endif
+}
 
 // Products of a warp on the tensor cores, d += a·b; d is 16×8, with g = lane / 4 and t = lane % 4
 // the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). csrc/cuda/warp_mma.cuh chooses.

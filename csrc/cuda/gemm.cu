@@ -75,7 +75,8 @@ class GemmTile {
         }
       }
     };
-    if (depth == kChunk<Type>) {  // the next step's operands are on their way during a step
+    if (!blackwell() &&
+        depth == kChunk<Type>) {  // the next step's operands are on their way during a step
       EDET_UNROLL
       for (int k = 0; k < kChunk<Type>; k += kStepDepth) step(k);
       return;
@@ -510,8 +511,8 @@ struct Packing {
 template <class T>
 EDET_KERNEL(kProductThreads, 4)
 narrow(EDET_PARAMS(Packing) packing) {
-  // In this order: the launch after it reads what nothing of its op writes before it waits, which is
-  // safe once all that came before the op has ended.
+  // In this order: the launch after it reads what nothing of its op writes before it waits, which
+  // is safe once all that came before the op has ended.
   griddep_wait();
   griddep_launch();
   const int i = int(block().x) * kProductThreads + int(thread().x);

@@ -286,6 +286,7 @@ void ldmatrix_x4_trans(Shared<T> row, uint32_t (&r)[4], int line = __builtin_LIN
 }
 
 inline bool turing() { return emulation::architecture() < 80; }
+inline bool blackwell() { return emulation::architecture() >= 100; }
 inline void need_sm_80() {
   if (turing()) emulation::fail("this product on tensor cores needs sm_80");
 }
