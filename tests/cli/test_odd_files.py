@@ -66,7 +66,11 @@ def test_what_was_found_is_kept_when_the_process_is_ended(tmp_path, number):
     words = [sys.executable, "-m", "edet", "predict", *map(str, find_files(["."])), *OPTIONS]
     (tmp_path / "out").mkdir()
     with subprocess.Popen(
-        [*words, "--json", "out/found.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*words, "--json", "out/found.json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # under nohup, and so maybe the tests, the signal is ignored, as it should be
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         for _ in range(5):
