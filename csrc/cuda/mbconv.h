@@ -14,13 +14,13 @@ struct MbconvMemory {
   int64_t sums_bytes;   // (n, blocks of an image, c_reduced) floats; 0 without squeeze-excite
   int64_t gate_bytes;   // (n, c_mid) floats
   int64_t split_bytes;  // of the projection, if its channels are shared out: sums and counters
-  int64_t large_bytes;  // of what gemm computes: the expanded map and 16-bit weights
+  int64_t large_bytes;  // of maps of 16 bits: the expanded map, and gemm's weights
 };
 MbconvMemory mbconv_memory(const MbconvParams& params);
 
-// Launches on `stream` of the current device: expand, depthwise and pooled sums; the gates, with
-// squeeze-excite; then gate, project and residual. Fields of MbconvParams that cut the CPU's work
-// are not read.
+// Launches on `stream` of the current device: expand, through memory or where it is convolved;
+// depthwise and pooled sums; the gates, with squeeze-excite; then gate, project and residual.
+// Fields of MbconvParams that cut the CPU's work are not read.
 cudaError_t mbconv(const MbconvParams& params, void* split, void* large, cudaStream_t stream);
 
 }  // namespace edet::cuda
