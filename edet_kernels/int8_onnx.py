@@ -243,7 +243,8 @@ def mbconv(
     x = input
     if expand is not None:
         x = _pointwise(x, expand[0], expand[1].shape[1]).requantised(expand[1], activation)
-    total, rows = _depthwise(x, *depthwise, stride, before, size)
+    weight, rows, pad = depthwise
+    total, rows = _depthwise(x, weight, rows, pad, stride, before, size)
     x = total.requantised(rows, activation)
     if squeeze is None:
         total = _pointwise(x, project[0], project[1].shape[1])

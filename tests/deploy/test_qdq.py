@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,15 +141,19 @@ def calls_of(model: edet.EfficientDet, size: tuple[int, int]) -> list[Call]:
     return list({call.kind: call for call in reversed(calls)}.values())
 
 
-#: The share of an op's bytes that may differ, by one.
-SHARES = {"stem": 0.001, "quantize": 0.001, "lateral": 0.01, "nodes": 0.05, "mbconv": 0.15}
+#: The share of an op's bytes that may differ, by one. Swish is a table of parabolas in our ops: of
+#: bytes behind it more are next to the middle between two, and every sum is of many bytes.
+SHARES = {
+    "person": {"stem": 0.001, "quantize": 0.001, "lateral": 0.01, "nodes": 0.02, "mbconv": 0.03},
+    "d0": {"stem": 0.001, "quantize": 0.001, "lateral": 0.01, "nodes": 0.10, "mbconv": 0.15},
+}
 
 
-@pytest.mark.parametrize("name", ["person", "d0"])
+@pytest.mark.parametrize("name", SHARES)
 def test_every_op_gives_our_bytes(name, request, tmp_path):
     model, size = request.getfixturevalue(name), (128, 160) if name == "person" else (64, 64)
-    calls = calls_of(model, size)
-    assert {call.kind[0] for call in calls} == {*SHARES, "dequantize"}
+    calls, shares = calls_of(model, size), SHARES[name]
+    assert {call.kind[0] for call in calls} == {*shares, "dequantize"}
     with edet_kernels.backend("reference"):
         expected = [x for call in calls for x in call.run(call.maps)]
     kinds = [call.kind for call in calls for _ in call.run(call.maps)]
@@ -166,11 +171,9 @@ def test_every_op_gives_our_bytes(name, request, tmp_path):
             assert (y.dtype, y.shape) == (x.dtype, x.shape)
             if x.dtype == torch.uint8:
                 wrong = (x.int() - y.int()).abs()
-                print(optimised, kind, float(wrong.max()), float((wrong > 0).float().mean()))
                 assert wrong.max() <= 1, kind
-                assert (wrong > 0).float().mean() <= SHARES[kind[0]], kind
+                assert (wrong > 0).float().mean() <= shares[kind[0]], kind
             else:
-                print(optimised, kind, decibels([x], [y]))
                 assert decibels([x], [y]) > 30, kind
 
 
@@ -276,9 +279,16 @@ def test_a_checkpoint_in_int8_is_exported_in_int8(d0, tmp_path):
         assert decibels(heads, found) > 30, name
 
 
-def test_a_program_of_layers_is_refused(d0, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"format must be onnx or aoti for an int8 model, .* torch"
-    ):
-        edet.export(d0, tmp_path / "x.pt2", format="torch")
+@pytest.mark.parametrize(
+    "format",
+    [
+        "torch",
+        pytest.param(
+            "aoti", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+        ),
+    ],
+)
+def test_other_formats_are_refused(format, d0, tmp_path):
+    with pytest.raises(ValueError, match=f"must be onnx for an int8 model, got {format}"):
+        edet.export(d0, tmp_path / "x.pt2", format=format)
     assert list(tmp_path.iterdir()) == []
