@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -212,37 +213,36 @@ def runtimes(file: Path) -> Iterator[tuple[str, Callable[[dict[str, Any]], list[
     for optimised in OPTIMISED:
         opened = session(file, optimised=optimised)
         yield f"ONNX Runtime, {optimised}", functools.partial(opened.run, None)
-    openvino = pytest.importorskip("openvino")
+    if importlib.util.find_spec("openvino") is None:
+        return
+    import openvino
+
     compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     yield "OpenVINO", lambda given: list(compiled(given).to_tuple())
 
 
-def assert_is_int8(file: Path, products: int) -> None:
-    """Standard operators; int8 weights per output channel in front of all but the stem's."""
+def assert_is_int8(file: Path) -> None:
+    """Standard operators; bytes and int8 weights per output channel before all but the stem's."""
     content = onnx.load(file)
     onnx.checker.check_model(content, full_check=True)
     assert {node.domain for node in content.graph.node} == {""}
     made = {name: node for node in content.graph.node for name in node.output}
     values = {x.name: x for x in content.graph.initializer}
     convolutions = [node for node in content.graph.node if node.op_type == "Conv"]
-    assert len(convolutions) == products
-    quantised = 0
-    for node in convolutions:
-        read, weight = (made.get(name) for name in node.input[:2])
-        if weight is None:
-            continue
+    on_bytes = [node for node in convolutions if node.input[1] in made]
+    assert len(on_bytes) == len(convolutions) - 1 > 40
+    for node in on_bytes:
+        read, weight = (made[name] for name in node.input[:2])
         assert read.op_type == weight.op_type == "DequantizeLinear"
         assert values[weight.input[0]].data_type == onnx.TensorProto.INT8
         assert values[weight.input[1]].dims == values[weight.input[0]].dims[:1]
-        quantised += 1
-    assert quantised == products - 1
 
 
 def test_detections_are_ours(person, tmp_path):
     predictor = edet.Predictor(person, image_size=(128, 160), score_threshold=0.1)
     file = tmp_path / "person.onnx"
     edet.export(predictor, file)
-    assert_is_int8(file, 182)
+    assert_is_int8(file)
     fill = runtime.InferenceSession(str(file)).get_modelmeta().custom_metadata_map["fill"]
     given = fed(predictor, pictures(), fill)
     expected = predictor(pictures())
@@ -264,10 +264,10 @@ def test_a_checkpoint_in_int8_is_exported_in_int8(d0, tmp_path):
     checkpoint, file = tmp_path / "d0.pt", tmp_path / "d0.onnx"
     edet.save_described(d0, checkpoint, class_names=["a", "b", "c"])
     result = CliRunner().invoke(
-        app, ["export", str(checkpoint), "-o", str(file), "--score-threshold", "0.01"]
+        app, ["export", str(checkpoint), "-o", str(file), "--score-threshold", "0.001"]
     )
     assert result.exit_code == 0, result.output
-    assert_is_int8(file, 1)
+    assert_is_int8(file)
     predictor = edet.Predictor(d0)
     given = fed(predictor, pictures(), json.dumps([0, 0, 0]))
     pixels = torch.from_numpy(given["images"])
