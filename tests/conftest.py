@@ -47,7 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Gives every test the same random numbers, whatever ran before it."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # a hundred times faster: the former notes, for a GPU to come, who called it
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
