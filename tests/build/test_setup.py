@@ -268,6 +268,16 @@ def test_another_compiler_starts_from_nothing(builds):
     assert fresh(builds(CXX="g++-13")) == ["cpu"]
 
 
+def test_other_gpus_compile_nothing_of_the_cpu_again(builds, tmp_path):
+    nvcc = fake_program(tmp_path / "cuda/bin", "nvcc")
+    nvcc.write_text("#!/bin/sh\necho sm_80 sm_90\n")
+    cuda = {"EDET_CUDA": "auto", "CUDA_HOME": str(tmp_path / "cuda")}
+    assert fresh(builds(**cuda, EDET_CUDA_ARCHS="90")) == ["cuda"]
+    again = builds(**cuda, EDET_CUDA_ARCHS="80;90")
+    assert fresh(again) == []
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real" in again[0]
+
+
 def test_sanitizers_build_elsewhere(builds):
     assert fresh(builds(EDET_SANITIZE="address")) == ["cpu-address"]
     assert fresh(builds()) == ["cpu"]
