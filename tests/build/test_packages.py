@@ -75,6 +75,14 @@ def test_wheel_from_a_clean_tree(clean_tree, tmp_path):
         run(*repair, *exclude, "--wheel-dir", str(tmp_path / "audited"), str(wheel))
 
 
+def test_every_folder_of_the_packages_is_packed(clean_tree, tmp_path):
+    """setuptools warns, at length and at every installation, of one that it may leave out."""
+    packing = (sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path))
+    said = run(*packing, cwd=clean_tree, EDET_BUILD="0")
+    assert "absent from" not in said
+    assert list(tmp_path.glob("edet/weights/*.safetensors"))
+
+
 @pytest.mark.slow
 def test_wheel_without_the_library(clean_tree, tmp_path):
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
