@@ -30,6 +30,12 @@
 #else
 #define EDET_BLOCKS(blocks, turing) (blocks)
 #endif
+// Whether the code is for compute capability 10.x, where that must be known before a kernel begins.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+#define EDET_TEN true
+#else
+#define EDET_TEN false
+#endif
 // Parameter structs are read where the launch put them, in constant memory, instead of being
 // copied.
 #define EDET_PARAMS(type) const __grid_constant__ type
