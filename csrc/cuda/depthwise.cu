@@ -325,10 +325,6 @@ Error launch_type(const Plan& plan, Stream stream, bool pdl) {
 
 }  // namespace
 
-bool depthwise_takes(const MbconvParams& p, const void* input) {
-  return p.dtype != DType::f32 && p.c_mid % 2 == 0 && reinterpret_cast<uintptr_t>(input) % 4 == 0;
-}
-
 int64_t depthwise_most_parts(const MbconvParams& p) {
   int64_t most = 0;
   if (p.c_mid < 2) return most;
