@@ -30,6 +30,7 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libedet_kernels.so"
 DEFAULT_CUDA_ARCHS = "75;80;86;89;90;100;120+PTX"
+CUDA_ARCHS_OPTION = "-DCMAKE_CUDA_ARCHITECTURES="
 OLDEST_TORCH = (2, 10)
 SANITIZERS = ("address", "leak", "thread", "undefined")
 GIB_PER_JOB = 2  # what one compiler may need at its worst
@@ -132,7 +133,7 @@ def cuda_options(env: Mapping[str, str]) -> list[str]:
     return [
         f"-DEDET_CUDA={'ON' if setting == '1' else 'AUTO'}",
         f"-DEDET_NVCC={nvcc}",
-        f"-DCMAKE_CUDA_ARCHITECTURES={archs}",
+        f"{CUDA_ARCHS_OPTION}{archs}",
     ]
 
 
@@ -176,8 +177,10 @@ def compile_target(
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", *options]
 
     # A cache made by another cmake, ninja or torch (isolated builds have a new one each time) or
-    # for another compiler is not to be trusted.
-    stamp, signature = folder / "configure.txt", "\n".join([*configure, env.get("CXX", "")])
+    # for another compiler is not to be trusted. For other GPUs it is: a fresh one would lose the
+    # CPU's objects too.
+    tools = [word for word in configure if not word.startswith(CUDA_ARCHS_OPTION)]
+    stamp, signature = folder / "configure.txt", "\n".join([*tools, env.get("CXX", "")])
     if not stamp.is_file() or stamp.read_text() != signature:
         configure.append("--fresh")
     build = [cmake, "--build", str(folder), "--target", target, "--parallel", str(jobs(env))]

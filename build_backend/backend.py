@@ -7,6 +7,7 @@ torch of its own for a few headers. These are found in that environment instead 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -36,8 +37,10 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-#: What is downloaded to build against where there is no torch.
-TORCH = "torch==2.13.0"
+#: What is downloaded to build against where there is no torch. It is what the package itself asks
+#: for, so that the installation takes the same file from pip's cache.
+TORCH = "torch>=2.10"
+TERMINAL = "/dev/tty"
 
 
 def _setup_script() -> ModuleType:
@@ -50,10 +53,18 @@ def _setup_script() -> ModuleType:
     return module
 
 
+def _tell(text: str) -> None:
+    """Says it on standard error, which pip keeps to itself, and on the terminal if there is one."""
+    print(text, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open(TERMINAL, "w", encoding="utf-8") as terminal:
+            terminal.write(f"\n{text}\n")  # pip waits in the middle of a line
+
+
 def compile_requirements(env: Mapping[str, str]) -> list[str]:
     """What compiling the op library needs beside setuptools and a compiler.
 
-    Says on standard error which torch that is.
+    Says on standard error which torch that is; where one is downloaded, on the terminal too.
     """
     if env.get("EDET_BUILD") == "0":
         return []
@@ -62,12 +73,10 @@ def compile_requirements(env: Mapping[str, str]) -> list[str]:
     try:
         found = script.find_torch()
     except script.SetupError:
-        print(
-            f"edet-kernels: {sys.prefix} has no torch >= 2.10 to build against; {TORCH} is "
-            "downloaded for the build, several gigabytes with CUDA. With a torch of your own: "
-            "pip install --no-build-isolation",
-            file=sys.stderr,
-            flush=True,
+        _tell(
+            f"edet-kernels: {sys.prefix} has no torch >= 2.10 to build against; the newest is "
+            "downloaded for the build, several gigabytes with CUDA. To choose another, stop this "
+            "(Ctrl-C), install it and repeat the command."
         )
         return [*needed, TORCH]
     print(f"edet-kernels: building against {found}", file=sys.stderr, flush=True)

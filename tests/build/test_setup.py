@@ -153,12 +153,34 @@ def backend(script, monkeypatch):
 
 
 def test_a_build_downloads_torch_only_where_there_is_none(backend, isolated, capsys):
-    assert backend.compile_requirements({}) == ["cmake>=3.24", "ninja", "torch==2.13.0"]
-    assert "torch==2.13.0 is downloaded for the build" in capsys.readouterr().err
+    assert backend.compile_requirements({}) == ["cmake>=3.24", "ninja", "torch>=2.10"]
+    assert "the newest is downloaded for the build" in capsys.readouterr().err
     folder = isolated("2.13.0")
     assert backend.compile_requirements({}) == ["cmake>=3.24", "ninja"]
     assert f"building against {folder}" in capsys.readouterr().err
     assert backend.compile_requirements({"EDET_BUILD": "0"}) == []
+
+
+def test_a_download_of_torch_is_told_on_the_terminal(backend, isolated, monkeypatch, tmp_path):
+    """pip shows a build's standard error after a failure, or with -v."""
+    terminal = tmp_path / "terminal"
+    monkeypatch.setattr(backend, "TERMINAL", str(terminal))
+    backend.compile_requirements({})
+    assert "the newest is downloaded for the build" in terminal.read_text()
+    terminal.unlink()
+    isolated("2.13.0")
+    backend.compile_requirements({})
+    assert not terminal.exists()
+
+
+def test_without_a_terminal_nothing_is_told_there(backend, isolated, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "TERMINAL", str(tmp_path / "none/terminal"))
+    assert backend.TORCH in backend.compile_requirements({})
+
+
+def test_the_torch_of_a_build_is_that_of_the_installation(backend):
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'dependencies = ["numpy>=1.24", "{backend.TORCH}"]' in project
 
 
 def test_the_backend_is_the_one_that_is_named():
@@ -244,6 +266,16 @@ def test_the_library_is_configured_alike_with_and_without_the_emulation(builds):
 def test_another_compiler_starts_from_nothing(builds):
     assert fresh(builds(CXX="g++-12")) == ["cpu"]
     assert fresh(builds(CXX="g++-13")) == ["cpu"]
+
+
+def test_other_gpus_compile_nothing_of_the_cpu_again(builds, tmp_path):
+    nvcc = fake_program(tmp_path / "cuda/bin", "nvcc")
+    nvcc.write_text("#!/bin/sh\necho sm_80 sm_90\n")
+    cuda = {"EDET_CUDA": "auto", "CUDA_HOME": str(tmp_path / "cuda")}
+    assert fresh(builds(**cuda, EDET_CUDA_ARCHS="90")) == ["cuda"]
+    again = builds(**cuda, EDET_CUDA_ARCHS="80;90")
+    assert fresh(again) == []
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real" in again[0]
 
 
 def test_sanitizers_build_elsewhere(builds):

@@ -83,6 +83,15 @@ def test_d0(tmp_path: Path) -> None:
     assert path.stat().st_size < 1.3 * 4 * edet.count_parameters(model).total
 
 
+def test_d7x(tmp_path: Path) -> None:
+    with torch.no_grad():
+        model = random_model("tf_efficientdet_d7x", torch.randn(1, 3, 128, 128))
+    predictor = edet.Predictor(model, image_size=256, score_threshold=0, max_detections=20)
+    path = tmp_path / "d7x.pt2"
+    edet.export(predictor, path, format="aoti")
+    check(path, predictor)
+
+
 def test_a_program_in_cpp(person: Path, predictor: edet.Predictor, tmp_path: Path) -> None:
     # the page's command, but for the place of what it makes and the time that it takes
     [command] = re.findall(r"^g\+\+ .*\\\n.*$", documented("g++"), re.MULTILINE)
