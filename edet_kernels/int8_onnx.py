@@ -147,11 +147,8 @@ class _Sum(NamedTuple):
             factor, unit = ACTIVATED[activation]
             y = self.scaled(*_times(factor, scale, shift))
             return _bytes(reference.activate(y, activation), _inverse(third, unit), fourth)
-        bounds = _bounds(third, fourth)
-        y = self.scaled(scale, shift, whole=bounds is None)
-        if bounds is not None:
-            y = torch.minimum(torch.maximum(y, bounds[0]), bounds[1])
-        return _bytes(y)
+        whole = _bounds(third, fourth) is None
+        return _clamped_bytes(self.scaled(scale, shift, whole=whole), third, fourth)
 
 
 @_constant
@@ -189,6 +186,12 @@ def _bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] | None:
     if bool((low <= 0).all() and (high >= 255).all()):
         return None
     return low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
+
+
+def _clamped_bytes(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The bytes of values in steps of them, of each channel between two of them."""
+    bounds = _bounds(low, high)
+    return _bytes(y if bounds is None else torch.minimum(torch.maximum(y, bounds[0]), bounds[1]))
 
 
 def _pointwise(u: Tensor, packed: Tensor, out_channels: int) -> _Sum:
@@ -243,7 +246,8 @@ def mbconv(
     x = input
     if expand is not None:
         x = _pointwise(x, expand[0], expand[1].shape[1]).requantised(expand[1], activation)
-    total, rows = _depthwise(x, *depthwise, stride, before, size)
+    weight, rows, pad = depthwise
+    total, rows = _depthwise(x, weight, rows, pad, stride, before, size)
     x = total.requantised(rows, activation)
     if squeeze is None:
         total = _pointwise(x, project[0], project[1].shape[1])
@@ -340,17 +344,33 @@ def fuse(
     """See :func:`edet_kernels.int8_reference.fuse`; ``rows`` are (C,) each."""
     if len(rows) == 1:
         return inputs[0], rows[0]
-    factor, unit = ACTIVATED.get(activation, (1.0, 1.0))
-    *factors, total = _columns(factor, *rows[:-2])
-    for u, own in zip(inputs, factors, strict=True):
-        total = resize(_values(u), size, pool) * own + total
-    y = reference.activate(total, activation)
-    return _bytes(y, _inverse(rows[-2], unit), rows[-1]), rows[-1]
+    *factors, total = _columns(rows, activation)
+    for u, factor in zip(inputs, factors, strict=True):
+        total = resize(_values(u), size, pool) * factor + total
+    *_, inverse, zero = rows
+    if activation in ACTIVATED:
+        y = reference.activate(total, activation)
+        return _bytes(y, _inverse(inverse, ACTIVATED[activation][1]), zero), zero
+    return _clamped_bytes(total, *_relu_bounds(inverse, zero, activation)), zero
 
 
 @_constant
-def _columns(factor: float, *rows: Tensor) -> list[Tensor]:
-    return [factor * row.view(1, -1, 1, 1) for row in rows]
+def _columns(rows: Sequence[Tensor], activation: str) -> list[Tensor]:
+    """The factors of a fusion's bytes, and its shift: to steps of the result, unless activated."""
+    *factors, shift, inverse, zero = rows
+    if activation in ACTIVATED:
+        factor, _ = ACTIVATED[activation]
+        scaled = [factor * row for row in (*factors, shift)]
+    else:
+        scaled = [*(row * inverse for row in factors), shift * inverse + zero]
+    return [row.view(1, -1, 1, 1) for row in scaled]
+
+
+@_constant
+def _relu_bounds(inverse: Tensor, zero: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The lowest and highest bytes (C,) behind ``none``, ``relu`` or ``relu6``."""
+    low = torch.zeros_like(zero) if activation == "none" else zero
+    return low, zero + 6 * inverse if activation == "relu6" else torch.full_like(zero, 255.0)
 
 
 def nodes(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import edet
 import edet_kernels
-from edet.cli import app
 from edet.preprocess import preprocess
 from edet_kernels import int8
 from exported_calls import fed, pictures
@@ -140,15 +140,19 @@ def calls_of(model: edet.EfficientDet, size: tuple[int, int]) -> list[Call]:
     return list({call.kind: call for call in reversed(calls)}.values())
 
 
-#: The share of an op's bytes that may differ, by one.
-SHARES = {"stem": 0.001, "quantize": 0.001, "lateral": 0.01, "nodes": 0.05, "mbconv": 0.15}
+#: The share of an op's bytes that may differ, by one. Swish is a table of parabolas in our ops: of
+#: bytes behind it more are next to the middle between two, and every sum is of many bytes.
+SHARES = {
+    "person": {"stem": 0.001, "quantize": 0.001, "lateral": 0.01, "nodes": 0.02, "mbconv": 0.03},
+    "d0": {"stem": 0.001, "quantize": 0.001, "lateral": 0.01, "nodes": 0.10, "mbconv": 0.15},
+}
 
 
-@pytest.mark.parametrize("name", ["person", "d0"])
+@pytest.mark.parametrize("name", SHARES)
 def test_every_op_gives_our_bytes(name, request, tmp_path):
     model, size = request.getfixturevalue(name), (128, 160) if name == "person" else (64, 64)
-    calls = calls_of(model, size)
-    assert {call.kind[0] for call in calls} == {*SHARES, "dequantize"}
+    calls, shares = calls_of(model, size), SHARES[name]
+    assert {call.kind[0] for call in calls} == {*shares, "dequantize"}
     with edet_kernels.backend("reference"):
         expected = [x for call in calls for x in call.run(call.maps)]
     kinds = [call.kind for call in calls for _ in call.run(call.maps)]
@@ -166,11 +170,9 @@ def test_every_op_gives_our_bytes(name, request, tmp_path):
             assert (y.dtype, y.shape) == (x.dtype, x.shape)
             if x.dtype == torch.uint8:
                 wrong = (x.int() - y.int()).abs()
-                print(optimised, kind, float(wrong.max()), float((wrong > 0).float().mean()))
                 assert wrong.max() <= 1, kind
-                assert (wrong > 0).float().mean() <= SHARES[kind[0]], kind
+                assert (wrong > 0).float().mean() <= shares[kind[0]], kind
             else:
-                print(optimised, kind, decibels([x], [y]))
                 assert decibels([x], [y]) > 30, kind
 
 
@@ -209,44 +211,48 @@ def runtimes(file: Path) -> Iterator[tuple[str, Callable[[dict[str, Any]], list[
     for optimised in OPTIMISED:
         opened = session(file, optimised=optimised)
         yield f"ONNX Runtime, {optimised}", functools.partial(opened.run, None)
-    openvino = pytest.importorskip("openvino")
+    if importlib.util.find_spec("openvino") is None:
+        return
+    import openvino
+
     compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     yield "OpenVINO", lambda given: list(compiled(given).to_tuple())
 
 
-def assert_is_int8(file: Path, products: int) -> None:
-    """Standard operators; int8 weights per output channel in front of all but the stem's."""
+def assert_is_int8(file: Path) -> None:
+    """Standard operators; bytes and int8 weights per output channel before all but the stem's."""
     content = onnx.load(file)
     onnx.checker.check_model(content, full_check=True)
     assert {node.domain for node in content.graph.node} == {""}
     made = {name: node for node in content.graph.node for name in node.output}
     values = {x.name: x for x in content.graph.initializer}
     convolutions = [node for node in content.graph.node if node.op_type == "Conv"]
-    assert len(convolutions) == products
-    quantised = 0
-    for node in convolutions:
-        read, weight = (made.get(name) for name in node.input[:2])
-        if weight is None:
-            continue
+    on_bytes = [node for node in convolutions if node.input[1] in made]
+    assert len(on_bytes) == len(convolutions) - 1 > 40
+    for node in on_bytes:
+        read, weight = (made[name] for name in node.input[:2])
         assert read.op_type == weight.op_type == "DequantizeLinear"
         assert values[weight.input[0]].data_type == onnx.TensorProto.INT8
         assert values[weight.input[1]].dims == values[weight.input[0]].dims[:1]
-        quantised += 1
-    assert quantised == products - 1
+
+
+def heads_of(model: edet.EfficientDet, given: dict[str, Any]) -> list[Tensor]:
+    pixels = torch.from_numpy(given["images"])
+    with torch.no_grad():
+        *heads, _ = edet.Predictor(model, image_size=pixels.shape[-2:]).network([pixels, pixels])
+    return heads
 
 
 def test_detections_are_ours(person, tmp_path):
     predictor = edet.Predictor(person, image_size=(128, 160), score_threshold=0.1)
     file = tmp_path / "person.onnx"
     edet.export(predictor, file)
-    assert_is_int8(file, 182)
+    assert_is_int8(file)
     fill = runtime.InferenceSession(str(file)).get_modelmeta().custom_metadata_map["fill"]
     given = fed(predictor, pictures(), fill)
     expected = predictor(pictures())
     assert all((x.scores > 0.3).any() for x in expected)
-    pixels = torch.from_numpy(given["images"])
-    with torch.no_grad():
-        *heads, _ = predictor.network([pixels, pixels])
+    heads = heads_of(person, given)
     for name, run in runtimes(head_outputs(file)):
         boxes, scores, labels, counts, *found = map(torch.from_numpy, run(given))
         assert decibels(heads, found) > 30, name
@@ -258,27 +264,38 @@ def test_detections_are_ours(person, tmp_path):
 
 
 def test_a_checkpoint_in_int8_is_exported_in_int8(d0, tmp_path):
+    pytest.importorskip("typer", reason="needs the extra cli")
+    from typer.testing import CliRunner
+
+    from edet.cli import app
+
     checkpoint, file = tmp_path / "d0.pt", tmp_path / "d0.onnx"
     edet.save_described(d0, checkpoint, class_names=["a", "b", "c"])
     result = CliRunner().invoke(
-        app, ["export", str(checkpoint), "-o", str(file), "--score-threshold", "0.01"]
+        app, ["export", str(checkpoint), "-o", str(file), "--score-threshold", "0.001"]
     )
     assert result.exit_code == 0, result.output
-    assert_is_int8(file, 1)
-    predictor = edet.Predictor(d0)
-    given = fed(predictor, pictures(), json.dumps([0, 0, 0]))
-    pixels = torch.from_numpy(given["images"])
-    with torch.no_grad():
-        *heads, _ = predictor.network([pixels, pixels])
+    assert_is_int8(file)
+    given = fed(edet.Predictor(d0), pictures(), json.dumps([0, 0, 0]))
+    heads = heads_of(d0, given)
+    # random weights amplify every difference: int8 itself is as far from float as its values are
+    rounding = decibels(heads_of(detector(cells=1, head_repeats=1), given), heads)
     for name, run in runtimes(head_outputs(file)):
         counts, *found = map(torch.from_numpy, run(given)[3:])
         assert counts.all()
-        assert decibels(heads, found) > 30, name
+        assert decibels(heads, found) > rounding + 12, name
 
 
-def test_a_program_of_layers_is_refused(d0, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"format must be onnx or aoti for an int8 model, .* torch"
-    ):
-        edet.export(d0, tmp_path / "x.pt2", format="torch")
+@pytest.mark.parametrize(
+    "format",
+    [
+        "torch",
+        pytest.param(
+            "aoti", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+        ),
+    ],
+)
+def test_other_formats_are_refused(format, d0, tmp_path):
+    with pytest.raises(ValueError, match=f"must be onnx for an int8 model, got {format}"):
+        edet.export(d0, tmp_path / "x.pt2", format=format)
     assert list(tmp_path.iterdir()) == []

@@ -73,7 +73,7 @@ def export(
 
     Raises:
         ValueError: an unknown format, an ending of another one, a number out of range, soft-NMS in
-            ONNX, an int8 model as ``torch``; see also :class:`edet.Predictor`.
+            ONNX, an int8 model in another format; see also :class:`edet.Predictor`.
         TypeError: options beside a predictor, or no model.
         edet_kernels.BackendError: ``aoti`` without the op library.
         ImportError: ``onnx`` without its packages.
@@ -95,11 +95,9 @@ def export(
     predictor = _predictor(model, options)
     if format == "onnx":
         _check_onnx(predictor, postprocess)
-    if format == "torch" and is_quantized(predictor.model):
-        raise ValueError(
-            "format must be onnx or aoti for an int8 model, which is no program of PyTorch's "
-            "layers, got torch"
-        )
+    elif is_quantized(predictor.model):
+        # torch's programs are of its layers; AOTInductor turns the ops' empty lists into None
+        raise ValueError(f"format must be onnx for an int8 model, got {format}")
     detector = Detector(predictor, postprocess, max_candidates).eval()
     batch = 2 if batch_size is None else batch_size  # a graph of one image would be of one only
     wires = interface(detector, batch)
