@@ -25,7 +25,7 @@ demo: $(VENV)/.extra-all build ## run EfficientDet-D0 on a photograph; writes a 
 
 test: $(VENV)/.extra-test ## run the whole test suite; also builds the emulation of the CUDA kernels
 	@EDET_EMULATION=1 $(PY) setup.py --quiet build_ext --inplace
-	$(PY) -m pytest --numprocesses auto --dist loadfile
+	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-peers
 test-peers: $(VENV)-peers/.done build ## run the drop-in on the real effdet, in an environment of its own

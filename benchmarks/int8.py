@@ -1,4 +1,7 @@
-"""int8 against float32: our kernels and ONNX Runtime's static quantisation of the same network.
+"""int8 against float32: our kernels and ONNX runtimes on the same network.
+
+They run an export of the float network, ONNX Runtime's static quantisation of that, and the export
+of our own quantisation (``edet.export``).
 
 Everything is timed in turns in one process, in rounds; the figures are the medians of the ratios of
 a round, which a busy machine disturbs less than the times. ``python benchmarks/int8.py``.
@@ -28,6 +31,7 @@ from benchmarks.cpu import machine, revision  # noqa: E402
 from edet.bench.variants import eager_copy, set_batch_norms  # noqa: E402
 
 OURS, OURS_INT8, ORT, ORT_INT8 = "ours float32", "ours int8", "ORT float32", "ORT int8"
+ORT_QDQ, OPENVINO, OPENVINO_QDQ = "ORT our int8", "OpenVINO float32", "OpenVINO our int8"
 
 
 def ort_static(path: Path, images: list[Tensor]) -> Path:
@@ -72,8 +76,17 @@ def calls(name: str, folder: Path, threads: int, ort: bool) -> dict[str, Callabl
     if ort:
         files = rivals.export_onnx(eager_copy(model), x.contiguous(), folder)
         whole = ort_static(files["network"], [image[None] for image in images])
-        for key, file in ((ORT, files["network"]), (ORT_INT8, whole)):
-            found[key] = rivals.onnx_runtime(file, [x.contiguous().numpy()], threads)
+        ours = folder / "ours.onnx"
+        edet.export(small, ours, postprocess=False, batch_size=1)
+        normalised, read = x.contiguous().numpy(), pixels[:1].numpy()
+        for key, run, file, given in (
+            (ORT, rivals.onnx_runtime, files["network"], normalised),
+            (ORT_INT8, rivals.onnx_runtime, whole, normalised),
+            (ORT_QDQ, rivals.onnx_runtime, ours, read),
+            (OPENVINO, rivals.openvino, files["network"], normalised),
+            (OPENVINO_QDQ, rivals.openvino, ours, read),
+        ):
+            found[key] = run(file, [given], threads)
     model.freeze()
     return {OURS: lambda: model(x), OURS_INT8: lambda: small(x), **found}
 
@@ -84,7 +97,7 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int, threads: int) -
 
     On one thread the processor's time is taken, which other programs do not lengthen.
     """
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    clock = time.process_time if threads == 1 else time.perf_counter
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds + 3):
         for name, call in variants.items():
@@ -109,7 +122,7 @@ def main() -> None:
     add("--models", nargs="+", default=["tf_efficientdet_d0", "tf_efficientdet_lite0"])
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=20)
-    add("--no-ort", action="store_true", help="leave out ONNX Runtime")
+    add("--no-ort", action="store_true", help="leave out ONNX Runtime and OpenVINO")
     add("--output", type=Path, help="a JSON file for the result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -126,7 +139,7 @@ def main() -> None:
             result["networks"][name] = row = measure(variants, args.rounds, args.threads)
         for variant, ms in row["median_ms"].items():
             times = row["times_faster_than_ours_float32"][variant]
-            print(f"{name}  {variant:<12}  {ms:7.2f} ms  {times:.2f}×", flush=True)
+            print(f"{name}  {variant:<17}  {ms:7.2f} ms  {times:.2f}×", flush=True)
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -85,7 +85,7 @@ def onnx_runtime(
         (binding.bind_output, session.get_outputs(), outputs),
     ):
         for info, array in zip(described, arrays, strict=True):
-            bind(info.name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+            bind(info.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def call(_alive: Arrays = inputs) -> Arrays:  # the binding knows the address of inputs only
         session.run_with_iobinding(binding)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import int8_reference, library, reference
+from . import int8_onnx, int8_reference, library, reference
 from .backend import BackendError, current_backend, has_kernel
 from .fakes import empty_map, fake
 from .names import INT8_OPS, MAX_EDGES, POOLS, Size
+from .onnx import in_onnx_export
 from .ops.backbone import conv_geometry
 from .ops.byte_checks import (
     check_graph,
@@ -49,7 +50,7 @@ def runs_kernel(op: str, device: torch.device) -> bool:
         BackendError: a backend was asked for by name and has no such kernel.
     """
     asked = current_backend()
-    if asked == "reference":
+    if asked == "reference" or in_onnx_export():
         return False
     if device.type != "cpu":
         reason = f"the tensors are on {device.type}"
@@ -68,6 +69,11 @@ def runs_kernel(op: str, device: torch.device) -> bool:
 
 # what it reads, a ContextVar, cannot be traced
 runs_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _plain() -> Any:
+    """What computes where no kernel does: the reference, or what ONNX has for it."""
+    return int8_onnx if in_onnx_export() else int8_reference
 
 
 def _run(op: str, *args: Any) -> Any:
@@ -94,7 +100,7 @@ def quantize(input: Tensor, inverse: float, zero: int) -> Tensor:
     check_integer("zero", zero, 0, 255)
     if runs_kernel("int8_quantize", input.device):
         return _run("int8_quantize", input, inverse, zero)
-    return int8_reference.quantize(input, inverse, zero)
+    return _plain().quantize(input, inverse, zero)
 
 
 @fake("int8_quantize")
@@ -113,7 +119,7 @@ def dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
     check_integer("zero", zero, 0, 255)
     if runs_kernel("int8_dequantize", input.device):
         return _run("int8_dequantize", input, scale, zero)
-    return int8_reference.dequantize(input, scale, zero)
+    return _plain().dequantize(input, scale, zero)
 
 
 @fake("int8_dequantize")
@@ -170,7 +176,7 @@ def stem(
             activation=activation,
             dtype=torch.float32,
         )
-        return int8_reference.quantize(x, inverse, zero)
+        return _plain().quantize(x, inverse, zero)
     before, size = conv_geometry(image, 3, 2, padding)
     return _run(
         "int8_stem", image, weight, scale, shift, mean, std, before, size, number, inverse, zero
@@ -249,7 +255,7 @@ def mbconv(
             number,
             float(residual),
         )
-    return int8_reference.mbconv(
+    return _plain().mbconv(
         input,
         expand,
         depthwise,
@@ -311,7 +317,7 @@ def lateral(
         check_weight("rows", row, [tuple(row.shape)], input, torch.float32)
     if runs_kernel("int8_lateral", input.device):
         return _run("int8_lateral", input, list(pw_weights), list(rows), pooled, number)
-    return int8_reference.lateral(input, pw_weights, rows, pooled=pooled, pool=pool)
+    return _plain().lateral(input, pw_weights, rows, pooled=pooled, pool=pool)
 
 
 @fake("int8_lateral")
@@ -389,7 +395,7 @@ def nodes(
             *graph,
             *numbers,
         )
-    return int8_reference.nodes(
+    return _plain().nodes(
         inputs,
         *parts,
         layers=layers,

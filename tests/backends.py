@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,21 @@ def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Few rows in which each two values of different axes meet."""
+
+    def met(row: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        # of one axis alone, its values
+        return set(itertools.combinations(enumerate(row), min(2, len(axes))))
+
+    rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    missing, chosen = set().union(*map(met, rows)), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(met(row) & missing)))
+        missing -= met(chosen[-1])
+    return [tuple(axis[i] for axis, i in zip(axes, row, strict=True)) for row in chosen]
+
+
 def cases(
     op: Iterable[str],
     *,
@@ -99,8 +115,9 @@ def cases(
 ) -> pytest.MarkDecorator:
     """Parametrises a test by ``backend``, ``op`` and the ``axes``.
 
-    The CPU's kernels run all combinations. The other backends, which are slow or make no choice by
-    these values, run as many as it takes to meet every value: for each op, and one for a chain.
+    The CPU's kernels run all combinations, and with ``EDET_TEST_CASES=pairs`` as many as it takes
+    for each two values to meet. The other backends, which are slow or make no choice by these
+    values, run as many as it takes to meet every value: for each op, and one for a chain.
 
     Args:
         op: those that a backend lacks are left out.
@@ -110,6 +127,7 @@ def cases(
             statistics.
     """
     rows: list[tuple[Any, ...]] = []
+    every = pairs if os.environ.get("EDET_TEST_CASES") == "pairs" else itertools.product
     for backend in map(BACKENDS.__getitem__, backends):
         ops = [one for one in op if one not in backend.lacks]
         for group in ([ops] if ops else []) if spread else [[one] for one in ops]:
@@ -118,7 +136,7 @@ def cases(
                 own |= {
                     k: [d for d in axes[k] if d in backend.rounded] for k in axes if k == "dtype"
                 }
-            found = list((itertools.product if backend.every_case else covering)(*own.values()))
+            found = list((every if backend.every_case else covering)(*own.values()))
             if group[0] in backend.chains and not spread:
                 found = [found[len(found) // 2]]
             rows += [(backend.name, *values) for values in found]

@@ -35,7 +35,13 @@ LARGE_PAGES = 300_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked gpu on a machine without one."""
+    """Skips tests marked gpu on a machine without one; files with slow tests come first.
+
+    Files are shared out among processes in this order: one of minutes that came last would leave
+    the other processes without work.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
@@ -47,7 +53,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Gives every test the same random numbers, whatever ran before it."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # a hundred times faster: the former notes, for a GPU to come, who called it
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,6 +7,7 @@ scoreboard that its result sets in 110-112 (7: none), the one that reading its o
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -242,6 +243,15 @@ def compile_source(source: Path, arch: int, folder: Path) -> Path:
     if cubin.is_file():
         return cubin
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{source.stem}-{arch}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling it
+        if not cubin.is_file():
+            _compile(nvcc, source, arch, cubin)
+    return cubin
+
+
+def _compile(nvcc: str, source: Path, arch: int, cubin: Path) -> None:
+    """Writes ``cubin`` and, beside it, what ptxas says."""
     made = cubin.with_suffix(".part")
     done = subprocess.run(
         [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin",
@@ -254,7 +264,6 @@ def compile_source(source: Path, arch: int, folder: Path) -> Path:
         raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
     cubin.with_suffix(".txt").write_text(done.stderr)
     made.rename(cubin)
-    return cubin
 
 
 def read_kernels(source: Path, arch: int, folder: Path, wanted: str = "") -> dict[str, Kernel]:

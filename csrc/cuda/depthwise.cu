@@ -22,9 +22,9 @@ namespace {
 
 constexpr int kThreads = 128;  // of a block at most: a warp for each scheduler
 // Of a multiprocessor: 5×5 taps are 50 registers, and what strips that are not whole need, some
-// more.
-EDET_EVERYWHERE constexpr int blocks_of(int kernel, int stride, bool whole) {
-  return kernel == 3 ? (whole ? 5 : 4) : whole && stride == 2 ? 4 : 3;
+// more; so does the compiler for compute capability 10.x.
+EDET_EVERYWHERE constexpr int blocks_of(int kernel, int stride, bool whole, bool ten) {
+  return kernel == 3 ? (whole ? 5 : 4) : whole && stride == 2 && !ten ? 4 : 3;
 }
 constexpr int kMostRows = 64, kLeastRows = 4;  // of a strip
 
@@ -204,7 +204,7 @@ class Walk {
 };
 
 template <class T, int kKernel, int kStride, bool kSwish, bool kWhole>
-EDET_KERNEL(kThreads, blocks_of(kKernel, kStride, kWhole))
+EDET_KERNEL(kThreads, blocks_of(kKernel, kStride, kWhole, EDET_TEN))
 convolve_depthwise(EDET_PARAMS(Plan) plan) {
   const MbconvParams& p = plan.p;
   EDET_SHARED(float, sums);  // of channels; of each strip; then what reduce_part needs
@@ -280,11 +280,12 @@ int threads_of(const Plan& plan) {
 // last of them ends soonest. A block begins in the time of some rows; alone it takes half as long.
 Plan plan_for(const MbconvParams& p, const Device& device) {
   constexpr double kBegin = 6.0;
+  const int blocks = blocks_of(p.kernel, p.stride, is_whole(p), device.capability / 10 == 10);
   Plan best{};
   double least = INFINITY;
   for (int rows = kLeastRows; rows <= kMostRows; rows *= 2) {
     const Plan plan = plan_of(p, rows);
-    const int resident = blocks_of(p.kernel, p.stride, is_whole(p)) * kThreads / threads_of(plan);
+    const int resident = blocks * kThreads / threads_of(plan);
     const double waves = double(p.n * plan.parts) / (resident * device.multiprocessors);
     const double turns = waves < 1.0   ? 0.5 + 0.5 * waves
                          : waves < 4.0 ? std::ceil(waves)
@@ -323,10 +324,6 @@ Error launch_type(const Plan& plan, Stream stream, bool pdl) {
 }
 
 }  // namespace
-
-bool depthwise_takes(const MbconvParams& p, const void* input) {
-  return p.dtype != DType::f32 && p.c_mid % 2 == 0 && reinterpret_cast<uintptr_t>(input) % 4 == 0;
-}
 
 int64_t depthwise_most_parts(const MbconvParams& p) {
   int64_t most = 0;

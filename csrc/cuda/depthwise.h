@@ -8,14 +8,11 @@
 
 namespace edet::cuda {
 
-// Whether depthwise() takes a block whose expanded map (n, h, w, c_mid) is `input`: of 16 bits,
-// with an even number of channels, aligned to four bytes.
-bool depthwise_takes(const MbconvParams& params, const void* input);
-
 // The most rows of c_reduced sums that depthwise() writes to params.sums for an image, on any GPU.
 int64_t depthwise_most_parts(const MbconvParams& params);
 
-// Convolves so many `images` of `input`, cut as for all of params.n, scales, shifts and activates:
+// Convolves so many `images` of `input` (n, h, w, c_mid), 16-bit numbers of an even number of
+// channels, aligned to four bytes, cut as for all of params.n; scales, shifts and activates:
 // params.mid (n, out_h, out_w, c_mid). With squeeze-excite, the pooled sums times the reducing
 // weights go to params.sums as (n, *parts, c_reduced): their sums over an image's parts are what
 // `reduce` makes of its sums. `pdl`: the launch may begin while the one before it, which writes the

@@ -30,6 +30,12 @@
 #else
 #define EDET_BLOCKS(blocks, turing) (blocks)
 #endif
+// Whether the code is for compute capability 10.x, where that must be known before a kernel begins.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+#define EDET_TEN true
+#else
+#define EDET_TEN false
+#endif
 // Parameter structs are read where the launch put them, in constant memory, instead of being
 // copied.
 #define EDET_PARAMS(type) const __grid_constant__ type
@@ -163,42 +169,40 @@ EDET_DEVICE uint32_t pack(float first, float second) {
   }
   return pair;
 }
-// The product of each two, rounded to T.
-template <class T>
-EDET_DEVICE uint32_t product(uint32_t a, uint32_t b) {
+// What `of` makes of two pairs of 16-bit numbers: it is given pairs as sm_80 and newer compute with
+// them, or before floats, one number of each after the other.
+template <class T, class Of>
+EDET_DEVICE uint32_t of_pairs(uint32_t a, uint32_t b, const Of& of) {
 #if __CUDA_ARCH__ >= 800
   using Pair = std::conditional_t<std::is_same_v<T, f16>, __half2, __nv_bfloat162>;
   Pair x, y;
   memcpy(&x, &a, 4);
   memcpy(&y, &b, 4);
-  x = __hmul2(x, y);
+  x = of(x, y);
   memcpy(&a, &x, 4);
   return a;
 #else
   float x[2], y[2];
   unpack<T>(a, x[0], x[1]);
   unpack<T>(b, y[0], y[1]);
-  return pack<T>(x[0] * y[0], x[1] * y[1]);
+  return pack<T>(of(x[0], y[0]), of(x[1], y[1]));
 #endif
+}
+// The product of each two, rounded to T.
+template <class T>
+EDET_DEVICE uint32_t product(uint32_t a, uint32_t b) {
+  return of_pairs<T>(a, b, [](auto x, auto y) { return x * y; });
 }
 // The larger of each two, NaN where either is.
 template <class T>
 EDET_DEVICE uint32_t max_nan(uint32_t a, uint32_t b) {
-#if __CUDA_ARCH__ >= 800
-  using Pair = std::conditional_t<std::is_same_v<T, f16>, __half2, __nv_bfloat162>;
-  Pair x, y;
-  memcpy(&x, &a, 4);
-  memcpy(&y, &b, 4);
-  x = __hmax2_nan(x, y);
-  memcpy(&a, &x, 4);
-  return a;
-#else
-  float x[2], y[2];
-  unpack<T>(a, x[0], x[1]);
-  unpack<T>(b, y[0], y[1]);
-  for (int i = 0; i < 2; i++) x[i] = y[i] > x[i] || y[i] != y[i] ? y[i] : x[i];
-  return pack<T>(x[0], x[1]);
-#endif
+  return of_pairs<T>(a, b, [](auto x, auto y) {
+    if constexpr (std::is_same_v<decltype(x), float>) {
+      return y > x || y != y ? y : x;
+    } else {
+      return __hmax2_nan(x, y);
+    }
+  });
 }
 
 // Reads what nothing writes during the launch (through the read-only cache).

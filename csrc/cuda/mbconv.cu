@@ -7,10 +7,10 @@
 // Operations: 2·pixels·C_mid·(C_in + k² + C_out).
 // Budget: 128 registers, tensor cores.
 //
-// Maps of floats, and those of an odd number of channels, are expanded where they are convolved. A
-// block owns a tile of output pixels and 64 channels of the middle. It expands the tile and its
-// halo, 32 or 64 pixels at a time, into shared memory, convolves, adds up and multiplies the sums
-// by its channels' part of squeeze-excite's first weights. Sums are added in a fixed order.
+// Maps of floats are expanded where they are convolved. A block owns a tile of output pixels and 64
+// channels of the middle. It expands the tile and its halo, 32 or 64 pixels at a time, into shared
+// memory, convolves, adds up and multiplies the sums by its channels' part of squeeze-excite's
+// first weights. Sums are added in a fixed order. Maps of 16 bits are expanded through memory.
 #include "mbconv.h"
 
 #include <algorithm>
@@ -29,31 +29,26 @@ constexpr int kMiddle = 64;  // channels of a block
 constexpr int kWidth = 8;    // of its tile
 constexpr int kMostTaps = 25;
 
+// ---- maps of floats: expanded where they are convolved ----
+
 struct Plan {
   MbconvParams p;
   int height;        // of a tile
   int across, down;  // tiles of an image
   int chunks;        // of middle channels
   int parts;         // of an image's pooled sums: blocks
-  bool aligned_in, aligned_mid;
-  int* counters;  // of the projection, which `gates` sets to zero
-  int counted;
+  bool aligned_in;
 };
 
 // A tile's height: its patch of expanded pixels, (height·stride + k − stride) × (8·stride + k −
 // stride) of 64 channels, is to leave room for two blocks on a multiprocessor. `low`: half of that,
 // for maps of few tiles.
-EDET_EVERYWHERE constexpr int tile_height(int element_bytes, int stride, bool low) {
-  return 16 / element_bytes / stride / (low ? 2 : 1);
+EDET_EVERYWHERE constexpr int tile_height(int stride, bool low) {
+  return 4 / stride / (low ? 2 : 1);
 }
 // Blocks of a product of 64 rows are those of low tiles: fewer steps wait for each other.
 template <class Mma>
 constexpr bool kLow = Mma::kRows == 64;
-
-// Operands of so many chunks are in shared memory: with two, one is on its way while the other is
-// multiplied; floats would leave no room for the patch.
-template <class T>
-constexpr int kBuffers = sizeof(T) == 2 ? 2 : 1;
 
 // Bytes of shared memory, where they begin: the patch, the operands, where the patch's pixels are
 // in the input, scales and shifts of the expansion and of the depthwise convolution, its weights,
@@ -63,12 +58,11 @@ struct Memory {
 };
 template <class Mma>
 EDET_EVERYWHERE constexpr Memory memory_of(int height, int kernel, int stride) {
-  using T = typename Mma::Type;
   const int rows = (height - 1) * stride + kernel, columns = (kWidth - 1) * stride + kernel;
   Memory m{};
-  m.a = round_up(rows * columns * kMiddle * int(sizeof(T)), 16);
-  m.w = m.a + kBuffers<T> * Mma::kBytesA;
-  m.source = m.w + kBuffers<T> * Mma::kBytesW;
+  m.a = rows * columns * kMiddle * 4;
+  m.w = m.a + Mma::kBytesA;
+  m.source = m.w + Mma::kBytesW;
   m.affine = m.source + round_up(rows * columns * 4, 16);
   m.dw = m.affine + 4 * kMiddle * 4;
   m.sums = m.dw + kMostTaps * kMiddle * 4;
@@ -116,12 +110,11 @@ class TapPart {
 // read while the block works on the chunk before.
 template <class Mma>
 class PixelPart {
-  using T = typename Mma::Type;
-  static constexpr int V = kVector<T>, kStep = kProductThreads / kVectors;
+  static constexpr int V = kVector<float>, kStep = kProductThreads / kVectors;
   static constexpr int kParts = Mma::kRows / kStep;
 
  public:
-  EDET_DEVICE PixelPart(const T* image, int c, bool aligned)
+  EDET_DEVICE PixelPart(const float* image, int c, bool aligned)
       : image_(image), c_(c), aligned_(aligned) {}
 
   // Goes to the first channels of pixels [row0, row0 + kRows), of `pixels`.
@@ -141,35 +134,25 @@ class PixelPart {
     EDET_UNROLL
     for (int j = 0; j < kParts; j++) {
       v_[j] = {};
-      if (real_[j] && left_ > 0) v_[j] = load_words(from_[j], left_, aligned_);
-      from_[j] += kChunk<T>;
+      if (real_[j] && left_ > 0) v_[j] = load_pixel(from_[j], left_, aligned_);
+      from_[j] += kChunk<float>;
     }
-    left_ -= kChunk<T>;
+    left_ -= kChunk<float>;
   }
-  EDET_DEVICE void store_to(Shared<T> a) const {
+  EDET_DEVICE void store_to(Shared<float> a) const {
     a = a + (thread().x / kVectors * Mma::kPitchA + thread().x % kVectors * V);
     EDET_UNROLL
-    for (int j = 0; j < kParts; j++) {
-      Words v = v_[j];
-      if constexpr (Mma::kRounds) {
-        float x[V];
-        to_floats<T>(v, x);
-        EDET_UNROLL
-        for (int i = 0; i < V; i++) x[i] = Mma::operand(x[i]);
-        v = to_words<T>(x);
-      }
-      store(as<uint32_t>(a + j * kStep * Mma::kPitchA), v);
-    }
+    for (int j = 0; j < kParts; j++) store(a + j * kStep * Mma::kPitchA, as_operands<Mma>(v_[j]));
   }
 
  private:
-  const T* const image_;
+  const float* const image_;
   const int c_;
   const bool aligned_;
   int left_ = 0;  // channels
-  const T* from_[kParts] = {};
+  const float* from_[kParts] = {};
   bool real_[kParts] = {};
-  Words v_[kParts];
+  Vector<float, V> v_[kParts];
 };
 
 // The patch's pixels as the depthwise convolution reads them: expanded and activated; zero outside.
@@ -177,23 +160,22 @@ class PixelPart {
 template <class Mma>
 EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int pixels, int first,
                               Shared<char> memory, const Memory& at) {
-  using T = typename Mma::Type;
-  constexpr int V = kVector<T>;
+  constexpr int V = kVector<float>;
   const MbconvParams& p = plan.p;
-  const Shared<T> patch = as<T>(memory);
+  const Shared<float> patch = as<float>(memory);
   const Shared<int> source = as<int>(memory + at.source);
   const Shared<float> affine = as<float>(memory + at.affine);
-  const int c = int(p.c_in), chunks = divide_up(c, kChunk<T>);
-  const T* const input = static_cast<const T*>(p.input) + image * p.h * p.w * c;
+  const int c = int(p.c_in), chunks = divide_up(c, kChunk<float>);
+  const float* const input = static_cast<const float*>(p.input) + image * p.h * p.w * c;
   if (!p.expand) {
     for (int i = thread().x; i < pixels * (kMiddle / V); i += kProductThreads) {
       const int vector = i % (kMiddle / V), pixel = i / (kMiddle / V);
       const int channel = first + vector * V, from = get(source + pixel);
-      Words v{};
+      Vector<float, V> v{};
       if (from >= 0 && channel < c) {
-        v = load_words(input + int64_t(from) * c + channel, c - channel, plan.aligned_in);
+        v = load_pixel(input + int64_t(from) * c + channel, c - channel, plan.aligned_in);
       }
-      store(as<uint32_t>(patch + (pixel * kMiddle + vector * V)), v);
+      store(patch + (pixel * kMiddle + vector * V), v);
     }
     return;
   }
@@ -208,29 +190,25 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int pixels, int f
     if (with_weights) weights.load();
     rows.load();
   };
+  const Shared<float> a = as<float>(memory + at.a), w = as<float>(memory + at.w);
   begin(0);
   load_next();
-  int turn = 0;
   for (int row0 = 0; row0 < pixels; row0 += Mma::kRows) {
     const bool last_rows = row0 + Mma::kRows >= pixels;
     Mma product;
     for (int chunk = 0; chunk < chunks; chunk++) {
       const bool last = chunk + 1 == chunks;
-      const Shared<T> a = as<T>(memory + at.a) + turn * (Mma::kBytesA / int(sizeof(T)));
-      // of one chunk the weights stay where they are
-      const Shared<T> w =
-          as<T>(memory + at.w) + (chunks > 1 ? turn : 0) * (Mma::kBytesW / int(sizeof(T)));
-      if (kBuffers<T> == 1) sync_threads();  // the operands before are no longer read
+      sync_threads();  // the operands before are no longer read
       if (with_weights) weights.store_to(w);
       rows.store_to(a);
       if (last && !last_rows) {
-        if (chunks == 1) with_weights = false;
+        if (chunks == 1) with_weights = false;  // they stay where they are
         begin(row0 + Mma::kRows);
       }
       if (!last || !last_rows) load_next();
       sync_threads();
-      product.mma(a, w, round_up(min(kChunk<T>, c - chunk * kChunk<T>), kDepth), kMiddle);
-      if (kBuffers<T> > 1) turn ^= 1;
+      const int depth = round_up(min(kChunk<float>, c - chunk * kChunk<float>), kDepth);
+      product.mma(a, w, depth, kMiddle);
     }
     // all of a thread's sums are activated together, so that they wait for each other's results
     constexpr int kSums = Mma::kRows * Mma::kColumns / kProductThreads;
@@ -247,54 +225,184 @@ EDET_DEVICE void expand_patch(const Plan& plan, int64_t image, int pixels, int f
           x[sums++] = f.scale[0] * one + f.shift[0];
           x[sums++] = f.scale[1] * two + f.shift[1];
         });
-    activate<T>(x, p.activation);
+    activate<float>(x, p.activation);
     sums = 0;
     product.each([](int) { return 0; }, [] {},
                  [&](int, int row, int column, float, float) {
-                   const float two[2] = {x[sums], x[sums + 1]};
+                   const Vector<float, 2> two{{x[sums], x[sums + 1]}};
                    sums += 2;
                    if (row0 + row >= pixels) return;
                    const bool inside = get(source + (row0 + row)) >= 0;
-                   const Vector<T, 2> v = inside ? from_floats<T>(two) : Vector<T, 2>{};
+                   const Vector<float, 2> v = inside ? two : Vector<float, 2>{};
                    store(patch + ((row0 + row) * kMiddle + column), v);
                  });
   }
 }
 
-// Convolves the patch depthwise. A warp computes a column of the tile, each lane one word of
-// channels of all its rows, as in node_tile.cuh. done(row, channel, sums) takes the results.
-template <int kKernel, int kStride, bool kIsLow, class T, class Done>
-EDET_DEVICE void convolve(Shared<T> patch, Shared<float> dw, const Done& done) {
-  constexpr int V = 4 / int(sizeof(T)), kDown = tile_height(sizeof(T), kStride, kIsLow);
+// Convolves the patch depthwise. A warp computes a column of the tile, each lane one channel of all
+// its rows, as in node_tile.cuh. done(channel, sums) takes the results.
+template <int kKernel, int kStride, bool kIsLow, class Done>
+EDET_DEVICE void convolve(Shared<float> patch, Shared<float> dw, const Done& done) {
+  constexpr int kDown = tile_height(kStride, kIsLow);
   constexpr int kRows = (kDown - 1) * kStride + kKernel;
   constexpr int kColumns = (kWidth - 1) * kStride + kKernel;
   static_assert(kProductThreads == kWarp * kWidth, "a warp for each column");
   const int lane = thread().x % kWarp, x = thread().x / kWarp * kStride;
   EDET_LOOP
-  for (int channel = lane * V; channel < kMiddle; channel += kWarp * V) {
-    float sum[kDown][V] = {};
+  for (int channel = lane; channel < kMiddle; channel += kWarp) {
+    float sum[kDown] = {};
     EDET_LOOP
     for (int dx = 0; dx < kKernel; dx++) {
-      Vector<float, V> w[kKernel];
+      float w[kKernel];
       EDET_UNROLL
       for (int dy = 0; dy < kKernel; dy++) {
-        w[dy] = load<V>(dw + ((dy * kKernel + dx) * kMiddle + channel));
+        w[dy] = get(dw + ((dy * kKernel + dx) * kMiddle + channel));
       }
       EDET_UNROLL
       for (int r = 0; r < kRows; r++) {
-        float in[V];
-        to_floats(load<V>(patch + ((r * kColumns + x + dx) * kMiddle + channel)), in);
+        const float in = get(patch + ((r * kColumns + x + dx) * kMiddle + channel));
         EDET_UNROLL
         for (int dy = 0; dy < kKernel; dy++) {
           if (r < dy || (r - dy) % kStride != 0 || (r - dy) / kStride >= kDown) continue;
-          EDET_UNROLL
-          for (int j = 0; j < V; j++) sum[(r - dy) / kStride][j] += w[dy].value[j] * in[j];
+          sum[(r - dy) / kStride] += w[dy] * in;
         }
       }
     }
     done(channel, sum);
   }
 }
+
+template <class Mma>
+EDET_KERNEL(kProductThreads, 2)
+expand(EDET_PARAMS(Plan) plan) {
+  constexpr int kWarps = kProductThreads / kWarp;
+  const MbconvParams& p = plan.p;
+  EDET_SHARED(char, memory);
+  griddep_launch();
+  const Memory at = memory_of<Mma>(plan.height, p.kernel, p.stride);
+  const Shared<float> patch = as<float>(memory);
+  const Shared<int> source = as<int>(memory + at.source);
+  const Shared<float> dw = as<float>(memory + at.dw), sums = as<float>(memory + at.sums),
+                      affine = as<float>(memory + at.affine);
+  const int tiles = plan.across * plan.down, c_mid = int(p.c_mid);
+  const int64_t image = block().x / (tiles * plan.chunks);
+  const int tile = block().x / plan.chunks % tiles;
+  const int first = block().x % plan.chunks * kMiddle;  // chunks of a tile share its input
+  const int y0 = tile / plan.across * plan.height, x0 = tile % plan.across * kWidth;
+  const int columns = (kWidth - 1) * p.stride + p.kernel;
+  const int pixels = ((plan.height - 1) * p.stride + p.kernel) * columns;
+  const int taps = p.kernel * p.kernel;
+
+  // what is small is on its way while the pixels are looked up
+  const TapPart tap_part(p.dw, taps, c_mid, first);
+  static_assert(kProductThreads == 4 * kMiddle, "a scale or shift for each thread");
+  const int which = int(thread().x) / kMiddle, own = first + int(thread().x) % kMiddle;
+  const float* const factors = which == 0   ? p.expand_scale
+                               : which == 1 ? p.expand_shift
+                               : which == 2 ? p.dw_scale
+                                            : p.dw_shift;
+  const bool real = own < c_mid && (which > 1 || p.expand);
+  const float factor = real ? load_constant<float, 1>(factors + own).value[0] : 0.0f;
+  for (int i = thread().x; i < pixels; i += kProductThreads) {
+    const int y = int(y0 * p.stride - p.pad_top) + i / columns;
+    const int x = int(x0 * p.stride - p.pad_left) + i % columns;
+    const bool inside = y >= 0 && y < p.h && x >= 0 && x < p.w;
+    store(source + i, inside ? int(y * p.w + x) : -1);
+  }
+  tap_part.store_to(dw);
+  store(affine + int(thread().x), factor);
+  sync_threads();
+  expand_patch<Mma>(plan, image, pixels, first, memory, at);
+  sync_threads();
+
+  const int x = x0 + int(thread().x) / kWarp;
+  float* const mid =
+      p.mid + ((image * p.out_h + y0) * p.out_w + min(x, int(p.out_w) - 1)) * c_mid + first;
+  const auto done = [&](int channel, auto& sum) {
+    constexpr int kDown = sizeof(sum) / sizeof(sum[0]);
+    float total = 0.0f;
+    const float scale = get(affine + (2 * kMiddle + channel));
+    const float shift = get(affine + (3 * kMiddle + channel));
+    EDET_UNROLL
+    for (int row = 0; row < kDown; row++) sum[row] = scale * sum[row] + shift;
+    activate<float>(sum, p.activation);
+    EDET_UNROLL
+    for (int row = 0; row < kDown; row++) {
+      if (y0 + row >= p.out_h || x >= p.out_w) break;
+      total += sum[row];
+      if (first + channel < c_mid) store(mid + int64_t(row) * p.out_w * c_mid + channel, sum[row]);
+    }
+    store(sums + (int(thread().x) / kWarp * kMiddle + channel), total);
+  };
+  if (p.kernel == 3) {
+    p.stride == 1 ? convolve<3, 1, kLow<Mma>>(patch, dw, done)
+                  : convolve<3, 2, kLow<Mma>>(patch, dw, done);
+  } else {
+    p.stride == 1 ? convolve<5, 1, kLow<Mma>>(patch, dw, done)
+                  : convolve<5, 2, kLow<Mma>>(patch, dw, done);
+  }
+  if (!p.c_reduced) return;
+
+  sync_threads();
+  if (thread().x < kMiddle) {
+    float sum = 0.0f;
+    EDET_UNROLL
+    for (int g = 0; g < kWarps; g++) sum += get(sums + (g * kMiddle + int(thread().x)));
+    store(sums + int(thread().x), sum);
+  }
+  sync_threads();
+  reduce_part(p, first, kMiddle, kProductThreads, sums, sums + kMiddle,
+              p.sums + int64_t(block().x) * p.c_reduced);
+}
+
+Plan plan_of(const MbconvParams& p, bool low) {
+  Plan plan{};
+  plan.p = p;
+  plan.height = tile_height(p.stride, low);
+  plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
+  plan.down = static_cast<int>(divide_up(p.out_h, plan.height));
+  plan.chunks = static_cast<int>(divide_up(p.c_mid, kMiddle));
+  plan.parts = plan.across * plan.down * plan.chunks;
+  plan.aligned_in = p.c_in % kVector<float> == 0;
+  return plan;
+}
+
+int64_t blocks_of(const Plan& plan) { return plan.p.n * plan.parts; }
+
+template <class Mma>
+Error launch_expand(const Plan& plan, const Device& device, Stream stream) {
+  const MbconvParams& p = plan.p;
+  const int64_t blocks = blocks_of(plan);
+  const int bytes = memory_of<Mma>(plan.height, p.kernel, p.stride).bytes;
+  if (blocks > INT32_MAX || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
+    return kInvalidValue;
+  return launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
+                static_cast<size_t>(bytes), stream, plan);
+}
+
+// Expands and convolves; *parts: of an image's pooled sums.
+Error expand_floats(const MbconvParams& p, const Device& device, Stream stream, int* parts) {
+  // a map of fewer tiles than there are multiprocessors is sooner done by twice as many
+  const bool low = blocks_of(plan_of(p, false)) <= device.multiprocessors;
+  const Plan plan = plan_of(p, low);
+  *parts = plan.parts;
+  const auto start = [&](auto operand) {
+    using Operand = typename decltype(operand)::Type;
+    return low ? launch_expand<BlockMma<Operand, 2, 2>>(plan, device, stream)
+               : launch_expand<BlockMma<Operand, 1, 2>>(plan, device, stream);
+  };
+  if (!p.tf32) return start(Tag<float>{});
+  return device.capability < 80 ? kInvalidValue : start(Tag<tf32>{});
+}
+
+// ---- squeeze-excite ----
+
+struct Gates {
+  MbconvParams p;
+  int parts;      // of an image's pooled sums
+  int* counters;  // of the projection, which are set to zero
+  int counted;
+};
 
 constexpr int kAtOnce = 32;  // loads of a thread that are on their way together
 
@@ -303,7 +411,7 @@ constexpr int kGateRows = 4;  // of excite's weights, that a thread keeps
 // The gates of 64 channels of an image, from what its blocks have reduced. Weights are packed.
 template <class T>
 EDET_KERNEL(kProductThreads, 2)
-gates(EDET_PARAMS(Plan) plan) {
+gates(EDET_PARAMS(Gates) plan) {
   constexpr int kFours = kMiddle / 4, kGroups = kProductThreads / kFours;
   constexpr int kWarps = kProductThreads / kWarp;
   const MbconvParams& p = plan.p;
@@ -404,131 +512,18 @@ gates(EDET_PARAMS(Plan) plan) {
   }
 }
 
-// Blocks that a multiprocessor holds: three where registers allow it, which hide each other's
-// latency; of low tiles there is one for each of two.
-template <class Mma>
-constexpr int kExpandBlocks = sizeof(typename Mma::Type) == 2 && !kLow<Mma> ? 3 : 2;
-
-template <class Mma>
-EDET_KERNEL(kProductThreads, kExpandBlocks<Mma>)
-expand(EDET_PARAMS(Plan) plan) {
-  using T = typename Mma::Type;
-  constexpr int V = 4 / int(sizeof(T)), kWarps = kProductThreads / kWarp;
-  const MbconvParams& p = plan.p;
-  EDET_SHARED(char, memory);
-  griddep_launch();
-  const Memory at = memory_of<Mma>(plan.height, p.kernel, p.stride);
-  const Shared<T> patch = as<T>(memory);
-  const Shared<int> source = as<int>(memory + at.source);
-  const Shared<float> dw = as<float>(memory + at.dw), sums = as<float>(memory + at.sums),
-                      affine = as<float>(memory + at.affine);
-  const int tiles = plan.across * plan.down, c_mid = int(p.c_mid);
-  const int64_t image = block().x / (tiles * plan.chunks);
-  const int tile = block().x / plan.chunks % tiles;
-  const int first = block().x % plan.chunks * kMiddle;  // chunks of a tile share its input
-  const int y0 = tile / plan.across * plan.height, x0 = tile % plan.across * kWidth;
-  const int columns = (kWidth - 1) * p.stride + p.kernel;
-  const int pixels = ((plan.height - 1) * p.stride + p.kernel) * columns;
-  const int taps = p.kernel * p.kernel;
-
-  // what is small is on its way while the pixels are looked up
-  const TapPart tap_part(p.dw, taps, c_mid, first);
-  static_assert(kProductThreads == 4 * kMiddle, "a scale or shift for each thread");
-  const int which = int(thread().x) / kMiddle, own = first + int(thread().x) % kMiddle;
-  const float* const factors = which == 0   ? p.expand_scale
-                               : which == 1 ? p.expand_shift
-                               : which == 2 ? p.dw_scale
-                                            : p.dw_shift;
-  const bool real = own < c_mid && (which > 1 || p.expand);
-  const float factor = real ? load_constant<float, 1>(factors + own).value[0] : 0.0f;
-  for (int i = thread().x; i < pixels; i += kProductThreads) {
-    const int y = int(y0 * p.stride - p.pad_top) + i / columns;
-    const int x = int(x0 * p.stride - p.pad_left) + i % columns;
-    const bool inside = y >= 0 && y < p.h && x >= 0 && x < p.w;
-    store(source + i, inside ? int(y * p.w + x) : -1);
-  }
-  tap_part.store_to(dw);
-  store(affine + int(thread().x), factor);
-  sync_threads();
-  expand_patch<Mma>(plan, image, pixels, first, memory, at);
-  sync_threads();
-
-  const int x = x0 + int(thread().x) / kWarp;
-  // Params name it for the CPU, whose middle is float
-  T* const mid = reinterpret_cast<T*>(p.mid) +
-                 ((image * p.out_h + y0) * p.out_w + min(x, int(p.out_w) - 1)) * c_mid + first;
-  const auto done = [&](int channel, auto& sum) {
-    constexpr int kDown = sizeof(sum) / sizeof(sum[0]);
-    float total[V] = {};
-    const Vector<float, V> scale = load<V>(affine + (2 * kMiddle + channel));
-    const Vector<float, V> shift = load<V>(affine + (3 * kMiddle + channel));
-    float all[kDown * V];  // activated together
-    EDET_UNROLL
-    for (int i = 0; i < kDown * V; i++) {
-      all[i] = scale.value[i % V] * sum[i / V][i % V] + shift.value[i % V];
-    }
-    activate<T>(all, p.activation);
-    EDET_UNROLL
-    for (int row = 0; row < kDown; row++) {
-      if (y0 + row >= p.out_h || x >= p.out_w) break;
-      float v[V];
-      EDET_UNROLL
-      for (int j = 0; j < V; j++) {
-        v[j] = all[row * V + j];
-        total[j] += v[j];
-      }
-      T* const to = mid + int64_t(row) * p.out_w * c_mid + channel;
-      const Vector<T, V> result = from_floats<T>(v);
-      if (plan.aligned_mid) {
-        if (first + channel < c_mid) store(to, result);
-      } else {
-        EDET_UNROLL
-        for (int j = 0; j < V; j++) {
-          if (first + channel + j < c_mid) store(to + j, result.value[j]);
-        }
-      }
-    }
-    EDET_UNROLL
-    for (int j = 0; j < V; j++) {
-      store(sums + (int(thread().x) / kWarp * kMiddle + channel + j), total[j]);
-    }
-  };
-  if (p.kernel == 3) {
-    p.stride == 1 ? convolve<3, 1, kLow<Mma>>(patch, dw, done)
-                  : convolve<3, 2, kLow<Mma>>(patch, dw, done);
-  } else {
-    p.stride == 1 ? convolve<5, 1, kLow<Mma>>(patch, dw, done)
-                  : convolve<5, 2, kLow<Mma>>(patch, dw, done);
-  }
-  if (!p.c_reduced) return;
-
-  sync_threads();
-  if (thread().x < kMiddle) {
-    float sum = 0.0f;
-    EDET_UNROLL
-    for (int g = 0; g < kWarps; g++) sum += get(sums + (g * kMiddle + int(thread().x)));
-    store(sums + int(thread().x), sum);
-  }
-  sync_threads();
-  reduce_part(p, first, kMiddle, kProductThreads, sums, sums + kMiddle,
-              p.sums + int64_t(block().x) * p.c_reduced);
-}
-
 template <class T>
-Plan plan_of(const MbconvParams& p, bool low) {
-  Plan plan{};
-  plan.p = p;
-  plan.height = tile_height(sizeof(T), p.stride, low);
-  plan.across = static_cast<int>(divide_up(p.out_w, kWidth));
-  plan.down = static_cast<int>(divide_up(p.out_h, plan.height));
-  plan.chunks = static_cast<int>(divide_up(p.c_mid, kMiddle));
-  plan.parts = plan.across * plan.down * plan.chunks;
-  plan.aligned_in = p.c_in % kVector<T> == 0 && reinterpret_cast<uintptr_t>(p.input) % 16 == 0;
-  plan.aligned_mid = p.c_mid % kVector<T> == 0;  // the middle is a buffer of its own
-  return plan;
+Error launch_gates(const Gates& plan, Stream stream, bool pdl) {
+  const MbconvParams& p = plan.p;
+  const int64_t floats = kProductThreads / kWarp * kMiddle + round_up(p.c_reduced, 4) +
+                         kGateRows * 4 * kProductThreads;
+  if (p.n > 65535 || plan.parts * p.c_reduced > INT32_MAX) return kInvalidValue;
+  const Dim3 grid(static_cast<unsigned>(divide_up(p.c_mid, kMiddle)), static_cast<unsigned>(p.n));
+  return launch(gates<T>, grid, Dim3(kProductThreads), static_cast<size_t>(floats * 4), stream,
+                plan, pdl);
 }
 
-int64_t blocks_of(const Plan& plan) { return plan.p.n * plan.parts; }
+// ---- products ----
 
 ProjectionParams projection_of(const MbconvParams& p) {
   ProjectionParams to{};
@@ -545,76 +540,69 @@ ProjectionParams projection_of(const MbconvParams& p) {
   return to;
 }
 
-// ---- maps of 16 bits: the expansion goes through memory ----
-
 // How a block's products are computed. The expanded map of 16-bit numbers is written and read: to
 // convolve it from shared memory takes longer, because tiles' halos are expanded again and few
 // blocks of it run at a time (D0 at batch 64 11.9 ms, 6.6 through memory, measured on an H100). A
 // large one is written for one group of images after the other. (Groups whose map stays in the
 // second-level cache take longer, 7.7 ms: each launch ends with a few blocks.)
-struct Large {
-  bool expands;         // through memory
-  bool expand_by_gemm;  // else by `project`
-  bool project_by_gemm;
-  int64_t images;  // of a group
+struct Products {
+  bool expand_by_gemm, project_by_gemm;  // else by `project`
+  int64_t images;                        // of a group that is expanded through memory; 0: none are
 };
 constexpr int64_t kLeastByGemm = 16 << 10;           // bytes of all images' maps per multiprocessor
 constexpr int64_t kMostExpanded = int64_t(1) << 30;  // bytes of a group's map
 
-Large large_of(const MbconvParams& p) {
+Products products_of(const MbconvParams& p) {
   const int64_t out_rows = p.out_h * p.out_w, image_bytes = p.h * p.w * p.c_mid * 2;
-  Large large{};
-  large.project_by_gemm =
-      gemm_pays(p.dtype, p.n * out_rows, p.c_mid, p.c_out, p.c_reduced ? out_rows : 0);
+  Products products{};
   Device device;
-  if (!p.expand || !depthwise_takes(p, nullptr) || current_device(&device) != kSuccess)
-    return large;
-  large.expands = true;
-  large.expand_by_gemm =
+  if (p.dtype == DType::f32 || current_device(&device) != kSuccess) return products;
+  products.project_by_gemm =
+      gemm_pays(p.dtype, p.n * out_rows, p.c_mid, p.c_out, p.c_reduced ? out_rows : 0);
+  if (!p.expand) return products;
+  products.expand_by_gemm =
       p.n * image_bytes >= kLeastByGemm * device.multiprocessors && gemm_can(p.dtype, p.c_in, 0);
-  large.images =
+  products.images =
       std::min(p.n, std::max<int64_t>(1, kMostExpanded / std::max<int64_t>(1, image_bytes)));
-  return large;
+  return products;
 }
 
-int64_t expanded_bytes(const MbconvParams& p, const Large& large) {
-  return large.expands ? large.images * p.h * p.w * p.c_mid * 2 : 0;
-}
-
-// Where their memory holds the expanded map, and weights as gemm reads them.
-struct LargeMemory {
+// Where the op's buffer holds the expanded map, and weights as gemm reads them.
+struct Buffer {
   int64_t expand, project, bytes;
 };
-LargeMemory large_memory(const MbconvParams& p, const Large& large) {
-  LargeMemory m{};
-  m.expand = round_up(expanded_bytes(p, large), int64_t(256));
-  m.project = m.expand;
-  if (large.expand_by_gemm) m.project += round_up(gemm_weight_bytes(p.c_in, p.c_mid), int64_t(256));
-  m.bytes = m.project + (large.project_by_gemm ? gemm_weight_bytes(p.c_mid, p.c_out) : 0);
-  return m;
+Buffer buffer_of(const MbconvParams& p, const Products& products) {
+  Buffer at{};
+  at.expand = round_up(products.images * p.h * p.w * p.c_mid * 2, int64_t(256));
+  at.project = at.expand;
+  if (products.expand_by_gemm)
+    at.project += round_up(gemm_weight_bytes(p.c_in, p.c_mid), int64_t(256));
+  at.bytes = at.project + (products.project_by_gemm ? gemm_weight_bytes(p.c_mid, p.c_out) : 0);
+  return at;
 }
 
-Error pack_large(const MbconvParams& p, const Large& large, char* memory, Stream stream) {
-  const LargeMemory at = large_memory(p, large);
+Error pack_products(const MbconvParams& p, const Products& products, char* buffer, Stream stream) {
+  const Buffer at = buffer_of(p, products);
   GemmWeights weights[2];
   int count = 0;
-  if (large.expand_by_gemm) weights[count++] = {p.expand, p.c_in, p.c_mid, memory + at.expand};
-  if (large.project_by_gemm) weights[count++] = {p.project, p.c_mid, p.c_out, memory + at.project};
+  if (products.expand_by_gemm) weights[count++] = {p.expand, p.c_in, p.c_mid, buffer + at.expand};
+  if (products.project_by_gemm)
+    weights[count++] = {p.project, p.c_mid, p.c_out, buffer + at.project};
   return count ? pack_weights(p.dtype, weights, count, stream, true) : kSuccess;
 }
 
 // Expands some images, from which it knows only where they begin.
-Error expand_images(const MbconvParams& p, const Large& large, const void* input, int64_t images,
-                    char* memory, Stream stream, bool pdl) {
+Error expand_images(const MbconvParams& p, const Products& products, const void* input,
+                    int64_t images, char* buffer, Stream stream, bool pdl) {
   const int64_t rows = images * p.h * p.w;
-  if (large.expand_by_gemm) {
+  if (products.expand_by_gemm) {
     GemmParams to{};
     to.dtype = p.dtype;
     to.k = p.c_in, to.n = p.c_mid;
-    to.w = memory + large_memory(p, large).expand;
+    to.w = buffer + buffer_of(p, products).expand;
     to.activation = p.activation;
     to.levels = 1;
-    to.level[0] = {input, rows, p.expand_scale, p.expand_shift, memory};
+    to.level[0] = {input, rows, p.expand_scale, p.expand_shift, buffer};
     return gemm(to, stream, pdl);
   }
   ProjectionParams to{};
@@ -623,25 +611,25 @@ Error expand_images(const MbconvParams& p, const Large& large, const void* input
   to.rows = rows;
   to.c_in = p.c_in;
   to.projections = 1;
-  to.projection[0] = {p.expand, p.expand_scale, p.expand_shift, p.c_mid, memory};
+  to.projection[0] = {p.expand, p.expand_scale, p.expand_shift, p.c_mid, buffer};
   to.activation = p.activation;
   return project(to, stream, pdl);
 }
 
 // Expands and convolves one group of images after the other. `packed`: weights were packed just
 // now.
-Error expand_large(const MbconvParams& p, const Large& large, char* memory, Stream stream,
-                   int* parts, bool pdl, bool packed) {
+Error expand_through_memory(const MbconvParams& p, const Products& products, char* buffer,
+                            Stream stream, int* parts, bool pdl, bool packed) {
   MbconvParams group = p;
-  group.n = large.images;
-  for (int64_t image = 0; image < p.n; image += large.images) {
-    const int64_t images = std::min(large.images, p.n - image);
+  group.n = products.images;
+  for (int64_t image = 0; image < p.n; image += products.images) {
+    const int64_t images = std::min(products.images, p.n - image);
     const char* const input = static_cast<const char*>(p.input) + image * p.h * p.w * p.c_in * 2;
     // what came before the call's first launch is not known
     const bool overlaps = pdl && (packed || image > 0);
-    Error error = expand_images(p, large, input, images, memory, stream, overlaps);
+    Error error = expand_images(p, products, input, images, buffer, stream, overlaps);
     if (error != kSuccess) return error;
-    error = depthwise(group, memory, images, stream, parts, pdl);
+    error = depthwise(group, buffer, images, stream, parts, pdl);
     if (error != kSuccess) return error;
     group.mid += images * p.out_h * p.out_w * p.c_mid / 2;  // floats, of 16-bit numbers
     if (group.sums) group.sums += images * *parts * p.c_reduced;
@@ -649,12 +637,12 @@ Error expand_large(const MbconvParams& p, const Large& large, char* memory, Stre
   return kSuccess;
 }
 
-Error project_large(const MbconvParams& p, const Large& large, const char* memory, Stream stream,
-                    bool pdl) {
+Error project_rows_by_gemm(const MbconvParams& p, const Products& products, const char* buffer,
+                           Stream stream, bool pdl) {
   GemmParams to{};
   to.dtype = p.dtype;
   to.k = p.c_mid, to.n = p.c_out;
-  to.w = memory + large_memory(p, large).project;
+  to.w = buffer + buffer_of(p, products).project;
   to.levels = 1;
   to.image_rows = p.out_h * p.out_w;
   to.level[0] = {p.mid, p.n * to.image_rows, p.project_scale, p.project_shift, p.out};
@@ -663,73 +651,63 @@ Error project_large(const MbconvParams& p, const Large& large, const char* memor
   return gemm(to, stream, pdl);
 }
 
-template <class Mma>
-Error launch_block(const MbconvParams& p, void* split, void* memory, const Device& device,
-                   Stream stream) {
-  using T = typename Mma::Type;
-  Plan plan = plan_of<T>(p, kLow<Mma>);
-  ProjectionParams to = projection_of(p);
-  if (split) {
-    const SplitMemory split_at = split_memory(to);
-    to.partial = static_cast<float*>(split);
-    to.counters = reinterpret_cast<int*>(static_cast<char*>(split) + split_at.partial_bytes);
-    plan.counters = to.counters, plan.counted = split_at.counters;
+// Expands, if the block does, and convolves; *parts: of an image's pooled sums.
+Error convolve_block(const MbconvParams& p, const Products& products, char* buffer,
+                     const Device& device, Stream stream, int* parts, bool pdl) {
+  if (p.dtype == DType::f32) return expand_floats(p, device, stream, parts);
+  if (!p.expand) return depthwise(p, p.input, p.n, stream, parts);
+  const bool packed = products.expand_by_gemm || products.project_by_gemm;
+  return expand_through_memory(p, products, buffer, stream, parts, pdl, packed);
+}
+
+Error gate_block(const Gates& plan, Stream stream, bool pdl) {
+  switch (plan.p.dtype) {
+    case DType::f32: return launch_gates<float>(plan, stream, pdl);
+    case DType::f16: return launch_gates<f16>(plan, stream, pdl);
+    case DType::bf16: return launch_gates<bf16>(plan, stream, pdl);
   }
-  const int64_t blocks = blocks_of(plan);
-  const int bytes = memory_of<Mma>(plan.height, p.kernel, p.stride).bytes;
-  if (blocks > INT32_MAX || p.n > 65535 || p.h * p.w > INT32_MAX || bytes > device.shared_bytes)
-    return kInvalidValue;
-  const bool pdl = device.capability >= 90;
-  const Large large = large_of(p);
-  char* const own = static_cast<char*>(memory);
-  Error error = pack_large(p, large, own, stream);
-  if (error != kSuccess) return error;
-  if (large.expands) {
-    const bool packed = large.expand_by_gemm || large.project_by_gemm;
-    error = expand_large(p, large, own, stream, &plan.parts, pdl, packed);
-  } else if (!p.expand && depthwise_takes(p, p.input)) {
-    error = depthwise(p, p.input, p.n, stream, &plan.parts);
-  } else {
-    error = launch(expand<Mma>, Dim3(static_cast<unsigned>(blocks)), Dim3(kProductThreads),
-                   static_cast<size_t>(bytes), stream, plan);
-  }
-  if (error == kSuccess && p.c_reduced) {
-    const int64_t floats = kProductThreads / kWarp * kMiddle + round_up(p.c_reduced, 4) +
-                           kGateRows * 4 * kProductThreads;
-    if (plan.parts * p.c_reduced > INT32_MAX) return kInvalidValue;
-    error = launch(gates<T>, Dim3(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(p.n)),
-                   Dim3(kProductThreads), static_cast<size_t>(floats * 4), stream, plan, pdl);
-  }
-  if (error != kSuccess) return error;
-  return large.project_by_gemm ? project_large(p, large, own, stream, pdl)
-                               : project(to, stream, pdl);
+  return kInvalidValue;
 }
 
 }  // namespace
 
+bool mbconv_takes(const MbconvParams& p) { return p.dtype == DType::f32 || p.c_mid % 2 == 0; }
+
 MbconvMemory mbconv_memory(const MbconvParams& p) {
-  const Plan plan = p.dtype == DType::f32 ? plan_of<float>(p, true) : plan_of<f16>(p, true);
-  const int64_t element = p.dtype == DType::f32 ? 4 : 2;
+  const bool floats = p.dtype == DType::f32;
   const SplitMemory split = split_memory(projection_of(p));
-  const int64_t parts = std::max(int64_t(plan.parts), depthwise_most_parts(p));
-  return {p.n * p.out_h * p.out_w * p.c_mid * element,
+  const int64_t parts = floats ? int64_t(plan_of(p, true).parts) : depthwise_most_parts(p);
+  return {p.n * p.out_h * p.out_w * p.c_mid * (floats ? 4 : 2),
           p.c_reduced ? p.n * parts * p.c_reduced * 4 : 0, p.c_reduced ? p.n * p.c_mid * 4 : 0,
           // `gates` is what sets the counters to zero
           p.c_reduced ? split.partial_bytes + 4 * split.counters : 0,
-          large_memory(p, large_of(p)).bytes};
+          buffer_of(p, products_of(p)).bytes};
 }
 
-Error mbconv(const MbconvParams& p, void* split, void* large, Stream stream) {
+Error mbconv(const MbconvParams& p, void* split, void* buffer, Stream stream) {
   if (p.n == 0) return kSuccess;
-  return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
-    using Operand = typename decltype(operand)::Type;
-    using T = typename BlockMma<Operand, 1, 2>::Type;
-    // a map of fewer tiles than there are multiprocessors is sooner done by twice as many
-    if (blocks_of(plan_of<T>(p, false)) <= device.multiprocessors) {
-      return launch_block<BlockMma<Operand, 2, 2>>(p, split, large, device, stream);
-    }
-    return launch_block<BlockMma<Operand, 1, 2>>(p, split, large, device, stream);
-  });
+  Device device;
+  Error error = current_device(&device);
+  if (error != kSuccess) return error;
+  const bool pdl = device.capability >= 90;
+  const Products products = products_of(p);
+  char* const own = static_cast<char*>(buffer);
+  error = pack_products(p, products, own, stream);
+  if (error != kSuccess) return error;
+  ProjectionParams to = projection_of(p);
+  Gates plan{};
+  plan.p = p;
+  if (split) {
+    const SplitMemory at = split_memory(to);
+    to.partial = static_cast<float*>(split);
+    to.counters = reinterpret_cast<int*>(static_cast<char*>(split) + at.partial_bytes);
+    plan.counters = to.counters, plan.counted = at.counters;
+  }
+  error = convolve_block(p, products, own, device, stream, &plan.parts, pdl);
+  if (error == kSuccess && p.c_reduced) error = gate_block(plan, stream, pdl);
+  if (error != kSuccess) return error;
+  return products.project_by_gemm ? project_rows_by_gemm(p, products, own, stream, pdl)
+                                  : project(to, stream, pdl);
 }
 
 }  // namespace edet::cuda

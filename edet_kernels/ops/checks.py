@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ def check_flag(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be True or False, got {_text(value)}")
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is a whole number: True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_number(argument: str, value: object) -> None:
     """Checks that ``value`` is a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -46,12 +52,12 @@ def check_number(argument: str, value: object) -> None:
 
 def check_integer(argument: str, value: object, least: int, most: int) -> None:
     """Checks that ``value`` is a whole number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_integer(value) or not least <= value <= most:
         raise ValueError(f"{argument} must be an integer of {least} to {most}, got {_text(value)}")
 
 
 def check_stride(stride: object) -> None:
-    if not isinstance(stride, int) or stride not in (1, 2):
+    if not is_integer(stride) or stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {_text(stride)}")
 
 
@@ -178,7 +184,7 @@ def check_size(name: str, size: Sequence[int]) -> Size:
     if (
         not isinstance(pair, tuple)
         or len(pair) != 2
-        or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in pair)
+        or not all((is_integer(n) or isinstance(n, torch.SymInt)) and n > 0 for n in pair)
         or any(isinstance(n, int) and n > MOST for n in pair)
     ):
         wanted = f"two positive integers (H, W) of at most {MOST}"

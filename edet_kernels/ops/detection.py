@@ -11,7 +11,15 @@ from .. import onnx, reference
 from ..backend import runs_reference
 from ..fakes import fake
 from ..operators import run
-from .checks import check_maps, check_weight, numbers_of, refuse_gradients, shape_of
+from .checks import (
+    check_maps,
+    check_number,
+    check_weight,
+    is_integer,
+    numbers_of,
+    refuse_gradients,
+    shape_of,
+)
 
 
 def _check_nms(
@@ -26,12 +34,13 @@ def _check_nms(
         raise TypeError(f"class_agnostic must be True or False, got {class_agnostic!r}")
     numbers = {"iou_threshold": iou_threshold, "sigma": sigma, "score_threshold": score_threshold}
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or (value != value and name != "sigma"):
+        check_number(name, value)
+        if value != value and name != "sigma":
             raise ValueError(f"{name} must be a number, got {value!r}")
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     for name, value in counts.items():
-        if not isinstance(value, int) or not 0 < value < 1 << 31:
+        if not is_integer(value) or not 0 < value < 1 << 31:
             raise ValueError(f"{name} must be a positive integer below 2³¹, got {value!r}")
 
 

@@ -26,6 +26,7 @@ from .checks import (
     check_size,
     check_weight,
     dw_shapes,
+    is_integer,
     numbers_of,
 )
 
@@ -220,7 +221,7 @@ def _split(values: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
 
 
 def _check_ids(name: str, ids: object) -> None:
-    if not isinstance(ids, (list, tuple)) or not all(isinstance(e, int) for e in ids):
+    if not isinstance(ids, (list, tuple)) or not all(map(is_integer, ids)):
         raise ValueError(f"{name} must be a tuple of ids, got {ids!r:.80}")
 
 

@@ -82,7 +82,7 @@ sizes = pytest.mark.parametrize("size", [32, 64, 192])
 @pytest.mark.parametrize(
     ("name", "count"),
     [("node<BlockMma<f16, 1, 2>>", 8), ("multiply<BlockMma<f16, 1, 2>>", 3),
-     ("multiply_few<BlockMma<f16, 1, 2>>", 3), ("expand<BlockMma<f16, 1, 2>>", 2),
+     ("multiply_few<BlockMma<f16, 1, 2>>", 3),
      ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3),
      ("convolve_depthwise<f16, 3, 1, true, true>", 12),
      ("multiply_pixels<unsigned char, f16>", 2)],

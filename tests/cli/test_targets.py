@@ -202,6 +202,31 @@ def run(command, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_json_to_standard_output(tmp_path, name):
+    """Nothing else is printed there: what reads it gets JSON alone, also where it is a file."""
+    picture(tmp_path / "a.png")
+    run = [sys.executable, "-m", "edet", "predict", "a.png", "--random-weights", "-m", MODEL]
+    run += ["--image-size", "64", "--json", name]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert [entry["file"] for entry in json.loads(done.stdout)] == ["a.png"]
+    assert "a.png: " in done.stderr and "/dev/stdout" not in done.stderr
+    with open("found.json", "w") as file:
+        subprocess.run(run, stdout=file, stderr=subprocess.DEVNULL, check=True)
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(done.stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "found.json"]
+
+
+def test_where_a_dash_is_no_file(tmp_path):
+    picture(tmp_path / "a.png")
+    result = predict("a.png", "--json", "-", "--resume")
+    assert result.exit_code == 2 and "--resume needs --json FILE" in result.stderr
+    for command in (["bench", MODEL, "--json", "-"], ["bench", MODEL, "--plot", "-"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2 and "must be the path of a file, got -" in result.stderr
+    assert not (tmp_path / "-").exists()
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     for i in range(3):
         picture(tmp_path / "in" / f"{i}.png", i)

@@ -1,6 +1,7 @@
 """Images of every kind: equal pixels give equal batches, bad ones are refused by name."""
 
 import io
+import struct
 import warnings
 import zlib
 
@@ -155,6 +156,24 @@ def test_a_transparent_value_of_sixteen_bit_grey_is_white():
     clear = b"\0\0\0\2" + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     pixels[0, 1] = 65535
     assert torch.equal(load_image(header + clear + rest), load_image(pixels))
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white():
+    """Pillow reads a PNG of 3 × 16 bits by its high bytes."""
+    colours = [(0x1234, 0x5678, 0x9ABC), (0x1333, 0x5678, 0x9ABC), (0, 0, 0), (65535, 256, 2)]
+    rows = b"".join(b"\0" + struct.pack(">6H", *a, *b) for a, b in (colours[:2], colours[2:]))
+
+    def chunk(name, content):
+        check = zlib.crc32(name + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + name + content + check
+
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    file += chunk(b"tRNS", struct.pack(">3H", *colours[0]))
+    file += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    pixels = np.array(colours) >> 8
+    pixels[0] = 255
+    expected = torch.from_numpy(pixels.astype(np.uint8)).T.reshape(3, 2, 2)
+    assert torch.equal(load_image(file), expected)
 
 
 @pytest.mark.parametrize("change", [lambda x: x.to_sparse(), lambda x: x.to("meta")])

@@ -207,6 +207,43 @@ def test_many_damaged_packets_and_a_torn_end(tmp_path):
     assert len(read) == decodable(path) == 24 - 1
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".avi"])
+def test_a_video_that_was_cut_off_is_told(tmp_path, suffix):
+    """FFmpeg reads these formats to where they end, as if nothing lacked."""
+    path = noise_video(tmp_path / f"clip{suffix}", range(0, 6000, 100))
+    assert len(list(video.VideoReader(path))) == 60
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        cut = [packet.pos for packet in container.demux(video=0) if packet.size][30]
+    path.write_bytes(content[: cut - 64])  # in the middle of the packet before, or at its end
+    read = []
+    with pytest.raises(
+        video.VideoError, match=r"(cut off after [23]\.\d of 6\.0 s|damaged in).*: \d+ f"
+    ):
+        read.extend(video.VideoReader(path))
+    assert 28 <= len(read) <= 30
+    result = predict(path, "--json", "found.json")
+    assert result.exit_code == 1
+    assert len(json.loads((tmp_path / "found.json").read_text())) == len(read)
+
+
+@pytest.mark.parametrize("last", [5.0, 45.0])
+def test_a_last_frame_that_is_shown_for_long(tmp_path, last):
+    with av.open(str(tmp_path / "slides.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        packets = []
+        for pixels in frames(5):
+            packets += stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
+        packets += stream.encode()
+        packets[-1].duration = round(last / packets[-1].time_base)
+        for packet in packets:
+            container.mux(packet)
+    reader = video.VideoReader(tmp_path / "slides.mkv")
+    assert reader._end > last
+    assert len(list(reader)) == 5
+
+
 def test_data_that_the_decoder_made_up_is_told(tmp_path):
     path = tmp_path / "clip.avi"
     with video.VideoWriter(path, Fraction(10)) as writer:

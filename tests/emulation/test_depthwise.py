@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edet_kernels.testing.numeric import assert_identical
-from edet_kernels.testing.samples import sample
+from edet_kernels.testing.samples import DTYPES, sample
 
 pytestmark = pytest.mark.usefixtures("emulated")
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -79,7 +79,7 @@ def test_a_map_of_one_row_or_column(dtype, squeeze):
 
 
 def test_the_maps_that_it_takes(emulated):
-    """Floats and odd numbers of channels are left to the kernel that may expand."""
+    """Floats, and what is made floats, are left to the kernel that may expand."""
     for dtype, channels, taken in [
         (torch.float16, 6, True),
         (torch.bfloat16, 6, True),
@@ -92,14 +92,32 @@ def test_the_maps_that_it_takes(emulated):
         assert is_depthwise(first_launch(emulated, call)) == taken
 
 
-def test_a_map_that_begins_at_any_element(emulated):
-    call = block(torch.float16, 16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("expansion", [1, 4])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_a_map_that_begins_at_any_element(emulated, dtype, expansion, multiprocessors):
+    """The same as of one that is aligned, which products read 16 bytes of at once."""
+    emulated.set_device(multiprocessors, 227 * 1024)
+    options = {"expansion": expansion, "size": (16, 24), "residual": True}
+    call = sample("mbconv", dtype, channels=16, **options)
     n, c, h, w = call.maps.shape
-    memory = torch.empty(call.maps.numel() + 1, dtype=torch.float16)
+    memory = torch.empty(call.maps.numel() + 1, dtype=dtype)
     moved = memory[1:].view(n, h, w, c).permute(0, 3, 1, 2)
     moved.copy_(call.maps)
-    assert not is_depthwise(first_launch(emulated, lambda: call(moved)))
-    assert torch.allclose(call(moved).float(), call().float(), rtol=2e-2, atol=2e-2)
+    assert_identical(call(moved), call())
+
+
+@dtypes
+@pytest.mark.parametrize("expansion", [1, 3])
+def test_odd_numbers_of_channels(dtype, expansion):
+    """They are computed as floats, and a result of the map's type is what comes back."""
+    call = sample("mbconv", dtype, channels=7, expansion=expansion, residual=True)
+    call.check(dtype)
+    result = call()
+    assert result.dtype == dtype
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    as_floats = call(call.maps.float())
+    assert_identical(result, as_floats.to(dtype))
 
 
 def test_no_image():

@@ -125,6 +125,24 @@ def _depthwise(*parts):
             lambda: replace(GRAPH, options={**GRAPH.options, "nodes": [[torch.ones(0)]]})(),
             r"nodes\[0\] must be a tuple of ids",
         ),
+        # True is an int of Python's, and no stride, size or count
+        (lambda: replace(MBCONV, options={"stride": True})(), "stride must be 1 or 2, got True"),
+        (
+            lambda: replace(GRAPH, options={**GRAPH.options, "outputs": [True]})(),
+            "outputs must be a tuple of ids",
+        ),
+        (
+            lambda: edet_kernels.weighted_fusion(
+                [torch.ones(1, 1, 2, 2)], fusion="sum", size=(True, 2)
+            ),
+            "size must be two positive integers",
+        ),
+        (
+            lambda: edet_kernels.nms(
+                torch.ones(1, 1, 4), torch.ones(1, 1), torch.ones(1, 1).long(), iou_threshold=True
+            ),
+            "iou_threshold must be a number, got True",
+        ),
         # a size that is no number of 32 bits, which torch could not make a map of
         (
             lambda: edet_kernels.weighted_fusion(

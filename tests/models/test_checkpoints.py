@@ -406,6 +406,27 @@ def test_weights_that_are_no_floats(
     assert same(copied(model), before)
 
 
+def test_counts_that_thop_left_are_no_weights(model: edet.EfficientDet, tmp_path: Path) -> None:
+    state = copied(model)
+    for key in ("", "fpn.", "backbone.blocks.0.0."):
+        state |= {f"{key}total_ops": torch.ones(1).double(), f"{key}total_params": torch.zeros(1)}
+    torch.save({"state_dict": state}, tmp_path / "model.pth")
+    other = new()
+    edet.load_checkpoint(other, tmp_path / "model.pth")
+    assert same(copied(other), copied(model))
+
+
+def test_a_variance_below_zero(model: edet.EfficientDet, tmp_path: Path) -> None:
+    state, before = copied(model), copied(model)
+    state["backbone.bn1.running_var"][3] = -1e-3
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError, match=r"at least 0, got less in backbone\.bn1\.running_var"
+    ):
+        edet.load_checkpoint(model, tmp_path / "model.pth")
+    assert same(copied(model), before)
+
+
 def test_numbers_beyond_the_range_of_the_model(model: edet.EfficientDet, tmp_path: Path) -> None:
     state = copied(model)
     state[KEY] = state[KEY].double() + 1e300

@@ -194,6 +194,8 @@ def check_target(path: Path, option: str) -> None:
     Raises:
         ValueError: it cannot.
     """
+    if path == Path("-"):
+        raise ValueError(f"{option} must be the path of a file, got -: only predict --json has -")
     try:
         files.check_target(path)
     except OSError as error:

@@ -91,7 +91,13 @@ RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Run without a checkpoint; boxes mean nothing.")
 ]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write all detections to this file.", metavar="FILE")
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write all detections to this file; - is standard output, and what is printed there "
+        "without it goes to standard error.",
+        metavar="FILE",
+    ),
 ]
 Resume = Annotated[
     bool,
@@ -146,6 +152,9 @@ ShowStats = Annotated[
     bool, typer.Option("--stats", help="Show latency percentiles and memory at the end.")
 ]
 
+
+#: What --json - stands for.
+STDOUT = Path("/dev/stdout")
 
 #: Of a checkpoint that does not say which model it is of.
 DEFAULT_MODEL = "tf_efficientdet_d0"
@@ -222,10 +231,12 @@ class Counted:
 
     Attributes:
         needed: whether the work goes on when the reader of the output has left.
+        err: whether what is found is told on standard error.
         merged: whether the JSON file is complete; else it is another process that completes it.
     """
 
     needed: bool
+    err: bool = False
     images: int = 0
     broken: int = 0
     interrupted: bool = False
@@ -242,7 +253,9 @@ class Counted:
         Raises:
             BrokenPipeError: the reader of the output has left, and nothing else is wanted.
         """
-        if self.needed:
+        if self.err:
+            typer.echo(text, err=True)
+        elif self.needed:
             say(text)
         else:
             typer.echo(text)
@@ -360,7 +373,7 @@ def write_found(
     font: Path | None,
 ) -> Counted:
     """Predicts all files, writing what is found as it comes; an interruption ends it early."""
-    counted = Counted(needed=target is not None or bool(copies))
+    counted = Counted(needed=target is not None or bool(copies), err=target == STDOUT)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", MissingGlyphWarning)  # told before, in a note
@@ -425,7 +438,7 @@ def parts_of(json_file: Path | None, resume: bool, options: dict[str, Any]) -> P
     if where.world == 1 and not resume:
         return None
     asked = "--resume" if resume else "predicting in several processes"
-    if json_file is None or (json_file.exists() and not json_file.is_file()):
+    if json_file is None or json_file == STDOUT or (json_file.exists() and not json_file.is_file()):
         raise ValueError(f"{asked} needs --json FILE: what is done is kept beside that file")
     return Parts(json_file, options, where.rank)
 
@@ -438,7 +451,7 @@ def report(
     stats: Stats | None,
 ) -> None:
     """Says on standard error where results are and what it took."""
-    if json_file is not None:
+    if json_file is not None and json_file != STDOUT:
         whose = "" if counted.merged else " is yet to be written: not all files are done"
         typer.echo(f"Detections: {json_file}{whose}", err=True)
     if output is not None:
@@ -484,6 +497,7 @@ def predict(
     """
     with one_line_errors():
         where = place()
+        json_file = STDOUT if json_file == Path("-") else json_file
         files = find_files(images)
         copies = annotated_names(files, output) if output is not None else {}
         named = [path for path in (checkpoint, class_names, font) if path is not None]

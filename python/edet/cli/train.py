@@ -100,7 +100,7 @@ Backbone = Annotated[
     str | None,
     typer.Option(
         help="Classifier to start from: a file with timm's, torchvision's or lukemelas' names, or "
-        "'imagenet' for Lite0's package (extra lite0).",
+        "'imagenet' for the packages with Lite's (extras lite0, lite1, lite2; D0 takes Lite0's).",
         metavar="FILE",
     ),
 ]

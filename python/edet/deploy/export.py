@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import edet_kernels
 
 from ..detection.predictor import Predictor
+from ..detection.quantize import is_quantized
 from ..extras import require
 from ..files import check_target, replacing
 from ..fused.module import constant_weights
@@ -52,9 +53,11 @@ def export(
     detections; the rest is 0. They are the detections of :class:`edet.Predictor`. H and W are fixed
     in the file. The class names and the colour to fill up with are in the file's metadata.
 
-    Formats: ``onnx`` is standard operators, for any runtime. ``aoti`` is a package compiled by
-    AOTInductor, with the fused kernels: it needs libtorch and the op library, no Python. ``torch``
-    is ``torch.export``'s program of PyTorch's layers; its post-processing needs the op library.
+    Formats: ``onnx`` is standard operators, for any runtime; of a model of :func:`edet.quantize`
+    with its weights and scales, by QuantizeLinear and DequantizeLinear. ``aoti`` is a package
+    compiled by AOTInductor, with the fused kernels: it needs libtorch and the op library, no
+    Python. ``torch`` is ``torch.export``'s program of PyTorch's layers; its post-processing needs
+    the op library.
 
     Args:
         model: a predictor, whose options are taken; or what :class:`edet.Predictor` takes, with
@@ -70,7 +73,7 @@ def export(
 
     Raises:
         ValueError: an unknown format, an ending of another one, a number out of range, soft-NMS in
-            ONNX; see also :class:`edet.Predictor`.
+            ONNX, an int8 model as ``torch``; see also :class:`edet.Predictor`.
         TypeError: options beside a predictor, or no model.
         edet_kernels.BackendError: ``aoti`` without the op library.
         ImportError: ``onnx`` without its packages.
@@ -92,6 +95,11 @@ def export(
     predictor = _predictor(model, options)
     if format == "onnx":
         _check_onnx(predictor, postprocess)
+    if format == "torch" and is_quantized(predictor.model):
+        raise ValueError(
+            "format must be onnx or aoti for an int8 model, which is no program of PyTorch's "
+            "layers, got torch"
+        )
     detector = Detector(predictor, postprocess, max_candidates).eval()
     batch = 2 if batch_size is None else batch_size  # a graph of one image would be of one only
     wires = interface(detector, batch)
@@ -162,7 +170,10 @@ def _write_onnx(
     notes: dict[str, str],
     path: Path,
 ) -> None:
-    with edet_kernels.backend("auto"):
+    model = detector.model
+    # the ops on bytes have a form in ONNX whose weights are constants
+    constants = constant_weights(model, detector.network.dtype) if is_quantized(model) else None
+    with edet_kernels.backend("auto"), constants or nullcontext():
         program = torch.onnx.export(
             detector,
             kwargs=wires.examples,

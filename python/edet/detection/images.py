@@ -110,7 +110,12 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
             f"got {image.width} × {image.height}"
         )
     try:
+        deep = any("16" in str(part[3]) for part in getattr(image, "tile", ()))
         _decode(image)
+        transparent = image.info.get("transparency")
+        if mode == "RGB" and deep and isinstance(transparent, tuple):
+            # Pillow keeps the high bytes of the pixels, and all of that colour's
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         orientation = _orientation(image)
         if orientation is not None:  # by that tag alone: others may be damaged
             image = image.transpose(require("PIL.Image", "image").Transpose[_TURNS[orientation]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -84,6 +85,7 @@ class VideoReader:
             self.frames: int | None = stream.frames or None
             self.rate = Fraction(stream.average_rate or 25)
             self.time_base = Fraction(stream.time_base or 1 / self.rate)
+            self._end = _declared_end(container, self.rate)
 
     def _open(self) -> Any:
         av = require("av", "video")
@@ -102,10 +104,11 @@ class VideoReader:
         What is damaged is left out, and told at the end.
 
         Raises:
-            VideoError: after the last frame: something could not be decoded, or there is no frame.
+            VideoError: after the last frame: something could not be decoded, the file was cut off,
+                or there is no frame.
         """
         count = 0
-        time = Fraction(0)
+        time = end = Fraction(0)
         damage: list[str] = []
         with self._open() as container:
             for frame in _decoded(container, damage):
@@ -117,6 +120,8 @@ class VideoReader:
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarters).view(Frame)
                 pixels.time = time
                 yield pixels
+                lasts = (getattr(frame, "duration", 0) or 0) * Fraction(frame.time_base or 0)
+                end = time + max(lasts, 1 / self.rate)
                 time += 1 / self.rate  # of a frame without a time of its own
                 count += 1
         if damage:
@@ -126,6 +131,32 @@ class VideoReader:
             )
         if count == 0:
             raise VideoError(f"{self.path} has no frames")
+        if self._end is not None and end + _SLACK + self._end / 50 < self._end:
+            raise VideoError(
+                f"{self.path} was cut off after {float(end):.1f} of {float(self._end):.1f} s, "
+                f"what could be read: {count} frames"
+            )
+
+
+#: Seconds that a file's length may be off, and 2 % of it.
+_SLACK = 1
+
+
+def _declared_end(container: Any, rate: Fraction) -> Fraction | None:
+    """When the video ends, in seconds, as a header says that a cut does not change; else None.
+
+    That of MP4 counts frames that an edit list hides, and its reader tells of a cut by itself.
+    """
+    stream = container.streams.video[0]
+    if container.format.name == "avi" and stream.frames:
+        return stream.frames / rate
+    if "matroska" not in container.format.name:
+        return None
+    tags = [value for key, value in stream.metadata.items() if key.startswith("DURATION")]
+    if tags and (clock := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", tags[0])):
+        return int(clock[1]) * 3600 + int(clock[2]) * 60 + Fraction(clock[3])
+    alone = len(container.streams) == 1 and container.duration
+    return Fraction(container.duration, 10**6) if alone else None
 
 
 #: Errors in a row after which the rest of a file is given up.

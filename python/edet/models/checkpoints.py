@@ -42,6 +42,8 @@ _AVERAGED = re.compile(
 )
 #: Where one of several state dicts is looked for first.
 _USUAL = ("state_dict_ema", "state_dict", "model")
+#: Buffers that thop's ``profile`` leaves in every module.
+_COUNTS = ("total_ops", "total_params")
 _PARTS = ("backbone", "fpn", "class_net", "box_net")
 _LISTED = 10  # keys of each kind in a message
 
@@ -296,7 +298,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[s
         raise CheckpointError(
             f"{path} must hold a state dict of tensors, got other values for {_listed(other)}"
         )
-    state = {str(key): value for key, value in content.items()}
+    state = {
+        str(key): value
+        for key, value in content.items()
+        if str(key).rpartition(".")[2] not in _COUNTS
+    }
     while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -388,6 +394,24 @@ def load_checkpoint(
             del state[key]
     elif not fits or misshaped:
         raise _mismatch_error(model, path, state, missing, unexpected, misshaped)
+    check_values(path, state, own)
+    model.load_state_dict(state, strict=False)
+
+
+def check_values(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> None:
+    """Checks that tensors can be copied into those of the same keys, and are ones to compute with.
+
+    Args:
+        path: the file they are from.
+        state: the tensors.
+        own: the model's, of all these keys.
+
+    Raises:
+        CheckpointError: a tensor is of a kind or dtype that is no weight's, holds NaN or ∞ in the
+            model's dtype, or is a variance below zero.
+    """
     strange = [
         f"{k} ({v.dtype}, {v.layout}, {v.device})"
         for k, v in state.items()
@@ -400,14 +424,18 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} must hold weights of float32 or another float dtype, got {_listed(strange)}"
         )
-    floats = ((k, v, own[k].dtype) for k, v in state.items() if v.is_floating_point())
-    broken = [k for k, v, dtype in floats if not v.to(dtype).isfinite().all()]
+    floats = {k: v.to(own[k].dtype) for k, v in state.items() if v.is_floating_point()}
+    broken = [k for k, v in floats.items() if not v.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{path} must hold finite numbers of the model's dtype, got NaN or ∞ in "
             f"{_listed(broken)}"
         )
-    model.load_state_dict(state, strict=False)
+    below = [k for k, v in floats.items() if k.endswith(".running_var") and (v < 0).any()]
+    if below:  # PyTorch takes its root: NaN for all that follows
+        raise CheckpointError(
+            f"{path} must hold variances of at least 0, got less in {_listed(below)}"
+        )
 
 
 def _class_count_error(

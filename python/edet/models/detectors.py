@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from .backbones import backbone_keys
-from .checkpoints import CLASS_KEYS, CheckpointError, load_checkpoint, read_checkpoint
+from .checkpoints import (
+    CLASS_KEYS,
+    CheckpointError,
+    check_values,
+    load_checkpoint,
+    read_checkpoint,
+)
 from .efficientdet import EfficientDet
 from .efficientnet import EfficientNet
 
@@ -245,7 +251,5 @@ def load_detector(
                 missing=missing,
                 misshaped=misshaped,
             )
-    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{path} must hold finite numbers, got NaN or ∞ in {broken[0]}")
+    check_values(path, state, own)
     model.load_state_dict(state, strict=False)
