@@ -33,9 +33,8 @@ def benchmark():
 @pytest.mark.slow
 def test_every_variant_of_an_op_runs(tmp_path):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    [command] = re.findall(
-        r"^    pytest (\S+) ", (ROOT / "docs/guide.md").read_text(), re.MULTILINE
-    )
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"^    pytest (\S+) ", guide, re.MULTILINE)
     plugins = ("-p", "stand_in", "-p", "no:benchmark", "-p", "no:cacheprovider")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
