@@ -1,12 +1,15 @@
 """A server's load: many clients at once ask one ``Predictor``, and every answer is checked.
 
     python benchmarks/load.py --json benchmarks/results/load-cpu.json
+    python benchmarks/load.py --clients 1 --requests 1000000 --seconds 2280 --memory-every 60 \
+        --json benchmarks/results/load-long-cpu.json
 
 Each client is a thread that sends its next request, the bytes of one or several JPEGs of different
 sizes, when the last one is answered. A setting runs for a number of requests, or until its time is
 over. Latency is of a request, from bytes to boxes; every answer must be the one that the same
-pictures got when nobody else asked. Memory is the process's, before the first request of a setting
-and after its last: what each thread keeps for the next request is warmed up before.
+pictures got when nobody else asked. Memory is the process's, before the first request of a setting,
+after its last and, where asked for, in between: what each thread keeps for the next request is
+warmed up before.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import platform
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -59,6 +63,7 @@ class Row:
         cpu_seconds_per_image: of all threads of the process.
         p50_ms, p99_ms, max_ms: of a request.
         memory_mib: before the first request and after the last.
+        memory_over_time: seconds since the first request, and MiB then.
     """
 
     setting: Setting
@@ -72,6 +77,7 @@ class Row:
     p99_ms: float
     max_ms: float
     memory_mib: tuple[float, float]
+    memory_over_time: list[tuple[float, float]]
 
 
 def pictures(count: int) -> list[bytes]:
@@ -97,10 +103,36 @@ def same(found: Sequence[edet.Detections], expected: Sequence[edet.Detections]) 
     )
 
 
+def watched(
+    threads: Sequence[threading.Thread], every: float, device: torch.device
+) -> list[tuple[float, float]]:
+    """Waits for all threads to end; seconds since the call and MiB then, every ``every`` seconds.
+
+    ``every`` of 0 takes no memory.
+    """
+    start, samples = time.perf_counter(), []
+    for number in itertools.count(1):
+        for thread in threads:
+            left = start + number * every - time.perf_counter()
+            thread.join(max(left, 0) if every else None)
+        if not any(thread.is_alive() for thread in threads):
+            break
+        samples.append((time.perf_counter() - start, memory_bytes(device)[0] / 2**20))
+    return samples
+
+
 def load(
-    predictor: edet.Predictor, files: Sequence[bytes], setting: Setting, requests: int, limit: float
+    predictor: edet.Predictor,
+    files: Sequence[bytes],
+    setting: Setting,
+    requests: int,
+    limit: float,
+    every: float = 0,
 ) -> Row:
-    """Runs one setting: at most ``requests`` requests and ``limit`` seconds."""
+    """Runs one setting: at most ``requests`` requests and ``limit`` seconds.
+
+    Memory is taken every ``every`` seconds in between; 0: not.
+    """
     torch.set_num_threads(setting.threads)
     chunks = [
         [files[(start + i) % len(files)] for i in range(setting.batch)]
@@ -110,9 +142,8 @@ def load(
     if not any(len(found) for answer in expected for found in answer):
         raise ValueError("model must find something in the pictures, or no answer can be wrong")
     numbers = itertools.count()
-    times: list[float] = []
-    wrong: list[int] = []
-    sent: list[int] = []
+    # not lists of objects: they would be most of what a long run adds to the memory
+    times, wrong, sent = array("d"), array("q"), array("q")
     barrier = threading.Barrier(setting.clients + 1)
 
     def client() -> None:
@@ -137,8 +168,7 @@ def load(
     cpu, start = time.process_time(), time.perf_counter()
     deadline = start + limit
     barrier.wait()
-    for thread in clients:
-        thread.join()
+    samples = watched(clients, every, predictor.device)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     after, _ = memory_bytes(predictor.device)
     images = len(times) * setting.batch
@@ -155,6 +185,7 @@ def load(
         p99_ms=p99,
         max_ms=most,
         memory_mib=(before / 2**20, after / 2**20),
+        memory_over_time=samples,
     )
 
 
@@ -187,6 +218,19 @@ def markdown(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def over_time(result: dict[str, Any], parts: int = 6) -> list[str]:
+    """The lines of a table of how memory went, medians of equal parts, of a long run's file."""
+    lines = ["| requests, answered, wrong | minutes | memory, MiB |", "|---|---:|---|"]
+    for row in result["rows"]:
+        samples = [mib for _, mib in row["memory_over_time"]]
+        medians = [f"{np.median(part):.0f}" for part in np.array_split(samples, parts)]
+        lines.append(
+            f"| {row['sent']}, {row['answered']}, {row['wrong']} | {row['seconds'] / 60:.0f} "
+            f"| {', '.join(medians)} |"
+        )
+    return lines
+
+
 def whole(text: str) -> list[int]:
     """Positive whole numbers between commas."""
     found = [int(part) for part in text.split(",")]
@@ -205,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=whole, default=[1], help="of an operator")
     parser.add_argument("--requests", type=int, default=200, help="of a setting, at most")
     parser.add_argument("--seconds", type=float, default=60, help="of a setting, at most")
+    parser.add_argument("--memory-every", type=float, default=0, help="seconds; 0: not")
     parser.add_argument("--note", default="", help="what else the machine does")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -224,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("clients  batch threads answered/sent    wrong images/s CPU ms/image    p50 ms    p99 ms")
     rows = []
     for setting in settings:
-        rows.append(load(predictor, files, setting, options.requests, options.seconds))
+        limits = (options.requests, options.seconds, options.memory_every)
+        rows.append(load(predictor, files, setting, *limits))
         print(as_line(rows[-1]), flush=True)
     if options.json:
         result = {

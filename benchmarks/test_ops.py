@@ -26,6 +26,9 @@ from edet_kernels.testing.model_samples import MODEL_SAMPLES, Shapes
 from edet_kernels.testing.numeric import check_detections, check_network, relative_difference
 from edet_kernels.testing.samples import Call, Maker, tensors
 
+# compilers warn about themselves
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 VARIANTS = ("eager", "compiled", "fused")
 FUSIONS = ("softmax", "fast", "unbounded")
 #: Models whose shapes are used, each at its own image size.

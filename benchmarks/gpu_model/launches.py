@@ -166,7 +166,12 @@ def dry(device: Device, launch: str = "auto") -> Iterator[None]:
 
 
 def of_model(
-    name: str, batch: int, device: Device, launch: str = "auto", dtype: torch.dtype = torch.float16
+    name: str,
+    batch: int,
+    device: Device,
+    launch: str = "auto",
+    dtype: torch.dtype = torch.float16,
+    fusion: str | None = None,
 ) -> list[Call]:
     """The calls of a model on uint8 images of its size, from pixels to detections, in order.
 
@@ -176,11 +181,12 @@ def of_model(
         device: what launchers are told.
         launch: ``EDET_CUDA_LAUNCH``.
         dtype: of the maps.
+        fusion: of the BiFPN's nodes; the model's own when None.
     """
     import edet
     from edet_kernels import detect
 
-    model: Any = edet.create_model(name).eval().to(dtype)
+    model: Any = edet.create_model(name, fusion=fusion).eval().to(dtype)
     h, w = model.config.image_size
     recorder = Recorder()
     images = torch.empty(batch, 3, h, w, dtype=torch.uint8)

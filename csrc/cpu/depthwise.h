@@ -6,7 +6,17 @@
 namespace edet::cpu::EDET_ISA {
 
 // Outputs computed together, so that K·K weights and as many sums stay in registers.
-constexpr int kStrip = kRegisters == 32 ? 6 : 4;
+constexpr int kStrip = kRegisters == 32 ? 8 : 4;
+
+// v, which the compiler then keeps in a register instead of reading memory for each of its uses.
+EDET_INLINE vf in_register(vf v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 
 // emit(i, sums) with sums[x] = Σ rows[r][x·S + k, i…] · w[r·K + k, i…] for X outputs and each
 // register of channels i of cp, a multiple of kWidth and the pitch of the rows.
@@ -25,7 +35,7 @@ EDET_INLINE void depthwise_pixels(const float* const* rows, const float* w, int6
       const float* row = rows[r] + i;
 #pragma GCC unroll 32
       for (int column = 0; column < (X - 1) * S + K; column++) {
-        const vf v = load(row + column * cp);
+        const vf v = in_register(load(row + column * cp));
 #pragma GCC unroll 8
         for (int x = 0; x < X; x++) {
           const int k = column - x * S;
@@ -53,6 +63,7 @@ EDET_INLINE void depthwise_row(const float* const* rows, const float* w, int64_t
     }
   };
   run(Constant<kStrip>{});
+  if constexpr (kStrip > 4) run(Constant<4>{});
   run(Constant<2>{});
   run(Constant<1>{});
 }

@@ -35,6 +35,30 @@ def test_the_figures_of_the_page_are_the_result_files():
     assert result["machine"]["note"]  # it was not alone
 
 
+def test_memory_is_taken_while_requests_run(tmp_path):
+    file = tmp_path / "load.json"
+    arguments = ["--image-size", "64", "--clients", "2", "--requests", "100000", "--seconds", "2"]
+    assert load.main([*arguments, "--memory-every", "0.2", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    [row] = result["rows"]
+    taken = row["memory_over_time"]
+    assert len(taken) >= 2  # of ten, however busy the machine is
+    assert [seconds for seconds, _ in taken] == sorted(seconds for seconds, _ in taken)
+    assert taken[0][0] >= 0.2 and taken[-1][0] <= row["seconds"] and row["seconds"] >= 2
+    assert all(10 < mib < 10_000 for _, mib in taken)
+    [_, _, line] = load.over_time(result, parts=2)
+    assert line.startswith(f"| {row['sent']}, {row['sent']}, 0 | 0 | ") and line.count(",") == 3
+
+
+def test_the_long_run_of_the_page_is_the_result_file():
+    result = json.loads((load.ROOT / "benchmarks/results/load-long-cpu.json").read_text())
+    page = (load.ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert "\n".join(load.over_time(result)) in page
+    [row] = result["rows"]
+    assert row["sent"] == row["answered"] and row["wrong"] == 0 and row["seconds"] > 1800
+    assert result["machine"]["note"]  # it was not alone
+
+
 def test_answers_to_another_client_are_seen(monkeypatch, capsys):
     detect = edet.Predictor.__call__
     calls = []

@@ -162,6 +162,21 @@ def test_no_slower_than_the_recorded_table(kernels):
     assert found <= 1.05 * recorded["predicted_us"]
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_softmax_costs_what_fast_fusion_costs(kernels, batch):
+    """D0's BiFPN, predicted; docs/gpu-model.md has the times."""
+    launch_of("one", 32)  # skips where there is no emulation
+    gpu = rates.gpu("H100")
+    predictor = predict.Predictor(gpu, ROOT / "build" / "gpu-model")
+
+    def bifpn(fusion):
+        calls = launches.of_model("tf_efficientdet_d0", batch, gpu.device, fusion=fusion)
+        return sum(predictor.time_us(call) for call in calls if call.op == "bifpn")
+
+    fast = bifpn("fast")
+    assert abs(bifpn("softmax") - fast) <= 0.02 * fast
+
+
 @pytest.fixture(scope="module")
 def detect_traces(kernels):
     """The kernels of D0's detect at batch 1, each with the traces of a block."""

@@ -125,7 +125,7 @@ def test_a_circle_is_seen():
 #: The rooms of edet from the ground up; rooms on one floor do not know each other. Below them are
 #: EXTRAS, above them what has no room: the package's own face, faces of modules, layers, the demo.
 FLOORS = (
-    ("fused",),
+    ("fused", "weights"),
     ("models", "dropin"),
     ("detection",),
     ("training", "bench", "deploy"),
