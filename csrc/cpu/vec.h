@@ -181,35 +181,26 @@ EDET_INLINE vf clamp(vf x, float low, float high) {
   return select(x > high, set1(high), x);
 }
 
-// Where a division is used rather than an estimate of 1/d, a Newton step and its test for infinity:
-// outside AVX-512, where there are no such instructions, and on CPUs with bf16 but no AMX, which
-// Zen 4 and 5 are: there it takes less time (docs/kernels.md).
-#if !defined(__AVX512F__) || (defined(__AVX512BF16__) && !defined(EDET_AMX))
+// Where swish divides, instead of multiplying with an estimate of 1/d after a Newton step and a
+// test for infinity: outside AVX-512, where there are no such instructions.
+#if !defined(__AVX512F__)
 #define EDET_DIVIDES
 #endif
 
-// 1 + e^−x. e^−x is 2^t of t = −x·log2(e): a polynomial of its fraction (minimax, 2e-9) times a
-// power of two. It overflows to +inf for x < −88.7, so that x/(1 + e^−x) is −0 there and NaN for
-// −inf.
+// 1 + e^−x. e^−x is 2^t of t = −x·log2(e): a polynomial of a fraction (minimax, 2e-9) times a power
+// of two. It overflows to +inf for x < −88.7, so that x/(1 + e^−x) is −0 there and NaN for −inf.
 EDET_INLINE vf one_plus_exp(vf x) {
   const vf t = x * -1.44269504f;
 #if defined(__AVX512F__)
-  // t is a whole number, sixteenths and f, 0 ≤ f < 1/16. Adding 1.5·2^19 rounded down leaves the
-  // sixteenths in the lowest four bits, by which vpermps looks up their power.
-  constexpr int kDown = _MM_FROUND_TO_NEG_INF;
-  const vf f = (vf)_mm512_reduce_ps((__m512)t, 4 << 4 | kDown);
-  const __m512 sixteenths =
-      _mm512_add_round_ps((__m512)t, _mm512_set1_ps(786432.0f), kDown | _MM_FROUND_NO_EXC);
-  const __m512 powers = {1.0f,         1.044273734f, 1.090507746f, 1.138788581f,
-                         1.189207077f, 1.241857767f, 1.296839595f, 1.354255557f,
-                         1.414213538f, 1.476826191f, 1.542210817f, 1.610490322f,
-                         1.681792855f, 1.756252170f, 1.834008098f, 1.915206552f};
-  const vf power = (vf)_mm512_permutexvar_ps((__m512i)sixteenths, powers);
-  vf q = set1(5.66698760e-2f);
-  q = q * f + 2.40184247e-1f;
-  q = q * f + 6.93147600e-1f;
-  const vf p = power * f * q + power;
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f;  // scales by 2^floor(t)
+  const vf f = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF);  // t − floor(t)
+  vf p = set1(2.1702255e-4f);
+  p = p * f + 1.24396884e-3f;
+  p = p * f + 9.67884064e-3f;
+  p = p * f + 5.54833412e-2f;
+  p = p * f + 2.40229830e-1f;
+  p = p * f + 6.93147004e-1f;
+  p = p * f + 1.0f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f;
 #else
   const vf bounded = clamp(t, -126.0f, 129.0f);
   const vf magic = set1(12582912.0f);  // 1.5·2^23: adding it rounds to an integer

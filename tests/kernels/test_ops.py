@@ -5,6 +5,7 @@ there is no GPU) and the CUDA kernels in their emulation; ``backends.py`` says w
 them runs. ``test_instruction_sets.py`` runs the CPU's once more for each instruction set.
 """
 
+import math
 import os
 import threading
 from dataclasses import replace
@@ -280,6 +281,23 @@ def test_non_finite_inputs(backend, op, value, dtype):
         x[0, 1, x.shape[2] // 2, x.shape[3] // 3] = value
         x[1, 2, 0, -1] = value
     call.check(dtype)
+
+
+@cases(op=["weighted_fusion"], backends=["cpu"])
+def test_swish_at_every_step_of_its_exponent(backend, op):
+    """Beside all x at which e^−x is a power of 2^(1/16), where a table's entry gives way."""
+    steps = torch.arange(-2048, 2049, dtype=torch.float64) * (math.log(2) / 16)
+    near = 1 + torch.linspace(-4, 4, 9, dtype=torch.float64) * 2**-24
+    ends = torch.tensor([0.0, -0.0, 1e-40, 1e-8, 88.7, 88.8, 1e30, torch.inf, torch.nan])
+    x = torch.cat([(steps[:, None] * near).flatten().float(), ends, -ends])
+    x = torch.cat([x, x[: -len(x) % 17]]).view(1, -1, 1, 17).transpose(1, 3)
+    out = getattr(edet_kernels, op)([x], fusion="sum", activation="swish")
+    exact = torch.nn.functional.silu(x.double())
+    # the exponent x·log2(e) is rounded; past −88.7 e^−x overflows and the result is −0
+    bound = 2**-24 * (6 + 2 * x.double().abs()) * exact.abs() + 4e-37
+    known = x.abs() < torch.inf
+    assert ((out - exact).abs() <= bound)[known].all()
+    assert_identical(out[~known], exact[~known].float())
 
 
 @cases(op=["weighted_fusion"], dtype=[torch.float16, torch.bfloat16], rounded=True)
