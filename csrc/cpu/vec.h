@@ -181,15 +181,11 @@ EDET_INLINE vf clamp(vf x, float low, float high) {
   return select(x > high, set1(high), x);
 }
 
-// Where swish divides, instead of multiplying with an estimate of 1/d after a Newton step and a
-// test for infinity: outside AVX-512, where there are no such instructions.
-#if !defined(__AVX512F__)
-#define EDET_DIVIDES
-#endif
-
-// 1 + e^−x. e^−x is 2^t of t = −x·log2(e): a polynomial of a fraction (minimax, 2e-9) times a power
-// of two. It overflows to +inf for x < −88.7, so that x/(1 + e^−x) is −0 there and NaN for −inf.
-EDET_INLINE vf one_plus_exp(vf x) {
+// 1/(1 + e^−x), to a few units in the last place of x·σ(x) near its largest error (relatively 3e-6
+// for x < −10, where the rounding of t shows). 2^t of t = −x·log2(e) is a polynomial of
+// its fraction (minimax, 2e-9) times a power of two. It overflows to +inf for x < −88.7, so that
+// x·σ(x) is −0 there and NaN for −inf, as in x/(1 + e^−x).
+EDET_INLINE vf sigmoid(vf x) {
   const vf t = x * -1.44269504f;
 #if defined(__AVX512F__)
   const vf f = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF);  // t − floor(t)
@@ -200,7 +196,12 @@ EDET_INLINE vf one_plus_exp(vf x) {
   p = p * f + 2.40229830e-1f;
   p = p * f + 6.93147004e-1f;
   p = p * f + 1.0f;
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f;
+  const vf d = (vf)_mm512_scalef_ps((__m512)p, (__m512)t) + 1.0f;  // scales by 2^floor(t)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)d);
+  const vf error = 1.0f - d * r;
+  // one Newton step, but not for d = inf: inf·0 would be NaN
+  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)d, _mm512_set1_ps(0x1p127f), _CMP_NGE_UQ);
+  return (vf)_mm512_mask_fmadd_ps((__m512)r, finite, (__m512)error, (__m512)r);
 #else
   const vf bounded = clamp(t, -126.0f, 129.0f);
   const vf magic = set1(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
@@ -217,41 +218,18 @@ EDET_INLINE vf one_plus_exp(vf x) {
   const vi i = __builtin_convertvector(n, vi);
   const vi half = i >> 1;
   const vf low = (vf)((half + 127) << 23), high = (vf)((i - half + 127) << 23);
-  return 1.0f + p * low * high;
-#endif
-}
-
-// 1/(1 + e^−x), to a few units in the last place of x·σ(x) near its largest error (relatively 3e-6
-// for x < −10, where the rounding of t shows).
-EDET_INLINE vf sigmoid(vf x) {
-  const vf d = one_plus_exp(x);
-#if defined(EDET_DIVIDES)
-  return 1.0f / d;
-#else
-  const vf r = (vf)_mm512_rcp14_ps((__m512)d);
-  const vf error = 1.0f - d * r;
-  // one Newton step, but not for d = inf: inf·0 would be NaN
-  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)d, _mm512_set1_ps(0x1p127f), _CMP_NGE_UQ);
-  return (vf)_mm512_mask_fmadd_ps((__m512)r, finite, (__m512)error, (__m512)r);
-#endif
-}
-
-EDET_INLINE vf swish(vf x) {
-#if defined(EDET_DIVIDES)
-  return x / one_plus_exp(x);
-#else
-  return x * sigmoid(x);
+  return 1.0f / (1.0f + p * low * high);
 #endif
 }
 
 // The same for a result that is rounded to T: for bf16, whose rounding is 2e-3, to 2e-4.
 template <class T>
-EDET_INLINE vf swish_for(vf x) {
-  return swish(x);
+EDET_INLINE vf sigmoid_for(vf x) {
+  return sigmoid(x);
 }
 #if defined(__AVX512F__)
 template <>
-EDET_INLINE vf swish_for<bf16>(vf x) {
+EDET_INLINE vf sigmoid_for<bf16>(vf x) {
   // the bound keeps t − n a number for x = inf; it is the first operand, so that a NaN stays
   const __m512 t = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)(x * -1.44269504f));
   const __m512 n = _mm512_roundscale_ps(t, 0);
@@ -261,14 +239,14 @@ EDET_INLINE vf swish_for<bf16>(vf x) {
   p = p * f + 0.693260968f;
   p = p * f + 0.999928057f;
   const vf d = (vf)_mm512_scalef_ps((__m512)p, n) + 1.0f;
-  return x * (vf)_mm512_rcp14_ps((__m512)d);
+  return (vf)_mm512_rcp14_ps((__m512)d);
 }
 #endif
 
 // The activation of a value that is rounded to T.
 template <Activation A, class T = float>
 EDET_INLINE vf activate(vf x) {
-  if constexpr (A == Activation::swish) return swish_for<T>(x);
+  if constexpr (A == Activation::swish) return x * sigmoid_for<T>(x);
   if constexpr (A == Activation::relu) return select(x < 0.0f, vf{}, x);
   if constexpr (A == Activation::relu6) return clamp(x, 0.0f, 6.0f);
   if constexpr (A == Activation::hard_swish)
