@@ -163,7 +163,7 @@ def stem(
     check_weight("weight", weight, [(-(-c_out // PANEL), 27, PANEL)], image, torch.float32)
     for name, t in (("scale", scale), ("shift", shift)):
         check_weight(name, t, [(c_out,)], image, torch.float32)
-    check_normalisation(mean, std, image)
+    check_normalisation(mean, std, image, torch.float32)
     if not runs_kernel("int8_stem", image.device):
         x = reference.stem(
             image,

@@ -244,9 +244,14 @@ def training_project(
     c = input.shape[1]
     for name, t in (("scale", scale), ("offset", offset)):
         check_weight(name, t, [(c,)], input)
-    if not isinstance(project_weight, Tensor) or project_weight.dim() != 4:
+    if (
+        not isinstance(project_weight, Tensor)
+        or project_weight.dim() != 4
+        or not len(project_weight)
+    ):
         raise ValueError(
-            f"project_weight must be (C_out, {c}, 1, 1), got {shape_of(project_weight)}"
+            f"project_weight must be (C_out, {c}, 1, 1) with C_out at least 1, "
+            f"got {shape_of(project_weight)}"
         )
     check_weight("project_weight", project_weight, [(project_weight.shape[0], c, 1, 1)], input)
     if squeeze is not None:

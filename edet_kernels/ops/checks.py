@@ -135,13 +135,15 @@ def check_image(image: object) -> None:
         raise ValueError(f"image must be a dense (strided) tensor, got layout {image.layout}")
 
 
-def check_normalisation(mean: Tensor | None, std: Tensor | None, image: Tensor) -> None:
-    """Checks that ``mean`` and ``std`` are (3,), or both None."""
+def check_normalisation(
+    mean: Tensor | None, std: Tensor | None, image: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Checks that ``mean`` and ``std`` are (3,) of ``dtype`` (None: any float), or both None."""
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together")
     for name, t in (("mean", mean), ("std", std)):
         if t is not None:
-            check_weight(name, t, [(3,)], image)
+            check_weight(name, t, [(3,)], image, dtype)
 
 
 def check_weight(

@@ -12,14 +12,17 @@ from ..backend import runs_reference
 from ..fakes import fake
 from ..operators import run
 from .checks import (
+    check_integer,
     check_maps,
     check_number,
     check_weight,
-    is_integer,
     numbers_of,
     refuse_gradients,
     shape_of,
 )
+
+#: The most boxes or candidates of an image: memory is taken for as many as are asked for.
+MOST_BOXES = 1 << 20
 
 
 def _check_nms(
@@ -40,8 +43,7 @@ def _check_nms(
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     for name, value in counts.items():
-        if not is_integer(value) or not 0 < value < 1 << 31:
-            raise ValueError(f"{name} must be a positive integer below 2³¹, got {value!r}")
+        check_integer(name, value, 1, MOST_BOXES)
 
 
 def nms(
@@ -70,7 +72,7 @@ def nms(
         labels: (B, N) int64. Boxes of different labels do not suppress each other,
             unless ``class_agnostic``.
         method: ``hard`` or ``gaussian``.
-        max_detections: K, the most boxes returned for an image.
+        max_detections: K, the most boxes returned for an image, at most 2²⁰.
         class_agnostic: suppress across labels.
 
     Returns:

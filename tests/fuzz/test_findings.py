@@ -69,11 +69,11 @@ def test_no_channels():
 
 
 @pytest.mark.parametrize("name", ["max_detections", "max_candidates"])
-@pytest.mark.parametrize("value", [2**31, 2**63])
+@pytest.mark.parametrize("value", [2**20 + 1, 2**31, 2**63, True])
 def test_counts_beyond_what_is_held(name, value):
-    """torch's RuntimeError about the operator's schema."""
+    """Gigabytes of empty places, or torch's RuntimeError about the operator's schema."""
     maps = [torch.zeros(1, 4, 2, 2)]
-    with pytest.raises(ValueError, match=f"{name} must be a positive integer below"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of 1 to 1048576"):
         edet_kernels.detect(maps, maps, torch.zeros(4, 4), **{name: value})
 
 
@@ -153,6 +153,19 @@ def _depthwise(*parts):
         (lambda: int8.quantize(torch.ones(1, 1, 2, 2), "", 0), "inverse must be a number"),
         (lambda: int8.dequantize(BYTES, torch.ones(2), 0), "scale must be a number"),
         (lambda: int8.stem(*STEM, inverse=1.0, zero=0, mean=1, std=1), "mean must be a tensor"),
+        (
+            lambda: int8.stem(
+                *STEM, inverse=1.0, zero=0, mean=torch.zeros(3).double(), std=torch.ones(3)
+            ),
+            "mean must be torch.float32",
+        ),
+        (
+            lambda: replace(
+                TRAINING,
+                weights=(*TRAINING.weights[:3], torch.ones(0, TRAINING.maps.shape[1], 1, 1)),
+            )(),
+            r"project_weight must be .* with C_out at least 1",
+        ),
         (lambda: int8.stem(*STEM[:2], 1, 1, inverse=1.0, zero=0), r"scale must be \(C_out,\)"),
         (
             lambda: int8.stem(*STEM[:2], *[torch.ones(2).double()] * 2, inverse=1.0, zero=0),
