@@ -174,6 +174,9 @@ def test_a_transparent_colour_of_sixteen_bits_is_white():
     pixels[0] = 255
     expected = torch.from_numpy(pixels.astype(np.uint8)).T.reshape(3, 2, 2)
     assert torch.equal(load_image(file), expected)
+    opened = pil.open(io.BytesIO(file))
+    assert torch.equal(load_image(opened), expected)
+    assert opened.info["transparency"] == colours[0]  # the caller's image is not changed
 
 
 @pytest.mark.parametrize("change", [lambda x: x.to_sparse(), lambda x: x.to("meta")])

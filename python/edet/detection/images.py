@@ -112,10 +112,6 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
     try:
         deep = any("16" in str(part[3]) for part in getattr(image, "tile", ()))
         _decode(image)
-        transparent = image.info.get("transparency")
-        if mode == "RGB" and deep and isinstance(transparent, tuple):
-            # Pillow keeps the high bytes of the pixels, and all of that colour's
-            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         orientation = _orientation(image)
         if orientation is not None:  # by that tag alone: others may be damaged
             image = image.transpose(require("PIL.Image", "image").Transpose[_TURNS[orientation]])
@@ -130,6 +126,11 @@ def _read_pil(image: Any, name: str) -> np.ndarray[Any, Any]:
         if mode in _MODES:
             alpha = "transparency" in image.info or mode in ("LA", "La", "PA", "RGBA", "RGBa")
             wanted = "RGBA" if alpha else "RGB"
+            transparent = image.info.get("transparency")
+            if mode == "RGB" and deep and isinstance(transparent, tuple):
+                # Pillow keeps the high bytes of the pixels, and all of that colour's
+                image = image.copy()  # the caller's stays as it is
+                image.info["transparency"] = tuple(value >> 8 for value in transparent)
             return np.array(image if mode == wanted else image.convert(wanted))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, …
         raise ImageError(f"{name} cannot be decoded: {error}") from error
