@@ -35,7 +35,7 @@ build: $(VENV)/.torch ## compile the op library (only what has changed)
 	@$(PY) setup.py --quiet build_ext --inplace
 
 .PHONY: bench-cpu
-bench-cpu: $(VENV)/.extra-bench build ## time the models against other CPU runtimes; an hour or more
+bench-cpu: $(VENV)/.extra-bench $(VENV)-peers/.done build ## time the models against other CPU runtimes; an hour or more
 	$(PY) benchmarks/cpu.py $(BENCH)
 
 .PHONY: bench-dropin
@@ -96,7 +96,7 @@ $(VENV)/.torch: Makefile | $(PY)
 $(VENV)-peers/.done: Makefile
 	@echo "Making the environment $(VENV)-peers with effdet 0.4.1 (several gigabytes)"
 	@$(PYTHON) -m venv $(VENV)-peers
-	@$(VENV)-peers/bin/pip install --disable-pip-version-check --quiet torch==2.10.0 torchvision==0.25.0 effdet==0.4.1 pytest
+	@$(VENV)-peers/bin/pip install --disable-pip-version-check --quiet torch==2.10.0 torchvision==0.25.0 effdet==0.4.1 onnx==1.23.2 onnxscript==0.7.2 pytest
 	@touch $@
 
 # Editable and without the library, which 'build' compiles.

@@ -80,11 +80,12 @@ class Case:
     images: Tensor
     threads: int
     folder: Path
+    effdet: Path | None = None  # an interpreter that has it
 
     @classmethod
     def create(cls, model: str, size: int | None, dtype: torch.dtype, threads: int,
-               folder: Path) -> Case:  # fmt: skip
-        """A model with random weights and an image of noise.
+               folder: Path, *, batch: int = 1, effdet: Path | None = None) -> Case:  # fmt: skip
+        """A model with random weights and images of noise.
 
         Not for inference mode: its tensors have no version, so that a model made of them cannot
         know that its packed weights are still right and packs them in every call.
@@ -93,11 +94,11 @@ class Case:
             raise RuntimeError("a case must be created outside inference mode")
         torch.manual_seed(0)
         ours = create_model(model, image_size=size).eval()
-        images = torch.randn(1, 3, *ours.config.image_size)
+        images = torch.randn(batch, 3, *ours.config.image_size)
         set_batch_norms(ours, images)
         ours = prepare(ours, torch.device("cpu"), dtype)
         images = images.to(dtype, memory_format=torch.channels_last)
-        return cls(ours.freeze(), eager_copy(ours), images, threads, folder)
+        return cls(ours.freeze(), eager_copy(ours), images, threads, folder, effdet)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +107,11 @@ class Case:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        """Model, dtype and batch."""
+        return f"{self.ours.config.name}, {self.dtype_name}, batch {len(self.images)}"
 
     @cached_property
     @torch.inference_mode()
@@ -125,9 +131,29 @@ class Case:
     @cached_property
     def onnx_files(self) -> dict[str, Path]:
         """The eager model with the weights of this dtype, in float32, as ONNX files."""
-        log(f"{self.ours.config.name}, {self.dtype_name}: exporting to ONNX")
+        log(f"{self.title}: exporting to ONNX")
         eager = copy.deepcopy(self.eager).float()
         return rivals.export_onnx(eager, self.images.float().contiguous(), self.folder)
+
+    @cached_property
+    def effdet_files(self) -> dict[str, Path]:
+        """:attr:`onnx_files` of effdet's layers.
+
+        Raises:
+            Unavailable: there is no effdet, or it cannot be exported.
+        """
+        if self.effdet is None:
+            raise rivals.Unavailable("no Python with effdet was given: see --effdet")
+        log(f"{self.title}: exporting effdet to ONNX")
+        folder = self.folder / "effdet"
+        folder.mkdir(exist_ok=True)
+        eager = copy.deepcopy(self.eager).float()
+        return rivals.export_effdet(self.effdet, eager, self.images.float(), folder)
+
+    def onnx_file(self, name: str, part: str) -> Path:
+        """The file that an ONNX rival runs for a part of the network."""
+        files = self.effdet_files if name.endswith(rivals.EFFDET) else self.onnx_files
+        return files[part]
 
     def part(self, stage: str, model: EfficientDet) -> Call:
         """The call of a network stage on ``model``, whose parameters may be of another dtype."""
@@ -173,7 +199,7 @@ class Case:
             return rivals.compiled(name, self.part(stage, self.eager))
         given = {"BiFPN": self.features, "heads": self.pyramid}.get(STAGES[stage], [self.images])
         arrays = [x.float().contiguous().numpy() for x in given]
-        file = self.onnx_files[STAGES[stage]]
+        file = self.onnx_file(name, STAGES[stage])
         run = rivals.ONNX_RIVALS[name](file, arrays, self.threads, self.dtype_name)
         return lambda: [torch.from_numpy(array) for array in run()]
 
@@ -189,7 +215,7 @@ class Case:
         if stage == "predictor":
             try:
                 calls, error, eager = predictor_calls(
-                    self.ours, self.eager, self.ours.config.image_size, 1
+                    self.ours, self.eager, self.ours.config.image_size, len(self.images)
                 )
             except CheckFailed as failed:
                 raise CheckFailed(f"{what}: {failed}") from failed

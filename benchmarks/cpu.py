@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +70,32 @@ def revision() -> str | None:
         return None
 
 
-def check_only(
-    models: Sequence[str], dtypes: Sequence[str], stages: Sequence[str], names: Sequence[str],
-    size: int | None, threads: int,
-) -> list[str]:  # fmt: skip
-    """Checks everything and times nothing; the messages of what :func:`run` would refuse."""
+def cases(
+    models: Sequence[str], dtypes: Sequence[str], batches: Sequence[int], *,
+    size: int | None, threads: int, effdet: Path | None,
+) -> Iterator[Case]:  # fmt: skip
+    """A case of each dtype, model and batch, one after the other; its files go with it."""
     torch.set_num_threads(threads)
+    for dtype, model, batch in itertools.product(dtypes, models, batches):
+        with tempfile.TemporaryDirectory() as folder:
+            torch._dynamo.reset()  # what was compiled for other cases is not needed any more
+            kind, path = getattr(torch, dtype), Path(folder)
+            yield Case.create(model, size, kind, threads, path, batch=batch, effdet=effdet)
+
+
+def check_only(given: Iterable[Case], stages: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Checks everything and times nothing; the messages of what :func:`run` would refuse."""
     refused = []
-    for dtype in dtypes:
-        for model in models:
-            with tempfile.TemporaryDirectory() as folder:
-                torch._dynamo.reset()
-                case = Case.create(model, size, getattr(torch, dtype), threads, Path(folder))
-                for stage in stages:
-                    log(f"{model}, {dtype}: checking {stage}")
-                    try:
-                        _, errors, _ = case.checked_calls(stage, names)
-                    except CheckFailed as error:
-                        refused.append(str(error))
-                        log(f"  refused: {error}")
-                    else:
-                        log("  " + (", ".join(f"{n} {e:.1e}" for n, e in errors.items()) or "ok"))
+    for case in given:
+        for stage in stages:
+            log(f"{case.title}: checking {stage}")
+            try:
+                _, errors, _ = case.checked_calls(stage, names)
+            except CheckFailed as error:
+                refused.append(str(error))
+                log(f"  refused: {error}")
+            else:
+                log("  " + (", ".join(f"{n} {e:.1e}" for n, e in errors.items()) or "ok"))
     return refused
 
 
@@ -101,6 +107,8 @@ def run(
     stages: Sequence[str] = tuple(STAGES),
     names: Sequence[str] = (*rivals.DEFAULT_RIVALS, OURS),
     size: int | None = None,
+    batches: Sequence[int] = (1,),
+    effdet: Path | None = None,
     rounds: int = 20,
     seconds: float = 1.0,
     limit: float = 300.0,
@@ -121,7 +129,6 @@ def run(
         if unknown := set(given) - set(known):
             raise ValueError(f"{argument} must be of {', '.join(known)}, got {min(unknown)!r}")
     timing = {"rounds": rounds, "seconds": seconds, "limit": limit}
-    torch.set_num_threads(threads)
     peaks = dict.fromkeys(dtypes, 0.0)
     result: dict[str, Any] = {
         "schema": report.SCHEMA,
@@ -141,27 +148,24 @@ def run(
         "memory": [],
         "fusion": [],
     }
-    for dtype in dtypes:
-        for model in models:
-            with tempfile.TemporaryDirectory() as folder:
-                torch._dynamo.reset()  # what was compiled for other cases is not needed any more
-                case = Case.create(model, size, getattr(torch, dtype), threads, Path(folder))
-                # arithmetic in bfloat16 that is emulated is bounded by that in float32
-                for kind in {torch.float32, case.dtype}:
-                    peak = timer.matrix_peak(torch.device("cpu"), kind, CPU_SIDES)
-                    peaks[dtype] = max(peaks[dtype], 1e-9 * peak)
-                for stage in stages:
-                    log(f"{model}, {dtype}: {stage}")
-                    row = stage_row(case, stage, names, timing)
-                    result["rows"].append(row)
-                    if stage == "network" and scaling and threads > 1:
-                        result["scaling"] += scaling_rows(case, row, timing)
-                if memory:
-                    log(f"{model}, {dtype}: memory")
-                    result["memory"] += memory_rows(case, names)
-                if fusion and dtype == "float32":
-                    log(f"{model}, {dtype}: softmax and fast fusion")
-                    result["fusion"] += fusion_rows(case, timing)
+    for case in cases(models, dtypes, batches, size=size, threads=threads, effdet=effdet):
+        # arithmetic in bfloat16 that is emulated is bounded by that in float32
+        for kind in {torch.float32, case.dtype}:
+            peak = timer.matrix_peak(torch.device("cpu"), kind, CPU_SIDES)
+            peaks[case.dtype_name] = max(peaks[case.dtype_name], 1e-9 * peak)
+        first = len(case.images) == batches[0]
+        for stage in stages:
+            log(f"{case.title}: {stage}")
+            row = stage_row(case, stage, names, timing)
+            result["rows"].append(row)
+            if stage == "network" and scaling and threads > 1 and first:
+                result["scaling"] += scaling_rows(case, row, timing)
+        if memory and first:
+            log(f"{case.title}: memory")
+            result["memory"] += memory_rows(case, names)
+        if fusion and first and case.dtype == torch.float32:
+            log(f"{case.title}: softmax and fast fusion")
+            result["fusion"] += fusion_rows(case, timing)
     for row in result["rows"]:
         row["peak_fraction"] = {
             name: 2e-6 * row["macs"] / times["median_ms"] / peaks[row["dtype"]]
@@ -174,6 +178,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
     defaults = [f"tf_efficientdet_{name}" for name in ("d0", "d1", "d3")]
+    python = ROOT / ".venv-peers" / "bin" / "python"
     parser = argparse.ArgumentParser(
         description="Times EfficientDet on this CPU against its rivals.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -182,6 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--models", nargs="+", default=defaults)
     add("--size", type=int, help="side of the image instead of the model's own")
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    add("--batch-size", nargs="+", type=int, default=[1], help="images at once; "
+        "the first also gives the rows of scaling, memory and fusion")  # fmt: skip
+    add("--effdet", type=Path, default=python if python.exists() else None,
+        help="a Python with effdet, onnx and onnxscript; its export is a rival")  # fmt: skip
     add("--threads", type=int, default=min(2, os.cpu_count() or 1))
     add("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     add("--rivals", nargs="+", default=list(rivals.DEFAULT_RIVALS), choices=list(rivals.RIVALS))
@@ -197,11 +206,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.output.parent.is_dir():
         parser.error(f"the folder of --output does not exist: {args.output.parent}")
+    if min(args.batch_size) < 1:
+        parser.error(f"--batch-size must be at least 1, got {min(args.batch_size)}")
     if not library.load():
         log(f"warning: {library.status()}")
     if args.check:
         names = (*args.rivals, OURS)
-        refused = check_only(args.models, args.dtype, args.stages, names, args.size, args.threads)
+        given = cases(args.models, args.dtype, args.batch_size, size=args.size,
+                      threads=args.threads, effdet=args.effdet)  # fmt: skip
+        refused = check_only(given, args.stages, names)
         sys.exit("\n".join(refused) or 0)
     try:
         result = run(
@@ -211,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             stages=args.stages,
             names=(*args.rivals, OURS),
             size=args.size,
+            batches=args.batch_size,
+            effdet=args.effdet,
             rounds=args.rounds,
             seconds=args.seconds,
             limit=args.limit,

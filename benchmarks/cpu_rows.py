@@ -74,8 +74,9 @@ def stage_row(
         "model": case.ours.config.name,
         "image_size": list(case.ours.config.image_size),
         "dtype": case.dtype_name,
+        "batch_size": len(case.images),
         "stage": STAGES[stage],
-        "macs": counts.get(stage, macs.total),
+        "macs": len(case.images) * counts.get(stage, macs.total),
         "rounds": len(next(iter(times.values()))["samples_ms"]),
         "times": times,
         "unavailable": unavailable,
@@ -91,8 +92,9 @@ def scaling_rows(case: Case, row: dict[str, Any], timing: dict[str, Any]) -> lis
     torch.set_num_threads(1)
     try:
         single = replace(case, threads=1)
-        if "onnx_files" in vars(case):  # the export is the same for any number of threads
-            vars(single)["onnx_files"] = case.onnx_files
+        for files in ("onnx_files", "effdet_files"):
+            if files in vars(case):  # the export is the same for any number of threads
+                vars(single)[files] = vars(case)[files]
         calls, _, _ = single.checked_calls("network", names)
         times = measure(calls, **timing)
     finally:
@@ -113,13 +115,17 @@ def memory_rows(case: Case, names: Sequence[str]) -> list[dict[str, Any]]:
     """Peak resident memory of each variant's network, each in a process of its own."""
     rows = []
     for name in names:
+        try:
+            file = case.onnx_file(name, "network") if name in rivals.ONNX_RIVALS else ""
+        except rivals.Unavailable:  # the rows say why
+            continue
         spec = {
             "rival": name,
             "model": case.ours.config.name,
             "image_size": case.ours.config.image_size,
             "dtype": case.dtype_name,
             "threads": case.threads,
-            "onnx": str(case.onnx_files["network"]) if name in rivals.ONNX_RIVALS else "",
+            "onnx": str(file),
         }
         done = subprocess.run(
             [sys.executable, rivals.__file__, json.dumps(spec)], capture_output=True, text=True

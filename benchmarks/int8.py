@@ -1,7 +1,7 @@
 """int8 against float32: our kernels and ONNX runtimes on the same network.
 
-They run an export of the float network, ONNX Runtime's static quantisation of that, and the export
-of our own quantisation (``edet.export``).
+They run an export of the float network, quantisations of that by ONNX Runtime and, for OpenVINO, by
+NNCF, and the export of our own quantisation (``edet.export``).
 
 Everything is timed in turns in one process, in rounds; the figures are the medians of the ratios of
 a round, which a busy machine disturbs less than the times. ``python benchmarks/int8.py``.
@@ -32,6 +32,7 @@ from edet.bench.variants import eager_copy, set_batch_norms  # noqa: E402
 
 OURS, OURS_INT8, ORT, ORT_INT8 = "ours float32", "ours int8", "ORT float32", "ORT int8"
 ORT_QDQ, OPENVINO, OPENVINO_QDQ = "ORT our int8", "OpenVINO float32", "OpenVINO our int8"
+OPENVINO_NNCF = "OpenVINO NNCF int8"
 
 
 def ort_static(path: Path, images: list[Tensor]) -> Path:
@@ -61,6 +62,17 @@ def ort_static(path: Path, images: list[Tensor]) -> Path:
     return result
 
 
+def nncf_static(path: Path, images: list[Tensor]) -> Path:
+    """NNCF's quantisation of a file, for OpenVINO, with its defaults and ranges of the images."""
+    import nncf
+    import openvino as ov
+
+    result = path.with_suffix(".nncf.xml")
+    data = nncf.Dataset([image.contiguous().numpy() for image in images])
+    ov.save_model(nncf.quantize(ov.Core().read_model(path), data), result, compress_to_fp16=False)
+    return result
+
+
 def calls(name: str, folder: Path, threads: int, ort: bool) -> dict[str, Callable[[], Any]]:
     """The network of each variant, on one normalised image."""
     torch.manual_seed(0)
@@ -75,7 +87,8 @@ def calls(name: str, folder: Path, threads: int, ort: bool) -> dict[str, Callabl
     found: dict[str, Callable[[], Any]] = {}
     if ort:
         files = rivals.export_onnx(eager_copy(model), x.contiguous(), folder)
-        whole = ort_static(files["network"], [image[None] for image in images])
+        single = [image[None] for image in images]
+        whole, whole_nncf = (f(files["network"], single) for f in (ort_static, nncf_static))
         ours = folder / "ours.onnx"
         edet.export(small, ours, postprocess=False, batch_size=1)
         normalised, read = x.contiguous().numpy(), pixels[:1].numpy()
@@ -85,6 +98,7 @@ def calls(name: str, folder: Path, threads: int, ort: bool) -> dict[str, Callabl
             (ORT_QDQ, rivals.onnx_runtime, ours, read),
             (OPENVINO, rivals.openvino, files["network"], normalised),
             (OPENVINO_QDQ, rivals.openvino, ours, read),
+            (OPENVINO_NNCF, rivals.openvino, whole_nncf, normalised),
         ):
             found[key] = run(file, [given], threads)
     model.freeze()
@@ -139,7 +153,7 @@ def main() -> None:
             result["networks"][name] = row = measure(variants, args.rounds, args.threads)
         for variant, ms in row["median_ms"].items():
             times = row["times_faster_than_ours_float32"][variant]
-            print(f"{name}  {variant:<17}  {ms:7.2f} ms  {times:.2f}×", flush=True)
+            print(f"{name}  {variant:<18}  {ms:7.2f} ms  {times:.2f}×", flush=True)
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 

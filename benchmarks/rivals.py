@@ -1,6 +1,7 @@
 """What a model is compared with on a CPU: PyTorch eager, torch.compile, ONNX Runtime and OpenVINO.
 
-All rivals run the project's own network: PyTorch its layers, the ONNX runtimes an export of them.
+All rivals run the project's own network: PyTorch its layers, the ONNX runtimes an export of them
+and, where effdet is at hand (effdet_onnx.py), that of effdet's own layers with the same weights.
 Run as a program, this file measures the peak memory of one rival in a process of its own; for that
 reason nothing large is imported at the top.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,8 +149,16 @@ def openvino(
     return call
 
 
+#: How the names of rivals end whose file is an export of effdet's layers.
+EFFDET = ", effdet's export"
+
 #: Rivals that run an ONNX file.
-ONNX_RIVALS = {"ONNX Runtime": onnx_runtime, "OpenVINO": openvino}
+ONNX_RIVALS = {
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
+    "ONNX Runtime" + EFFDET: onnx_runtime,
+    "OpenVINO" + EFFDET: openvino,
+}
 
 #: Every rival, in the order of the tables.
 RIVALS = ("eager", *COMPILE_OPTIONS, *ONNX_RIVALS)
@@ -200,14 +210,17 @@ def _fold_pads(model: Any) -> None:
             graph.node.remove(pad)
 
 
-def export_onnx(eager: nn.Module, images: Tensor, folder: Path) -> dict[str, Path]:
-    """Exports a model whose layers run (``edet.bench.eager_copy``) to one file per part.
+def export_parts(
+    model: Any, images: Tensor, folder: Path, change: Callable[[Any], None] | None = None
+) -> dict[str, Path]:
+    """Exports a model, ours or effdet's, to one ONNX file per part.
 
     The network is exported once, with the maps between its parts as outputs, and cut there.
 
     Args:
-        eager: the model, float32.
+        model: float32, with ``backbone``, ``fpn``, ``class_net`` and ``box_net``.
         images: (N, 3, H, W) float32; the files are for this shape.
+        change: what is done to the exported network before it is cut.
 
     Returns:
         the file of each of :data:`ONNX_PARTS`.
@@ -216,31 +229,26 @@ def export_onnx(eager: nn.Module, images: Tensor, folder: Path) -> dict[str, Pat
     import onnx.utils
     import torch
 
-    from edet_kernels import reference
-
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model: Any = eager
+            self.model: Any = model
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             features = self.model.backbone(images)
-            pyramid = self.model.fpn(features)
+            pyramid = self.model.fpn(list(features))  # effdet's appends to what it is given
             classes, boxes = self.model.class_net(pyramid), self.model.box_net(pyramid)
             return (*features, *pyramid, *classes, *boxes)
 
-    fpn: Any = eager.fpn
-    levels = fpn.levels
-    counts = {"images": 1, "feature": len(fpn.in_channels)}
+    with torch.no_grad():
+        features = model.backbone(images)
+        levels = len(model.fpn(list(features)))
+        counts = {"images": 1, "feature": len(features)}
 
-    def names(kinds: Sequence[str]) -> list[str]:
-        return [f"{kind}{i}" for kind in kinds for i in range(counts.get(kind, levels))]
+        def names(kinds: Sequence[str]) -> list[str]:
+            return [f"{kind}{i}" for kind in kinds for i in range(counts.get(kind, levels))]
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with (
-        torch.no_grad(),
-        mock.patch.object(reference, "resize", _resize_for_export(reference.resize)),
-    ):
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             Network().eval(),
             (images,),
@@ -250,14 +258,50 @@ def export_onnx(eager: nn.Module, images: Tensor, folder: Path) -> dict[str, Pat
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
-    _fold_pads(model)
-    extractor = onnx.utils.Extractor(model)
+    exported = program.model_proto
+    if change is not None:
+        change(exported)
+    extractor = onnx.utils.Extractor(exported)
     files = {}
     for part, (inputs, outputs) in ONNX_PARTS.items():
         files[part] = folder / f"{part}.onnx"
         onnx.save(extractor.extract_model(names(inputs), names(outputs)), files[part])
     return files
+
+
+def export_onnx(eager: nn.Module, images: Tensor, folder: Path) -> dict[str, Path]:
+    """:func:`export_parts` of a model whose layers run (``edet.bench.eager_copy``), for speed."""
+    from edet_kernels import reference
+
+    with mock.patch.object(reference, "resize", _resize_for_export(reference.resize)):
+        return export_parts(eager, images, folder, _fold_pads)
+
+
+def export_effdet(python: Path, model: nn.Module, images: Tensor, folder: Path) -> dict[str, Path]:
+    """:func:`export_parts` of effdet's own model with the weights of ours.
+
+    Args:
+        python: an interpreter that has effdet, onnx and onnxscript (``.venv-peers/bin/python``).
+        model: ours, float32, with its ``config``.
+        images: as in :func:`export_parts`.
+
+    Raises:
+        Unavailable: it cannot be run there.
+    """
+    import torch
+
+    torch.save(model.state_dict(), folder / "weights.pth")
+    config: Any = model.config
+    program = Path(__file__).with_name("effdet_onnx.py")
+    command = [str(python), str(program), config.name, str(folder), *map(str, images.shape)]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except OSError as error:
+        raise Unavailable(f"effdet cannot be run: {error}") from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["failed"])[-1]
+        raise Unavailable(f"effdet cannot be exported: {last}") from error
+    return {part: folder / f"{part}.onnx" for part in ONNX_PARTS}
 
 
 def compiled(name: str, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -225,6 +227,64 @@ def test_weights_are_packed_once_and_macs_are_those_of_the_model(monkeypatch):
     expected = [macs.fpn, macs.class_net + macs.box_net, macs.total]
     assert [row["macs"] for row in found["rows"]] == expected and min(expected) > 0
     assert all(row["peak_fraction"]["ours"] > 0 for row in found["rows"])
+
+
+def test_rows_of_larger_batches():
+    names, model = ["eager", "ours"], "tf_efficientdet_lite0"
+    found = cpu.run([model], stages=["heads", "predictor"], names=names, batches=[1, 3], **SMALL)
+    assert [row["batch_size"] for row in found["rows"]] == [1, 1, 3, 3]
+    assert found["rows"][2]["macs"] == 3 * found["rows"][0]["macs"]
+    text = report.markdown(found)
+    assert "| LITE0 128×128, batch 3 | heads |" in text and "| images/s |" in text
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (None, "no Python with effdet was given: see --effdet"),
+        ("", "effdet cannot be run: .* No such file or directory.*"),
+        ("echo 'a warning' >&2; echo \"no module named 'effdet'\" >&2; exit 1",
+         "effdet cannot be exported: no module named 'effdet'"),
+    ],
+)  # fmt: skip
+def test_an_export_of_effdet_that_cannot_be_had_is_listed(tmp_path, program, reason):
+    python = None if program is None else tmp_path / "python"
+    if program:
+        python.write_text(f"#!/bin/sh\n{program}\n")
+        python.chmod(0o755)
+    name = "ONNX Runtime, effdet's export"
+    found = cpu.run(
+        ["tf_efficientdet_lite0"], stages=["heads"], names=["eager", name, "ours"],
+        effdet=python, **SMALL,
+    )  # fmt: skip
+    assert re.fullmatch(reason, found["rows"][0]["unavailable"][name])
+    assert set(found["rows"][0]["times"]) == {"eager", "ours"}
+
+
+def test_an_export_of_effdet_is_timed_and_checked(tmp_path, monkeypatch):
+    """A stand-in for effdet's export and ONNX Runtime; a network of other weights is refused."""
+    given = {}
+
+    def export(python, model, images, folder):
+        given.update(model=model, images=images, folder=folder)
+        return {part: folder / f"{part}.onnx" for part in rivals.ONNX_PARTS}
+
+    def runtime(file, arrays, threads, dtype, *, scale=1):
+        assert file == given["folder"] / "heads.onnx" and dtype == "float32"
+        maps = [scale * torch.from_numpy(x) for x in arrays]
+        model = given["model"]
+        return lambda: [x.numpy() for x in [*model.class_net(maps), *model.box_net(maps)]]
+
+    name = "ONNX Runtime, effdet's export"
+    monkeypatch.setattr(rivals, "export_effdet", export)
+    monkeypatch.setitem(rivals.ONNX_RIVALS, name, runtime)
+    run = partial(cpu.run, ["tf_efficientdet_lite0"], stages=["heads"],
+                  names=["eager", name, "ours"], effdet=tmp_path, **SMALL)  # fmt: skip
+    assert set(run()["rows"][0]["times"]) == {"eager", name, "ours"}
+    assert given["images"].shape == (1, 3, 128, 128)
+    monkeypatch.setitem(rivals.ONNX_RIVALS, name, partial(runtime, scale=1.1))
+    row = run()["rows"][0]
+    assert name not in row["times"] and "must differ" in row["unavailable"][name]
 
 
 def test_a_case_is_not_made_in_inference_mode(tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import edet
+from benchmarks import rivals
 from edet.bench import set_batch_norms
 from edet_kernels.testing.numeric import check_network, relative_difference
 
@@ -135,3 +138,13 @@ def test_training_step():
         steps.append(list(bench.state_dict().values()))
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+def test_the_benchmark_exports_effdet_with_our_weights(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs onnx: make test-peers")
+    model = edet.create_model("tf_efficientdet_lite0", image_size=64).eval()
+    images = torch.zeros(2, 3, 64, 64)
+    files = rivals.export_effdet(Path(sys.executable), model, images, tmp_path)
+    assert set(files) == set(rivals.ONNX_PARTS)
+    inputs = onnx.load(files["network"]).graph.input
+    assert [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] == [2, 3, 64, 64]
