@@ -280,3 +280,13 @@ def test_image_size_mistakes(tmp_path, text):
     result = predict("x.png", "--image-size", text)
     assert result.exit_code == 2
     assert "--image-size must be" in result.stderr and repr(text) in result.stderr
+
+
+def test_random_weights_are_the_same_in_every_process(tmp_path):
+    """Else the processes of torchrun, or a run and the one that goes on with it, disagreed."""
+    picture(tmp_path / "a.png")
+    run = [sys.executable, "-m", "edet", "predict", "a.png", "--random-weights", "-m", MODEL]
+    run += ["--image-size", "64", "--score-threshold", "0.01", "--json", "-"]
+    first, second = (subprocess.run(run, capture_output=True, check=True).stdout for _ in range(2))
+    [entry] = json.loads(first)
+    assert entry["detections"] and first == second

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 from edet_kernels import __version__
@@ -211,7 +212,9 @@ def load_predictor(
     description = None if checkpoint is None else read_description(checkpoint)
     if checkpoint is None or description is None:
         named = names(num_classes)
-        network = create_model(name, num_classes=num_classes, checkpoint=checkpoint)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same ones in every run and process
+            network = create_model(name, num_classes=num_classes, checkpoint=checkpoint)
         return Predictor(network, class_names=named, **options)
     if model not in (None, description.config.name):
         raise ValueError(f"--model is {model}, {checkpoint} is of {description.config.name}")
