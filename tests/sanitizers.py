@@ -16,9 +16,10 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def run(command: Sequence[str | Path], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the project's folder."""
+    """Runs a command in the project's folder, with the best instruction set of its library."""
+    inherited = {name: value for name, value in os.environ.items() if name != "EDET_CPU_ISA"}
     return subprocess.run(
-        [str(part) for part in command], env={**os.environ, **variables}, cwd=ROOT,
+        [str(part) for part in command], env={**inherited, **variables}, cwd=ROOT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
