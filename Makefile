@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 PY := $(VENV)/bin/python
 # what was set, for a wheel; it has all of them otherwise
 WHEEL_CUDA_ARCHS := $(EDET_CUDA_ARCHS)
-# one GPU architecture compiles in a minute, all of a wheel's in ten: set it to your GPU's
+# one GPU architecture compiles in a minute, all of a wheel's in a quarter of an hour: set it to your GPU's
 export EDET_CUDA_ARCHS ?= 90
 CPP_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh examples/*.cpp)
 
