@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import library
 from .names import OPS, TF32_OPS, TRITON_OPS
@@ -258,11 +259,43 @@ def _reference_when_traced(op: str, device: str, dtype: torch.dtype) -> bool:
 _reference_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode derivatives have to see PyTorch's own operations.
+
+    A kernel has neither a batching rule nor a tangent: where gradients are off, its results would
+    have the tangent zero.
+    """
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or forward_ad._current_level >= 0
+
+
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _reference_when_transformed(op: str) -> bool:
+    asked = current_backend()
+    if asked not in ("auto", "reference"):
+        raise BackendError(
+            f"{op} cannot run on backend {asked!r}: kernels have no rules for torch.func and for "
+            "forward-mode derivatives"
+        )
+    return True
+
+
+_reference_when_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def runs_reference(op: str, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether ``op`` on these tensors (the first one a map) runs its reference."""
+    """Whether ``op`` on these tensors (the first one a map) runs its reference.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot run the op.
+    """
     x = tensors[0]
     assert x is not None
     device = x.device.type
+    if is_transformed():
+        return _reference_when_transformed(op)
     if torch.compiler.is_compiling():
         return _reference_when_traced(op, device, x.dtype)
     if (

@@ -268,10 +268,11 @@ class PackedModule(nn.Module):
         """The packed weights and the dtype to compute in for the input ``x``.
 
         None, for the differentiable layers, in training mode, when a gradient is needed, where the
-        layers are no longer those that the ops stand for, in torch.jit.trace, and in torch.export,
-        whose graphs are to hold PyTorch's own operations unless a backend with kernels is asked for
-        by name. torch.compile and torch.export pack inside their graph, so that the weights stay
-        inputs of it; inside :func:`constant_weights` they are packed already.
+        layers are no longer those that the ops stand for, in torch.jit.trace, in torch.func and in
+        forward-mode derivatives, and in torch.export, whose graphs are to hold PyTorch's own
+        operations unless a backend with kernels is asked for by name. torch.compile and
+        torch.export pack inside their graph, so that the weights stay inputs of it; inside
+        :func:`constant_weights` they are packed already.
         """
         if not self.fused or self.training:
             return None
@@ -287,7 +288,8 @@ class PackedModule(nn.Module):
             if self._constants is not None and self._constants[1] == dtype:
                 return self._constants
             training = any(m.training for m in self.modules() if isinstance(m, _BatchNorm))
-            return None if training or layers_reason(self) else (self.pack(dtype), dtype)
+            layers = training or layers_reason(self) or is_traced()
+            return None if layers else (self.pack(dtype), dtype)
         if is_traced():
             return None
         entry = self._entry()

@@ -18,6 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from edet_kernels.backend import is_transformed
+
 _version = attrgetter("_version")
 _training = attrgetter("training")
 _eps = attrgetter("eps")
@@ -37,8 +39,12 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace is recording, which cannot record the fused ops' lists."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+    """Whether PyTorch's own operations are to be seen.
+
+    So it is in torch.jit.trace, which cannot record the fused ops' lists, in torch.func and in
+    forward-mode derivatives, which know nothing of these ops.
+    """
+    return bool(torch.jit.is_tracing()) or is_transformed()  # type: ignore[attr-defined]
 
 
 def _global_hooks() -> bool:
