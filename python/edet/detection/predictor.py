@@ -81,8 +81,9 @@ class Predictor:
     batch is never filled up, so that each number of images is a shape of its own. The ``max_plans``
     shapes used last are kept.
 
-    The model is frozen (:meth:`EfficientDet.freeze`), also when it was frozen before. Everything is
-    planned anew once its weights are written to, its layers exchanged or it is moved. Two kinds of
+    The model is frozen (:meth:`EfficientDet.freeze`), also when it was frozen before; tensors made
+    in inference mode are replaced by copies with a version. Everything is planned anew once its
+    weights are written to, its layers or their attributes exchanged or it is moved. Two kinds of
     writes cannot be seen, those through ``parameter.data`` and through NumPy: make a new predictor
     after them, or call ``repack()`` of the part. With forward hooks in the model nothing is
     planned: its layers run.

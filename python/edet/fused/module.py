@@ -22,7 +22,7 @@ from edet_kernels.onnx import in_onnx_export
 
 from .plan import Plan, Plans, record
 from .ranges import Int8
-from .sources import Sources, is_traced, layers_reason
+from .sources import Sources, is_traced, layers_reason, without_inference_tensors
 
 #: Attributes that a packed module needs for itself.
 RESERVED = (
@@ -189,8 +189,9 @@ class PackedModule(nn.Module):
     :meth:`packed` gives a subclass' ``forward`` the weights for the fused ops, or None when the
     differentiable layers must run: also when one of them has a forward hook, is parametrised or
     pruned, or was exchanged for another kind. The weights are packed when first used and again when
-    any parameter, buffer or submodule below was written to, replaced or moved, and when ``train()``
-    or ``eval()`` change the mode. What cannot be seen from Python are other writes through
+    any parameter, buffer or submodule below was written to, replaced or moved, a number, word or
+    function that is an attribute of a layer changed, and when ``train()`` or ``eval()`` change the
+    mode. What cannot be seen from Python are other writes through
     ``parameter.data`` or a NumPy view: call :meth:`repack` after them.
     """
 
@@ -365,6 +366,7 @@ class FrozenModel:
         self._freeze()
 
     def _freeze(self) -> None:
+        without_inference_tensors(self.model)
         self._parts = [m for m in self.model.modules() if isinstance(m, PackedModule)]
         for part in self._parts:
             part._freeze(looks=part._frozen is None or part._frozen.looks)

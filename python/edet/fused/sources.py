@@ -6,7 +6,9 @@ their weights. So everything that such a layer's result depends on is looked at 
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -23,6 +25,8 @@ from edet_kernels.backend import is_transformed
 _version = attrgetter("_version")
 _training = attrgetter("training")
 _eps = attrgetter("eps")
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"_cache", "_frozen", "_constants", "int8"}
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _optimizer_steps = 0
 
@@ -50,6 +54,49 @@ def is_traced() -> bool:
 def _global_hooks() -> bool:
     """Whether hooks run at every call of every module."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word, or a nest of them in Python's own containers."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+class _Attributes:
+    """What else the layers may compute from: numbers, words, functions that are their attributes.
+
+    An adapter's scale, for example, an activation's name, a padding.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.readers: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        self.objects: list[tuple[dict[str, Any], str, Any]] = []
+        for module in modules:
+            table = vars(module)
+            # of these convolutions and batch norms Sources knows what there is to know
+            if type(module) in (nn.Conv2d, nn.BatchNorm2d):
+                continue
+            keys = [key for key in table if key not in _MODULES_OWN]
+            plain = [key for key in keys if _is_plain(table[key])]
+            if plain:
+                self.readers.append((itemgetter(*plain), table))
+            self.objects += [(table, key, table[key]) for key in keys if key not in plain]
+        self.values = copy.deepcopy(self._values())
+
+    def _values(self) -> list[Any]:
+        return [read(table) for read, table in self.readers]
+
+    def same(self) -> bool:
+        """Whether each is what it was at first."""
+        try:
+            return self._values() == self.values and all(
+                table[key] is value for table, key, value in self.objects
+            )
+        except (KeyError, RuntimeError, ValueError):  # one is gone, or is a tensor or an array now
+            return False
 
 
 class Sources:
@@ -85,16 +132,18 @@ class Sources:
         self.attributes = list(map(vars, modules))
         self.convolutions = [vars(m) for m in modules if isinstance(m, _ConvNd)]
         self.kinds = self._kinds()
+        self.values = _Attributes(modules)
         self.optimizer_steps = _optimizer_steps
+        self.versioned = [t for t in self.tensors if not t.is_inference()]
         try:
             self.state: tuple[list[int], list[int]] | None = self._state()
-        except RuntimeError:  # inference tensors have no version, wrapped ones no address
+        except RuntimeError:  # wrapped tensors have no address
             self.state = None
 
     def _state(self) -> tuple[list[int], list[int]]:
         # An in-place write raises the version; `p.data = q`, and so `.to()`, moves the address.
         # The batch norms' running statistics change unversioned, but with num_batches_tracked.
-        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+        return list(map(_version, self.versioned)), list(map(Tensor.data_ptr, self.tensors))
 
     def _kinds(self) -> tuple[list[type], list[int], list[float], list[tuple[Any, ...]]]:
         # parametrisations exchange the class; a forward put on an instance is one more attribute
@@ -114,10 +163,11 @@ class Sources:
 
     def unchanged(self, module: nn.Module) -> bool:
         """Whether ``module`` computes from the same tensors, layers and values as at first."""
-        return self.state is not None and not self.changed(module)
+        known = self.state is not None and len(self.versioned) == len(self.tensors)
+        return known and not self.changed(module)
 
     def changed(self, module: nn.Module) -> bool:
-        """Whether a change can be seen: in inference tensors, which have no version, none can."""
+        """Whether a change can be seen: no write can to inference tensors, without a version."""
         return (
             self.exchanged(module)
             or self.optimizer_steps != _optimizer_steps
@@ -126,11 +176,38 @@ class Sources:
 
     def exchanged(self, module: nn.Module) -> bool:
         """Whether these are not the layers and tensors of ``module``, whatever their values."""
-        return self.owner() is not module or not self._same_objects() or self._kinds() != self.kinds
+        return (
+            self.owner() is not module
+            or not self._same_objects()
+            or self._kinds() != self.kinds
+            or not self.values.same()
+        )
 
     def runs_python(self) -> bool:
         """Whether the layers must run at each call: for hooks, or for norms in training mode."""
         return any(self.hooks) or _global_hooks() or any(map(_training, self.norms))
+
+
+def without_inference_tensors(model: nn.Module) -> None:
+    """Puts copies in the place of tensors of ``model`` that were made in inference mode.
+
+    These have no version, so that writes to them would not be seen.
+    """
+    copies: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                for key, x in table.items():
+                    if x is None or not x.is_inference():
+                        continue
+                    if id(x) not in copies:  # a tensor may be in several places
+                        copy = x.clone()
+                        wanted = x.requires_grad
+                        copies[id(x)] = (
+                            nn.Parameter(copy, wanted) if isinstance(x, nn.Parameter) else copy
+                        )
+                    table[key] = copies[id(x)]
 
 
 def own_weight(module: nn.Module) -> Tensor | None:
