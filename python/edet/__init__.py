@@ -19,12 +19,13 @@ from .detection.quantize import int8_errors, quantize
 from .detection.results import Detections
 from .dropin import accelerate, restore
 from .models.backbones import load_backbone
-from .models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from .models.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from .models.configs import ModelConfig, list_models
 from .models.counts import count_macs, count_parameters
 from .models.described import load_described, save_described
 from .models.efficientdet import EfficientDet
 from .models.factory import create_model
+from .models.reading import CheckpointError
 from .training import losses, targets
 from .training.datasets import Dataset, open_dataset
 from .training.evaluation import evaluate

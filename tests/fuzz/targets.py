@@ -19,7 +19,8 @@ from op_calls import CALLED
 import edet
 from edet.detection.images import ImageError, load_image
 from edet.detection.labels import read_class_names
-from edet.models.checkpoints import CheckpointError, read_checkpoint
+from edet.models.checkpoints import read_checkpoint
+from edet.models.reading import CheckpointError
 
 #: The only folder that may be written to; the runner makes it.
 FOLDER = Path(os.environ.get("EDET_FUZZ_FOLDER", "."))

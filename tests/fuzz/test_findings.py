@@ -8,7 +8,8 @@ import torch
 
 import edet
 import edet_kernels
-from edet.models.checkpoints import CheckpointError, read_checkpoint
+from edet.models.checkpoints import read_checkpoint
+from edet.models.reading import CheckpointError
 from edet_kernels import int8
 from edet_kernels.testing import samples
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import edet
 from edet.models.backbones import load_backbone
-from edet.models.checkpoints import CheckpointError
 from edet.models.efficientnet import EfficientNet
+from edet.models.reading import CheckpointError
 
 Naming = Callable[[EfficientNet], dict[str, Tensor]]
 

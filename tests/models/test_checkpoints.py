@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import edet
-from edet.models.checkpoints import CLASS_KEYS, CheckpointError, guess_models
+from edet.models.checkpoints import CLASS_KEYS, guess_models
 from edet.models.configs import get_config
+from edet.models.reading import CheckpointError
 
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"

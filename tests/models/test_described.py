@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import edet
-from edet.models.checkpoints import CheckpointError
 from edet.models.described import (
     load_described,
     read_description,
@@ -20,6 +19,7 @@ from edet.models.described import (
     save_described,
 )
 from edet.models.efficientdet import EfficientDet
+from edet.models.reading import CheckpointError
 
 
 def small(**options: Any) -> EfficientDet:

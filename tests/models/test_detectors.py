@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import edet
-from edet.models.checkpoints import CheckpointError
 from edet.models.detectors import load_detector
 from edet.models.efficientnet import EfficientNet
+from edet.models.reading import CheckpointError
 
 
 def model(name: str = "tf_efficientdet_d0", **options: Any) -> edet.EfficientDet:

@@ -21,8 +21,8 @@ from torch import Tensor
 import drawn_shapes
 import edet
 import small_models
-from edet.models.checkpoints import CheckpointError
 from edet.models.described import read_description, read_training
+from edet.models.reading import CheckpointError
 from edet.training import fit as fits
 from edet.training.datasets import Dataset, open_dataset
 from edet.training.evaluation import evaluate

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..extras import require
-from .checkpoints import CheckpointError, check_values, read_checkpoint
+from .checkpoints import check_values, read_checkpoint
 from .efficientnet import EfficientNet, MBConv
+from .reading import CheckpointError
 
 if TYPE_CHECKING:
     from .efficientdet import EfficientDet

@@ -1,17 +1,11 @@
-"""Checkpoints: reading effdet's and this project's files, saying what does not fit, and saving."""
+"""Checkpoints: finding a state dict in a file, saying what does not fit, and saving."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import pickle
 import re
-import struct
-import tarfile
-import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +16,7 @@ from ..extras import require
 from ..files import replacing
 from .configs import ModelConfig, get_config, list_models
 from .efficientnet import scaled_stages
+from .reading import CheckpointError, listed, read_file
 
 if TYPE_CHECKING:
     from .efficientdet import EfficientDet
@@ -38,152 +33,19 @@ _INNER_WRAPPERS = re.compile(
 )
 #: Names of averaged weights, as a word of their own: ``state_dict_ema``, ``ema_model``, ``swa``.
 _AVERAGED = re.compile(
-    r"(?i:(?<![a-z])(ema|swa|avg|average|averaged|polyak)(?![a-z]))|EMA|(?<=[a-z])Ema(?![a-z])"
+    r"(?i:(?<![a-z])(ema|swa|avg|average|averaged|polyak|shadow)(?![a-z]))|EMA|(?<=[a-z])Ema(?![a-z])"
 )
+#: The plain weights of Lightning's WeightAveraging, whose ``state_dict`` are the averaged ones.
+_LIGHTNING_PLAIN = "current_model_state"
+#: Ends of the keys that are no parameters, which some averages lack.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 #: Where one of several state dicts is looked for first.
 _USUAL = ("state_dict_ema", "state_dict", "model")
 #: Buffers that thop's ``profile`` leaves in every module.
 _COUNTS = ("total_ops", "total_params")
 _PARTS = ("backbone", "fpn", "class_net", "box_net")
-_LISTED = 10  # keys of each kind in a message
-
-#: What training scripts store beside the weights: modules whose objects are read as nothing.
-_BESIDE = (
-    *("argparse", "datetime", "decimal", "enum", "fractions", "numpy", "pathlib", "typing", "uuid"),
-    *("addict", "easydict", "lightning", "lightning_fabric", "ml_collections", "omegaconf"),
-    *("pytorch_lightning", "yacs"),
-)
-#: Their usual names, for files of old format, in which names cannot be looked up beforehand.
-_BESIDE_NAMES = (
-    *("argparse.Namespace", "numpy.dtype", "numpy.ndarray"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath"),
-    *("datetime.datetime", "datetime.timedelta"),
-)
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A file that is not a checkpoint, or a checkpoint of another model.
-
-    Attributes:
-        missing, unexpected, misshaped: the keys that do not fit, all of them.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        missing: Iterable[str] = (),
-        unexpected: Iterable[str] = (),
-        misshaped: Iterable[str] = (),
-    ) -> None:
-        super().__init__(message)
-        self.missing = list(missing)
-        self.unexpected = list(unexpected)
-        self.misshaped = list(misshaped)
-
-
-class _Nothing(dict[Any, Any]):
-    """Read in the place of an object that is no weight: takes whatever it is given, runs nothing.
-
-    NumPy's own functions are not let do it: a data type of a wrong description is not safe.
-    """
-
-    def __new__(cls, *_: object, **__: object) -> _Nothing:
-        return dict.__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-def _beside(file: Any) -> list[Any]:
-    """The objects in a file of torch.save that are to be read as nothing, for torch's loader."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # of another format, or damaged, on which torch.load says more
-        names = list(_BESIDE_NAMES)
-    finally:
-        file.seek(0)
-    return [(_Nothing, name) for name in names if name.split(".")[0] in _BESIDE]
-
-
-def _format_reason(path: Path, error: Exception) -> str:
-    """What a file that torch cannot load is; torch's own words may advise to load it unsafely."""
-    with contextlib.suppress(Exception):  # of files that only begin like one
-        if tarfile.is_tarfile(path):
-            return "it is a tar archive, torch's format before 0.1.10: unpack the checkpoint in it"
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                    return "it is a TorchScript program: save the state_dict() of its model"
-    text = str(error)
-    return "torch refuses its format" if "weights_only" in text else text
-
-
-#: First bytes of files that are often found in the place of a checkpoint, and what to do.
-_TAKEN_FOR_ONE = {
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file: run git lfs pull",
-    b"<!doctype html": "is a web page, not the file that was to be downloaded",
-    b"<html": "is a web page, not the file that was to be downloaded",
-    b"\x1f\x8b": "is compressed by gzip: unpack it",
-}
-
-
-def _check_beginning(path: Path) -> None:
-    """Checks that a file is none that is told by its beginning not to be a checkpoint.
-
-    Raises:
-        CheckpointError: it is one, or empty.
-    """
-    with path.open("rb") as file:
-        begin = file.read(64)
-    if not begin:
-        raise CheckpointError(f"{path} is empty")
-    for mark, words in _TAKEN_FOR_ONE.items():
-        if begin.lstrip().lower().startswith(mark):
-            raise CheckpointError(f"{path} {words}")
-    if begin.startswith(b"{") and path.name.endswith(".index.json"):
-        raise CheckpointError(f"{path} lists the parts of a checkpoint: merge them to one file")
-    if begin[8:9] == b"{" and path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} looks like safetensors: its name must end in .safetensors")
-
-
-def read_file(path: Path) -> Any:
-    """All that a ``.safetensors`` file, or one of ``torch.save``, holds; no code of it is run.
-
-    Raises:
-        CheckpointError: it is damaged, of another format, or holds more than tensors and values.
-    """
-    _check_beginning(path)
-    if path.suffix == ".safetensors":
-        safetensors = require("safetensors.torch", "safetensors")
-        try:
-            return safetensors.load_file(path)
-        except Exception as error:  # its error class is not part of its interface
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    with path.open("rb") as file, warnings.catch_warnings():
-        # of files that torch.save did not write, on which the errors below say more
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")
-        warnings.filterwarnings("ignore", message="'torch.load' received a zip file")
-        try:
-            # timm and effdet store the training script's arguments and figures beside the weights
-            with torch.serialization.safe_globals(_beside(file)):
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, struct.error) as error:
-            # torch's own message advises to load it unsafely
-            raise CheckpointError(
-                f"{path} is damaged, or holds Python objects other than tensors and is not loaded, "
-                "because unpickling them can run code"
-            ) from error
-        except Exception as error:  # torch raises errors of any kind on damaged files
-            reason = _format_reason(path, error)
-            raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
 
 
 def _mappings(
@@ -223,6 +85,41 @@ def _state_dicts(content: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _is_averaged(name: str, found: Mapping[str, Any]) -> bool:
+    """Whether a state dict, one of those in a file, is of averaged weights."""
+    if _AVERAGED.search(name):
+        return True
+    lightning = any(n.startswith(f"{_LIGHTNING_PLAIN}.") for n in found)
+    return lightning and name.startswith("state_dict.")
+
+
+def _is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in _STATISTICS
+
+
+def _complete_averages(content: Any, found: dict[str, dict[str, Any]]) -> None:
+    """Gives averages of the parameters alone the names and statistics that the plain weights have.
+
+    Many have no statistics; torch_ema's no names either, but a list in the parameters' order.
+    """
+    plain = [state for name, state in found.items() if not _is_averaged(name, found)]
+    if not plain or not all(_same(state, plain[0]) for state in plain):
+        return
+    keys = [key for key in plain[0] if not _is_statistic(key) and key.split(".")[0] in _PARTS]
+    for name, mapping in _mappings(content):
+        values = mapping.get("shadow_params")
+        if not isinstance(values, list):
+            continue
+        shapes = [getattr(value, "shape", None) for value in values]
+        if shapes == [plain[0][key].shape for key in keys]:
+            found[f"{name}.shadow_params"] = dict(zip(keys, values, strict=True))
+        else:
+            _log.warning("%s.shadow_params is left out: its tensors are not the model's", name)
+    for name, state in found.items():
+        if _is_averaged(name, found) and not any(map(_is_statistic, state)):
+            state |= {key: x for key, x in plain[0].items() if _is_statistic(key)}
+
+
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a.keys() == b.keys() and all(
         x is b[k] or (isinstance(x, Tensor) and isinstance(b[k], Tensor) and torch.equal(x, b[k]))
@@ -236,7 +133,7 @@ def _chosen(found: dict[str, dict[str, Any]], path: Path, ema: bool) -> dict[str
     Raises:
         CheckpointError: there are several of a kind.
     """
-    averaged = [name for name in found if _AVERAGED.search(name)]
+    averaged = [name for name in found if _is_averaged(name, found)]
     plain = [name for name in found if name not in averaged]
     names = (averaged or plain) if ema else (plain or averaged)
     different = [
@@ -279,6 +176,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[s
     if isinstance(content, Mapping) and isinstance(content.get("edet"), Mapping):
         content = content.get("state_dict")  # of this project: the weights to use
     found = _state_dicts(content)
+    _complete_averages(content, found)
     if found:
         content = _chosen(found, path, ema)
     else:  # of another network, or of a part of one
@@ -296,7 +194,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[s
         content = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if other:
         raise CheckpointError(
-            f"{path} must hold a state dict of tensors, got other values for {_listed(other)}"
+            f"{path} must hold a state dict of tensors, got other values for {listed(other)}"
         )
     state = {
         str(key): value
@@ -306,11 +204,6 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True) -> dict[s
     while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def _listed(keys: list[str]) -> str:
-    more = f", … ({len(keys) - _LISTED} more)" if len(keys) > _LISTED else ""
-    return ", ".join(keys[:_LISTED]) + more
 
 
 def _signature(state: Mapping[str, Any]) -> tuple[object, ...]:
@@ -387,6 +280,7 @@ def load_checkpoint(
     fits = not missing and not unexpected
     counts = {state[k].shape[:1].numel() / model.config.num_anchors for k in misshaped}
     classes = set(misshaped) <= set(CLASS_KEYS) and len(counts) == 1 and counts.pop().is_integer()
+    classes = classes and all(state[k].shape[1:] == own[k].shape[1:] for k in misshaped)
     if fits and classes:
         if not reinit_head:
             raise _class_count_error(model, path, state, misshaped)
@@ -422,19 +316,19 @@ def check_values(
     ]
     if strange:  # copied, the bytes of a quantised model would be weights of some hundreds
         raise CheckpointError(
-            f"{path} must hold weights of float32 or another float dtype, got {_listed(strange)}"
+            f"{path} must hold weights of float32 or another float dtype, got {listed(strange)}"
         )
     floats = {k: v.to(own[k].dtype) for k, v in state.items() if v.is_floating_point()}
     broken = [k for k, v in floats.items() if not v.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{path} must hold finite numbers of the model's dtype, got NaN or ∞ in "
-            f"{_listed(broken)}"
+            f"{listed(broken)}"
         )
     below = [k for k, v in floats.items() if k.endswith(".running_var") and (v < 0).any()]
     if below:  # PyTorch takes its root: NaN for all that follows
         raise CheckpointError(
-            f"{path} must hold variances of at least 0, got less in {_listed(below)}"
+            f"{path} must hold variances of at least 0, got less in {listed(below)}"
         )
 
 
@@ -472,7 +366,7 @@ def _mismatch_error(
         lines.append(f"  it looks like one of: {', '.join(guesses)}")
     for title, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes)):
         if keys:
-            lines.append(f"  {title} ({len(keys)}): {_listed(keys)}")
+            lines.append(f"  {title} ({len(keys)}): {listed(keys)}")
     return CheckpointError(
         "\n".join(lines), missing=missing, unexpected=unexpected, misshaped=misshaped
     )

@@ -24,10 +24,11 @@ from ..extras import require
 from ..files import replacing
 from ..fused.module import PackedModule
 from ..fused.ranges import Int8
-from .checkpoints import CheckpointError, load_checkpoint, read_file
+from .checkpoints import load_checkpoint
 from .configs import ModelConfig
 from .efficientdet import EfficientDet
 from .efficientnet import EfficientNet
+from .reading import CheckpointError, read_file
 
 #: Of the description; raised when an older reader could not understand a file.
 FORMAT = 1

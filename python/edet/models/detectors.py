@@ -17,15 +17,10 @@ import torch
 from torch import Tensor
 
 from .backbones import backbone_keys
-from .checkpoints import (
-    CLASS_KEYS,
-    CheckpointError,
-    check_values,
-    load_checkpoint,
-    read_checkpoint,
-)
+from .checkpoints import CLASS_KEYS, check_values, load_checkpoint, read_checkpoint
 from .efficientdet import EfficientDet
 from .efficientnet import EfficientNet
+from .reading import CheckpointError
 
 _LISTED = 5  # keys in a message
 

@@ -20,8 +20,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..files import leftovers
-from ..models.checkpoints import CheckpointError
 from ..models.described import read_description, read_training, save_described
+from ..models.reading import CheckpointError
 from .augment import Augmentation
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate
