@@ -1,5 +1,7 @@
 """Names of classes: from text files as any editor writes them, each error naming its file."""
 
+import codecs
+
 import pytest
 
 from edet.detection.labels import label_map, read_class_names
@@ -74,6 +76,15 @@ def test_errors_name_the_file(tmp_path, data, message):
         ("names:\n- cat\n- dog\n", "YAML"),
         ("nc: 1\nnames: [cat]\n\n# end", "YAML"),
         ("[" * 100_000, "1"),
+        ("0: cat\n2: dog\n5: bird\n", "numbered lines ('0: cat')"),
+        ("1. cat\n2. dog\n3. bird\n", "numbered lines ('1. cat')"),
+        ("0) cat\n1) dog\n2) bird\n", "numbered lines ('0) cat')"),
+        ("id,name\n1,cat\n2,dog\n", "numbered lines ('1,cat')"),
+        ("cat,0\ndog,1\nbird,2\n", "numbered lines ('cat,0')"),
+        ("- cat\n- dog\n- bird\n", "a list in YAML ('- cat')"),
+        ('"cat"\n"dog"\n"bird"\n', "names in quotes or with commas ('\"cat\"')"),
+        ("'cat',\n'dog',\n'bird'\n", "names in quotes or with commas (\"'cat',\")"),
+        ("cat,\ndog,\nbird,\n", "names in quotes or with commas ('cat,')"),
     ],
 )
 def test_another_kind_of_file_is_not_taken_for_names(tmp_path, text, kind):
@@ -83,10 +94,23 @@ def test_another_kind_of_file_is_not_taken_for_names(tmp_path, text, kind):
     assert str(caught.value).endswith(f"got {kind}")
 
 
-@pytest.mark.parametrize("text", ["7 up\n2 cats\n3 dogs", "12\n13\n14", "[x]\n{y}\nitem"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("7 up\n2 cats\n3 dogs", "12\n13\n14", "[x]\n{y}\nitem", "1 euro\n2 euro\n5 euro"),
+        *("1.5 mm\n2.5 mm\n3.5 mm", "v1.0\nv1.1\nv1.2", "1:00\n2:00\n3:00", "-a\n- b\nc"),
+        *("'90s car\n'60s car\ncar", "cat, wild\ncat, tame\ndog"),
+    ],
+)
 def test_names_may_hold_numbers_and_brackets(tmp_path, text):
     (tmp_path / "names.txt").write_text(text)
     assert read_class_names(tmp_path / "names.txt", 3) == text.split("\n")
+
+
+def test_a_mark_inside_of_joined_files_is_no_part_of_a_name(tmp_path):
+    data = b"".join(codecs.BOM_UTF8 + name for name in (b"cat\n", b"dog\n", b"bird\n"))
+    (tmp_path / "names.txt").write_bytes(data)
+    assert read_class_names(tmp_path / "names.txt", 3) == ["cat", "dog", "bird"]
 
 
 def test_a_device_without_end_is_refused():

@@ -163,6 +163,8 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str
     if "\0" in text:
         raise ValueError(f"{path} must be text in UTF-8, got a zero byte: save it in that encoding")
     # not splitlines, which also splits at characters that may be part of a name
+    # a mark of another file that was put behind
+    text = text.replace("\ufeff", "")
     names = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     while names and not names[-1]:
         names.pop()
@@ -174,16 +176,38 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str
     return names
 
 
+#: A number before a name, marked off from it or not, and behind it. No "1.5 mm" and no "0:30".
+_NUMBERED = (r"(\d+)\s*[:,;.)\t]\s*[^\s\d].*", r"(\d+)\s+\S.*", r".*\S\s*[,;\t]\s*(\d+)")
+
+
+def _are_numbered(lines: Sequence[str]) -> bool:
+    """Whether each line holds a number beside a name, from 0 or 1 on; marked off: with gaps."""
+    for pattern in _NUMBERED:
+        found = [re.fullmatch(pattern, line, re.ASCII) for line in lines]
+        numbers = [int(number[1]) for number in found if number]
+        if not lines or len(numbers) < len(lines):
+            continue
+        if numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return True
+        if pattern == _NUMBERED[0] and len(numbers) > 1 and numbers == sorted(set(numbers)):
+            return True
+    return False
+
+
 def _other_kind(text: str, lines: Sequence[str]) -> str | None:
     """What a file with more than the names is; its lines may be as many by chance."""
     with suppress(ValueError, RecursionError):
         if isinstance(json.loads(text), list | dict):
             return "JSON"
-    numbers = [re.match(r"(\d+)(?:\s*[:,;]|\s)\s*\S", line, re.ASCII) for line in lines]
-    if lines and all(numbers):
-        first, *_ = found = [int(number[1]) for number in numbers if number]
-        if first in (0, 1) and found == list(range(first, first + len(found))):
-            return f"numbered lines ({lines[0]!r})"
+    given = [line for line in lines if line]
+    table = bool(given) and re.search("[,;\\t]", given[0]) is not None  # it may have a header
+    for rows in (given, given[1:] if table else []):
+        if _are_numbered(rows):
+            return f"numbered lines ({rows[0]!r})"
+    if given and all(line.startswith("- ") for line in given):
+        return f"a list in YAML ({given[0]!r})"
+    if given and all(re.fullmatch(r"([\"']).*\1,?|.+,", line) for line in given):
+        return f"names in quotes or with commas ({given[0]!r})"
     if any(re.fullmatch(r"item\s*\{", line) for line in lines):
         return "a label map in protobuf's text format"
     if any(re.fullmatch(r"names\s*:.*", line) for line in lines):
