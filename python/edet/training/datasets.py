@@ -277,6 +277,28 @@ def _check_pixels(found: Annotations, source: Path) -> None:
         )
 
 
+def _check_corners(
+    found: Annotations, images: Sequence[RawImage], sizes: Sequence[Any], source: Path
+) -> None:
+    """Refuses boxes of two corners where width and height are meant, by how they would fit."""
+    if found.format == "VOC":
+        return
+    boxes = np.array([o.box for image in images for o in image.objects]).reshape(-1, 4)
+    counts = [len(image.objects) for image in images]
+    ends = np.repeat(np.array(sizes).reshape(-1, 2)[:, ::-1], counts, 0)
+    first, last = boxes[:, :2], boxes[:, 2:]
+    beyond = ((first < -1) | (last > ends + 1)).any(1)
+    sides = last - first
+    start = (first + last) / 2 if found.fractions else first  # YOLO's are centres
+    as_corners = ((sides > start) & (sides <= ends + 1) & (start >= 0)).all(1)
+    if len(boxes) > 2 and beyond.mean() >= 0.5 and as_corners.all():
+        wanted = "x, y of the centre, width, height" if found.fractions else "x, y, width, height"
+        raise DatasetError(
+            f"{source}: {int(beyond.sum())} of {len(boxes)} boxes reach out of their images, and "
+            f"all would fit as x1, y1, x2, y2; boxes must be {wanted}"
+        )
+
+
 def _checked(found: Annotations, source: Path, check: str) -> tuple[list[RawImage], list[Any]]:
     """The images that can be used and their sizes; the rest becomes problems."""
     probe = _decoded if check == "decode" else _header
@@ -386,9 +408,11 @@ def open_dataset(
     if clashes:
         raise DatasetError(f"{source} names the image {clashes[0]} twice: merge its annotations")
     if not found.images:
-        raise DatasetError(f"{source} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        listed = "".join(f"; {line}" for line in _listed(found.problems))
+        raise DatasetError(f"{source} has no images ({', '.join(IMAGE_SUFFIXES)}){listed}")
     _check_pixels(found, source)
     usable, sizes = _checked(found, source, check)
+    _check_corners(found, usable, sizes, source)
     if found.problems and bad == "refuse":
         listed = "; ".join(_listed(found.problems))
         raise DatasetError(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -80,13 +79,45 @@ def _unique(values: Iterable[Any], what: str, path: Path) -> None:
         seen.add(value)
 
 
+_YES, _NO = ("1", "true", "yes"), ("", "0", "false", "no", "none")
+
+
+def _flag(value: Any, what: str, source: str) -> bool:
+    """A flag, however it is written."""
+    word = str(value).strip().lower()
+    if word in _YES or word in _NO:
+        return word in _YES
+    raise DatasetError(f"{source} has {what} {value!r}: it must be 0 or 1")
+
+
+def _existing(folder: Path, name: str) -> Path:
+    """The file of a name, which may be written as on Windows."""
+    path = folder / name
+    if "\\" in name and not path.exists():
+        return folder / PureWindowsPath(name).as_posix()
+    return path
+
+
+def _is_apples(path: Path) -> bool:
+    """Whether a file is none of the data set's but what macOS puts beside one."""
+    return path.name.startswith("._")
+
+
+def _text(path: Path) -> str:
+    """The content of a text file; a byte-order mark is no part of it."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} must be text in UTF-8: {error}") from error
+
+
 # --- COCO -----------------------------------------------------------------------------------------
 
 
 def _coco_content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not JSON: {error}") from error
     keys = ("images", "annotations", "categories")
     lacking = [k for k in keys if not isinstance(content, dict) or k not in content]
@@ -101,7 +132,7 @@ def _coco_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _coco_folder(path: Path, first: str) -> Path:
+def _coco_folder(path: Path, names: Sequence[str]) -> Path:
     """The folder that the file names of a COCO file start from: where the first image is."""
     stem = path.stem.split("_")[-1]  # instances_train2017 → train2017
     near = [path.parent, path.parent.parent]
@@ -111,9 +142,10 @@ def _coco_folder(path: Path, first: str) -> Path:
         for inner in ("", stem, "images", f"images/{stem}", f"{stem}/images")
     ]
     tried += sorted(p for p in path.parent.iterdir() if p.is_dir())
-    for folder in tried:
-        if (folder / first).is_file():
-            return folder
+    for name in names[:100]:  # the first ones may be missing, or have names that need no folder
+        for folder in tried:
+            if not Path(name).is_absolute() and _existing(folder, name).is_file():
+                return folder
     return path.parent
 
 
@@ -143,6 +175,8 @@ def _coco_annotations(path: Path, content: dict[str, Any], images: Path | None) 
         raise DatasetError(f"{path} has no categories: list the classes under categories")
     _unique((c["id"] for c in categories), "category id", path)
     _unique((c["name"] for c in categories), "category name", path)
+    if any(c["name"] in (None, "") for c in categories):
+        raise DatasetError(f"{path} has a category without a name")
     _unique((im["id"] for im in content["images"]), "image id", path)
     _unique((a["id"] for a in content["annotations"] if "id" in a), "annotation id", path)
     labels = {c["id"]: i for i, c in enumerate(categories, 1)}
@@ -165,42 +199,49 @@ def _coco_annotations(path: Path, content: dict[str, Any], images: Path | None) 
             continue
         x, y, width, height = (float(v) for v in box)
         area = entry.get("area")
+        if area is not None and not _numbers([area]):
+            result.problems.append((source, f"area must be a number, got {area!r}"))
+            continue
         objects[entry["image_id"]].append(
             RawObject(
                 (x, y, x + width, y + height),
                 labels[entry["category_id"]],
                 None if area is None else float(area),
-                bool(entry.get("iscrowd", 0)),
+                _flag(entry.get("iscrowd", 0), "iscrowd", source),
                 False,
                 source,
             )
         )
     names = [str(im["file_name"]) for im in content["images"]]
-    folder = images or _coco_folder(path, names[0] if names else "")
+    folder = images or _coco_folder(path, names)
     for name, entry in zip(names, content["images"], strict=True):
         size = (entry["height"], entry["width"]) if entry.get("height") else None
-        result.images.append(RawImage(folder / name, entry["id"], size, objects[entry["id"]]))
+        result.images.append(
+            RawImage(_existing(folder, name), entry["id"], size, objects[entry["id"]])
+        )
     return result
 
 
 def _numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    largest = 1e30  # whole numbers in JSON may be too large for a float
+    return all(isinstance(v, int | float) and abs(v) < largest for v in values)
 
 
 # --- YOLO -----------------------------------------------------------------------------------------
 
 
 def _yolo_names(path: Path, content: Any) -> list[str]:
+    """The names, of a content in which every value is a word as it is written."""
     names = content.get("names") if isinstance(content, Mapping) else None
-    if isinstance(names, Mapping) and sorted(names) == list(range(len(names))):
-        names = [names[i] for i in range(len(names))]
+    if isinstance(names, Mapping) and set(names) == set(map(str, range(len(names)))):
+        names = [names[str(i)] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DatasetError(
             f"{path} must list the classes under 'names' (a list, or a mapping from 0, 1, …), "
             f"got {names!r}"
         )
     count = content.get("nc", len(names))
-    if count != len(names):
+    if count not in (len(names), str(len(names))):
         raise DatasetError(f"{path} says nc: {count} but names {len(names)} classes")
     _unique(map(str, names), "class name", path)
     return [str(name) for name in names]
@@ -217,22 +258,19 @@ def _yolo_images(path: Path, content: Mapping[str, Any], split: str) -> list[Pat
     found: list[Path] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         # relative to the file's folder; Roboflow writes ../train/images and means ./train/images
-        beside = str(entry).removeprefix("../")
-        tries = [
-            path.parent / root / entry,
-            path.parent / entry,
-            path.parent / beside,
-            root / entry,
-        ]
+        folders = (path.parent / root, path.parent, path.parent, root)
+        names = (entry, entry, str(entry).removeprefix("../"), entry)
+        tries = [_existing(x, str(name)) for x, name in zip(folders, names, strict=True)]
         place = next((p for p in tries if p.exists()), None)
         if place is None:
             raise DatasetError(f"{path}: {split} is {entry}, which does not exist ({tries[0]})")
         if place.is_dir():
             inside = place.rglob("*")
-            found += sorted(p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES)
+            images = (p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES)
+            found += sorted(p for p in images if not _is_apples(p))
         else:
-            lines = place.read_text(encoding="utf-8").split("\n")
-            found += [place.parent / line.strip() for line in lines if line.strip()]
+            lines = _text(place).split("\n")
+            found += [_existing(place.parent, line.strip()) for line in lines if line.strip()]
     return found
 
 
@@ -256,7 +294,7 @@ def _yolo_line(line: str, source: str, classes: int) -> RawObject:
             f"{source} must be 'class x y width height', or a class and a polygon, got {line!r}"
         )
     index, values = numbers[0], numbers[1:]
-    if index != int(index) or not 0 <= index < classes:
+    if index not in range(classes):  # nor is NaN
         raise DatasetError(
             f"{source} has class {words[0]}, outside of the {classes} names (0 to {classes - 1}): "
             "add the name, or correct the label"
@@ -282,21 +320,26 @@ def read_yolo(path: Path, split: str) -> Annotations:
     """
     yaml = require("yaml", "train")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = _text(path)
+        content = yaml.safe_load(text)
+        # the names as they are written: to YAML no, ~ and 010 are False, nothing and 8
+        names = _yolo_names(path, yaml.load(text, Loader=yaml.BaseLoader))
+    except (yaml.YAMLError, RecursionError) as error:
         raise DatasetError(f"{path} is not YAML: {error}") from error
-    names = _yolo_names(path, content)
     result = Annotations("YOLO", [], names, list(range(len(names))), fractions=True)
     images = _yolo_images(path, content, split)
     _unique(images, "image", path)
-    folders: dict[Path, set[Path]] = {}
+    folders: dict[Path, set[Path]] = {}  # of labels: those of the images
+    labelled = False
     for image in images:
         file = _yolo_label_file(image)
-        folders.setdefault(file.parent, set()).add(file)
+        if not file.is_file() and file.with_suffix(".TXT").is_file():
+            file = file.with_suffix(".TXT")
+        folders.setdefault(file.parent, set()).add(image.parent)
         objects = []
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            for number, line in enumerate(lines, 1):
+            labelled = True
+            for number, line in enumerate(_text(file).splitlines(), 1):
                 if line.strip():
                     source = f"{file}:{number}"
                     raw = _yolo_line(line, source, len(names))
@@ -305,12 +348,21 @@ def read_yolo(path: Path, split: str) -> Annotations:
                     else:
                         result.problems.append((source, f"the box is not finite: {line!r}"))
         result.images.append(RawImage(image, str(image), None, objects))
-    for folder, used in folders.items():
-        others = {p for p in folder.glob("*.txt") if p.name not in ("classes.txt", "train.txt")}
+    if images and not labelled:
+        example = _yolo_label_file(images[0])
+        raise DatasetError(
+            f"{path}: no image of {split!r} has a label file, such as {example}; "
+            "an empty one says that an image has no objects"
+        )
+    for folder, places in folders.items():
+        if "labels" not in folder.parts:
+            continue
+        # images of another split may lie beside those of this one
+        stems = {p.stem for place in places if place.is_dir() for p in place.iterdir()}
         result.problems += [
             (str(p), "a label file without its image")
-            for p in sorted(others - used)
-            if folder.name == "labels" or "labels" in folder.parts
+            for p in sorted(folder.glob("*.txt"))
+            if p.name not in ("classes.txt", "train.txt") and p.stem not in stems
         ]
     return result
 
@@ -334,7 +386,7 @@ def _voc_object(element: ElementTree.Element, labels: Mapping[str, int], path: P
         raise DatasetError(f"{path}: the box of a {name} cannot be read: {error}") from error
     # VOC counts pixels from 1 and its last pixel is inside
     box = x1 - 1, y1 - 1, x2, y2
-    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    difficult = _flag(element.findtext("difficult") or "0", "difficult", f"a {name} in {path}")
     return RawObject(box, labels[name], None, False, difficult, f"a {name} in {path}")
 
 
@@ -342,10 +394,32 @@ def _voc_trees(files: Sequence[Path]) -> dict[str, ElementTree.Element]:
     trees = {}
     for file in files:
         try:
-            trees[file.stem] = ElementTree.parse(file).getroot()
+            root = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:
             raise DatasetError(f"{file} is not XML: {error}") from error
+        for element in root.iter():  # without a namespace
+            element.tag = str(element.tag).rpartition("}")[2]
+        if root.tag != "annotation":
+            raise DatasetError(f"{file} must hold an annotation of VOC, got {root.tag}")
+        trees[file.stem] = root
     return trees
+
+
+def _voc_size(tree: ElementTree.Element) -> tuple[int, int] | None:
+    """(height, width) that the annotations are of, where they say so."""
+    try:
+        height, width = (int(float(tree.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
+    except ValueError:
+        return None
+    return (height, width) if height > 0 and width > 0 else None
+
+
+def _voc_image(tree: ElementTree.Element, stem: str, places: Sequence[Path]) -> Path | None:
+    """The image file; its name may be a path of another system, or lack its suffix."""
+    name = PureWindowsPath((tree.findtext("filename") or f"{stem}.jpg").strip()).name
+    suffixes = ("",) if Path(name).suffix.lower() in IMAGE_SUFFIXES else ("", *IMAGE_SUFFIXES)
+    files = (place / f"{name}{suffix}" for place in places for suffix in suffixes)
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_voc(folder: Path, split: str, class_names: Sequence[str] | None = None) -> Annotations:
@@ -360,10 +434,12 @@ def read_voc(folder: Path, split: str, class_names: Sequence[str] | None = None)
     """
     inside = (folder / "Annotations").is_dir()
     annotations = folder / "Annotations" if inside else folder
-    files = sorted(annotations.glob("*.xml"))
+    files = sorted(p for p in annotations.glob("*.xml") if not _is_apples(p))
     trees = _voc_trees(files)
     found = {(o.findtext("name") or "").strip() for t in trees.values() for o in t.iter("object")}
     names = list(class_names) if class_names is not None else sorted(found)
+    if "" in names:
+        raise DatasetError(f"{annotations} has objects without a name")
     labels = {name: i for i, name in enumerate(names, 1)}
     lists = folder / "ImageSets" / "Main"
     stems = list(trees)
@@ -372,7 +448,7 @@ def read_voc(folder: Path, split: str, class_names: Sequence[str] | None = None)
         if not file.is_file():
             known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
             raise DatasetError(f"{lists} has no split {split!r}; it has {known}")
-        stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        stems = [line.split()[0] for line in _text(file).splitlines() if line.strip()]
     result = Annotations("VOC", [], names, list(range(1, len(names) + 1)))
     for stem in stems:
         path = annotations / f"{stem}.xml"
@@ -380,14 +456,14 @@ def read_voc(folder: Path, split: str, class_names: Sequence[str] | None = None)
             result.problems.append((str(path), "the annotations of an image are missing"))
             continue
         tree = trees[stem]
-        file_name = (tree.findtext("filename") or f"{stem}.jpg").strip()
         places = [folder / "JPEGImages", folder / "images", annotations]
-        image = next((p / file_name for p in places if (p / file_name).is_file()), None)
+        image = _voc_image(tree, stem, places)
+        if image is None:
+            name = (tree.findtext("filename") or f"{stem}.jpg").strip()
+            image = places[0 if inside else 2] / name
         objects = [_voc_object(o, labels, path) for o in tree.iter("object")]
         for raw in [o for o in objects if not _numbers(o.box)]:
             objects.remove(raw)
             result.problems.append((raw.source, f"the box is not finite: {raw.box}"))
-        result.images.append(
-            RawImage(image or places[0 if inside else 2] / file_name, stem, None, objects)
-        )
+        result.images.append(RawImage(image, stem, _voc_size(tree), objects))
     return result
