@@ -376,3 +376,41 @@ def test_models_that_are_frozen() -> None:
     with pytest.raises(ValueError, match="got none that requires a gradient, as in a moving"):
         Trainer(average, steps=3, batch_size=2)
     Trainer(average.requires_grad_(), steps=3, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamw"}, "is of another optimizer"),
+        (
+            {"freeze": ("norms",)},
+            "of another optimizer than this trainer.s, or of another freeze",
+        ),
+        ({"precision": "float16"}, "with another precision"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(options: dict[str, Any], message: str) -> None:
+    """Of another optimizer the weights were loaded, and the first step ended in a KeyError."""
+    trainer = Trainer(small_model(), steps=9, batch_size=4)
+    trainer.step(*batch())
+    other = Trainer(small_model(), steps=9, batch_size=4, **options)
+    before = everything(other)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(trainer.state_dict())
+    assert all(x.equal(y) for x, y in zip(before, everything(other), strict=True))
+
+
+def test_a_state_that_lacks_something() -> None:
+    trainer = Trainer(small_model(), steps=9, batch_size=4)
+    state = trainer.state_dict()
+    del state["schedule"]
+    with pytest.raises(ValueError, match=r"one of Trainer\.state_dict, it lacks schedule"):
+        trainer.load_state_dict(state)
+
+
+def test_steps_without_images_or_gradients() -> None:
+    trainer = Trainer(small_model(), steps=9, batch_size=4)
+    with pytest.raises(ValueError, match="images must hold at least one image, got none"):
+        trainer.step(torch.zeros(0, 3, 64, 64), [], [])
+    with torch.no_grad(), pytest.raises(ValueError, match="step needs gradients"):
+        trainer.step(*batch())

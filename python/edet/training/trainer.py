@@ -242,6 +242,10 @@ class Trainer:
         if not isinstance(images, Tensor) or images.dim() != 4:
             kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be one tensor (B, 3, H, W), got {kind}")
+        if not len(images):
+            raise ValueError("images must hold at least one image, got none")
+        if not torch.is_grad_enabled():
+            raise ValueError("step needs gradients: call it outside of no_grad and inference_mode")
         if len(boxes) != len(images):
             raise ValueError(
                 f"boxes must hold one entry per image ({len(images)}), got {len(boxes)}"
@@ -380,22 +384,39 @@ class Trainer:
             **{name: getattr(self, name) for name in _COUNTERS},
         }
 
+    def _check_state(self, state: dict[str, Any]) -> None:
+        lacking = [key for key in _STATE if key not in state]
+        if lacking:
+            raise ValueError(f"the state must be one of Trainer.state_dict, it lacks {lacking[0]}")
+        if (state["scaler"] is None) != (self.scaler is None):
+            raise ValueError("the state was saved with another precision than this trainer's")
+        for name, model in (("model", self.model), ("average", self.average.model)):
+            own = {key: x.shape for key, x in model.state_dict().items()}
+            given = {key: x.shape for key, x in state[name].items()}
+            unlike = [key for key in own | given if own.get(key) != given.get(key)]
+            if unlike:
+                raise ValueError(f"the state is of another model: {name} differs in {unlike[0]}")
+        groups = [self.optimizer.param_groups, state["optimizer"]["param_groups"]]
+        own_groups, given_groups = (
+            [("betas" in g, "momentum" in g, len(g["params"])) for g in gs] for gs in groups
+        )
+        if own_groups != given_groups:
+            raise ValueError(
+                "the state is of another optimizer than this trainer's, or of another freeze"
+            )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`, into a trainer made with the same arguments.
 
         Raises:
             ValueError: the state is of another model, optimiser or precision.
         """
-        if (state["scaler"] is None) != (self.scaler is None):
-            raise ValueError("the state was saved with another precision than this trainer's")
+        self._check_state(state)  # all of it, before anything is changed
         if self.schedule is None:
             self.set_steps(state["schedule"]["lr_lambdas"][0]["steps"])
         assert self.schedule is not None
-        try:
-            self.model.load_state_dict(state["model"])
-            self.average.model.load_state_dict(state["average"])
-        except RuntimeError as error:
-            raise ValueError(f"the state is of another model: {error}") from error
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.scaler is not None:
@@ -408,6 +429,7 @@ class Trainer:
         _set_random_state(state["random"])
 
 
+_STATE = ("model", "average", "average_updates", "optimizer", "schedule", "scaler", "random")
 _COUNTERS = ("step_count", "epoch", "epoch_step", "skipped_in_a_row", "gradient_norm")
 
 
