@@ -45,12 +45,13 @@ def _anchors(
             x, y = aspect if isinstance(aspect, tuple) else (aspect**0.5, aspect**-0.5)
             strides = anchor_scale * 2 ** (octave / num_scales)
             factors.append((strides * y, strides * x))
-    half = torch.tensor(factors, dtype=torch.float64) / 2
+    half = torch.tensor(factors, dtype=torch.float64, device="cpu") / 2
+    whole = torch.tensor(image_size, dtype=torch.float64, device="cpu")
     levels = []
     for size in feature_sizes(image_size, min_level, max_level):
         # a stride is not whole when a side is not a multiple of 2**level
-        stride = torch.tensor(image_size, dtype=torch.float64) / torch.tensor(size)
-        cells = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).view(-1, 1, 2)
+        stride = whole / torch.tensor(size, device="cpu")
+        cells = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in size)).view(-1, 1, 2)
         centres = (cells.double() + 0.5) * stride
         levels.append(torch.cat([centres - half * stride, centres + half * stride], -1).view(-1, 4))
     return torch.cat(levels).to(device=device, dtype=dtype)

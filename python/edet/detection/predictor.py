@@ -311,7 +311,8 @@ class Predictor:
             raise ValueError(f"batch_size must be 1 to {self.batch_size}, got {batch_size}")
         for _ in range(2):
             self(
-                torch.zeros(batch_size, 3, height, width, dtype=torch.uint8), image_size=image_size
+                torch.zeros(batch_size, 3, height, width, dtype=torch.uint8, device="cpu"),
+                image_size=image_size,
             )
 
     def stats(self) -> Stats:

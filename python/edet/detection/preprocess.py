@@ -86,7 +86,7 @@ def letterbox(images: Sequence[Tensor], image_size: tuple[int, int], fill: Seque
 def geometry(sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
     """(B, 3) float32: height and width of each image, and its pixels per pixel of the network's."""
     rows = [(*size, 1 / fit(size, image_size)[0]) for size in sizes]
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def letterbox_fill(mean: Sequence[float]) -> list[int]:

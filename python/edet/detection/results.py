@@ -177,10 +177,11 @@ class Detections:
                 raise TypeError("sizes and labels must be integers")
             if not all(isinstance(row["name"], str) for row in rows):
                 raise TypeError("names must be strings")
+            boxes = [row["box"] for row in rows]
             return cls(
-                torch.tensor([row["box"] for row in rows], dtype=torch.float32).view(-1, 4),
-                torch.tensor([row["score"] for row in rows], dtype=torch.float32),
-                torch.tensor([row["label"] for row in rows], dtype=torch.int64),
+                torch.tensor(boxes, dtype=torch.float32, device="cpu").view(-1, 4),
+                torch.tensor([row["score"] for row in rows], dtype=torch.float32, device="cpu"),
+                torch.tensor([row["label"] for row in rows], dtype=torch.int64, device="cpu"),
                 (height, width),
                 {row["label"]: row["name"] for row in rows},
             )

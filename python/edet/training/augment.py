@@ -161,8 +161,10 @@ class Augmentation:
                 result = self.transform(image, boxes, labels)
                 image, boxes, labels = _checked_result(result, self.transform)
             low, high = self.scale
-            scale, mirror, row, column = torch.rand(4, dtype=torch.float64).tolist()
-            colours = torch.rand(3, dtype=torch.float64).tolist() if self.colour else []
+            scale, mirror, row, column = torch.rand(4, dtype=torch.float64, device="cpu").tolist()
+            colours = (
+                torch.rand(3, dtype=torch.float64, device="cpu").tolist() if self.colour else []
+            )
         scale = low + (high - low) * scale
         visible = 0.0 if window is None else 0.1
         pixels, boxes, kept = jitter(
@@ -191,7 +193,7 @@ class Augmentation:
         if not self.mosaic:
             return None
         with seeded(seed):
-            dice, row, column, *others = torch.rand(6, dtype=torch.float64).tolist()
+            dice, row, column, *others = torch.rand(6, dtype=torch.float64, device="cpu").tolist()
         if dice >= self.mosaic:
             return None
         centre = (
@@ -213,8 +215,8 @@ def _checked_result(result: object, transform: Transform) -> tuple[Tensor, Tenso
     image, boxes, labels = result
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3:
         raise TypeError(f"{name} must return a (3, H, W) uint8 tensor as its image")
-    boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    labels = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+    boxes = torch.as_tensor(boxes, dtype=torch.float32, device="cpu").reshape(-1, 4)
+    labels = torch.as_tensor(labels, dtype=torch.int64, device="cpu").reshape(-1)
     if len(boxes) != len(labels):
         raise ValueError(
             f"{name} must return one label per box, got {len(labels)} and {len(boxes)}"
@@ -237,8 +239,8 @@ def to_network(
 
 def on_canvas(pixels: Tensor, image_size: tuple[int, int], fill: Sequence[int]) -> Tensor:
     """Pixels of at most ``image_size`` at the top left, the rest filled as by the letterbox."""
-    canvas = torch.empty((3, *image_size), dtype=torch.uint8)
-    canvas[:] = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
+    canvas = torch.empty((3, *image_size), dtype=torch.uint8, device="cpu")
+    canvas[:] = torch.tensor(fill, dtype=torch.uint8, device="cpu").view(3, 1, 1)
     canvas[:, : pixels.shape[1], : pixels.shape[2]] = pixels
     return canvas
 

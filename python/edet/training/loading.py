@@ -110,7 +110,9 @@ class TrainingImages(TorchDataset[tuple[Tensor, Tensor, Tensor, Path]]):
         self, samples: list[Sample], augmentation: Augmentation, centre: tuple[int, int], seed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Four samples, each augmented for its part of the network's input."""
-        canvas = on_canvas(torch.empty(3, 0, 0, dtype=torch.uint8), self.image_size, self.fill)
+        canvas = on_canvas(
+            torch.empty(3, 0, 0, dtype=torch.uint8, device="cpu"), self.image_size, self.fill
+        )
         boxes, labels = [], []
         parts = quadrants(self.image_size, centre)
         for i, (sample, (rows, columns, window)) in enumerate(zip(samples, parts, strict=True)):
@@ -237,7 +239,7 @@ def _options(workers: int) -> dict[str, Any]:
         "pin_memory": torch.cuda.is_available(),
         # the loader's own seed, which nothing here uses, comes from here and not from torch's
         # global numbers: reading must not change what follows
-        "generator": torch.Generator(),
+        "generator": torch.Generator("cpu"),
     }
     if workers:
         options |= {
@@ -248,11 +250,19 @@ def _options(workers: int) -> dict[str, Any]:
     return options
 
 
+class _Loader(DataLoader[Any]):
+    """A loader that draws its seed on the host, whatever the process's default device."""
+
+    def __iter__(self) -> Any:
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
 def training_loader(
     images: TrainingImages, batches: TrainingBatches, *, workers: int = 0
 ) -> DataLoader[Any]:
     """Batches of ``images`` in the order of ``batches``, read ahead by ``workers`` processes."""
-    return DataLoader(images, batch_sampler=batches, collate_fn=collate, **_options(workers))
+    return _Loader(images, batch_sampler=batches, collate_fn=collate, **_options(workers))
 
 
 def evaluation_loader(
@@ -266,4 +276,4 @@ def evaluation_loader(
     """Each image once: this process's share, no image twice to fill up."""
     share = range(rank, len(images), processes)
     options = _options(workers) | ({"persistent_workers": False} if workers else {})
-    return DataLoader(images, batch_size, sampler=share, collate_fn=collate_evaluation, **options)
+    return _Loader(images, batch_size, sampler=share, collate_fn=collate_evaluation, **options)

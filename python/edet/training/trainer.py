@@ -440,7 +440,7 @@ def _random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if cuda else [],
-        "numpy": [str(name), torch.tensor(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "python": [version, list(numbers), gauss],
     }
 
