@@ -209,8 +209,11 @@ def _leave_barrier(i: Instruction) -> Action:
     return run
 
 
-def _slow_path(i: Instruction) -> Action:
-    """A call: of the slow path of a division, which none takes here; execution goes on after it."""
+def _call(i: Instruction) -> Action:
+    """A jump out of a loop, which the compiler writes so before sm_90; or the slow path of a
+    division, which none takes here: execution goes on after it."""
+    if any("(.L_" in operand for operand in i.operands):
+        return _branch(i)
     return lambda w: None
 
 
@@ -259,7 +262,7 @@ _TABLE: dict[str, Callable[[Instruction], Action]] = {
     "WARPSYNC": lambda i: lambda w: w.wait("warp"),
     "BAR": lambda i: lambda w: w.wait("block"),
     "EXIT": lambda i: lambda w: w.exit(),
-    "CALL": _slow_path,
+    "CALL": _call,
     "RET": _unknown_return,
     "FCHK": lambda i: lambda w: write_predicate(i.operands[0])(w, False),
     "HMMA": memory.no_product,

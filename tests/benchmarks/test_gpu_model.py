@@ -174,6 +174,21 @@ def test_a_loop_runs_as_often_as_its_lane_that_stays_longest():
     assert trace.code.count(1) == 8
 
 
+def test_a_call_of_a_label_is_a_jump_and_a_divisions_slow_path_is_not_taken():
+    """Before sm_90 the compiler leaves a loop by a call of what follows it."""
+    block, (trace,) = run([
+        "MOV R0, 0x3",
+        "loop: IADD3 R0, R0, -0x1, RZ",
+        "CALL.REL.NOINC `($__internal_1_$__cuda_sm3x_div_rn_noftz_f32_slowpath)",
+        "ISETP.LT.AND P0, PT, R0, 0x1, PT",
+        "@P0 CALL.REL.NOINC `(.L_x_1)",
+        "BRA `(loop)",
+        ".L_x_1: MOV R1, R0",
+    ])  # fmt: skip
+    assert registers(block, 1) == [0] * 32
+    assert trace.code.count(1) == 3
+
+
 def test_shared_memory_and_barriers():
     """The last warp writes what the first one reads; a bank's turns are counted."""
     block, traces = run([
