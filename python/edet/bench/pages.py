@@ -77,7 +77,7 @@ def markdown(result: dict[str, Any]) -> str:
         images = ["images/s"] if batches else []
         header = ["", "", *names, "edet-kernels", *images, "best", "of FMA peak"]
         peak = result["peak_gflops"].get(dtype)
-        known = f"{peak:.0f} GFLOP/s (largest matrix product of the same run)" if peak else ""
+        known = f"{peak:.0f} GFLOP/s (fastest product of the same run)" if peak else ""
         blocks.append(f"{dtype}, FMA peak {known}:" if known else f"{dtype}:")
         blocks.append("\n".join(_table(header, body, words=2)))
         reasons: dict[str, list[str]] = {}

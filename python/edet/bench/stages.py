@@ -17,7 +17,7 @@ from edet_kernels.testing.numeric import (
     check_network,
     relative_difference,
 )
-from edet_kernels.testing.timing import Call, copy_bandwidth, host_clock, matrix_peak, measure
+from edet_kernels.testing.timing import Call, copy_bandwidth, host_clock, measure, product_peak
 
 from ..models.configs import get_config
 from ..models.counts import count_macs, count_parameters
@@ -230,7 +230,7 @@ def assemble(
         times[part][name] = milliseconds
     counted = costs(subject)
     # a CPU's kernels compute in float32 whatever the maps are
-    peak = matrix_peak(device, torch.float32 if device.type == "cpu" else dtype)
+    peak = product_peak(device, torch.float32 if device.type == "cpu" else dtype)
     return Bench(
         model=subject.ours.config.name,
         image_size=subject.size,
