@@ -3,18 +3,16 @@
 They run an export of the float network, quantisations of that by ONNX Runtime and, for OpenVINO, by
 NNCF, and the export of our own quantisation (``edet.export``).
 
-Everything is timed in turns in one process, in rounds; the figures are the medians of the ratios of
-a round, which a busy machine disturbs less than the times. ``python benchmarks/int8.py``.
+Everything is timed in turns in one process, as in cpu.py; the ratios are medians of those of a
+round, which a busy machine disturbs less than the times. ``python benchmarks/int8.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, only this file's own folder is searched
 
 import edet  # noqa: E402
-from benchmarks import rivals  # noqa: E402
+from benchmarks import cpu_rows, rivals  # noqa: E402
 from benchmarks.cpu import machine, revision  # noqa: E402
+from edet.bench import report  # noqa: E402
 from edet.bench.variants import eager_copy, set_batch_norms  # noqa: E402
 
 OURS, OURS_INT8, ORT, ORT_INT8 = "ours float32", "ours int8", "ORT float32", "ORT int8"
@@ -105,25 +104,14 @@ def calls(name: str, folder: Path, threads: int, ort: bool) -> dict[str, Callabl
     return {OURS: lambda: model(x), OURS_INT8: lambda: small(x), **found}
 
 
-@torch.no_grad()
-def measure(variants: dict[str, Callable[[], Any]], rounds: int, threads: int) -> dict[str, Any]:
-    """Milliseconds of each variant, and how many times longer our float32 takes than each.
-
-    On one thread the processor's time is taken, which other programs do not lengthen.
-    """
-    clock = time.process_time if threads == 1 else time.perf_counter
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(rounds + 3):
-        for name, call in variants.items():
-            start = clock()
-            call()
-            if i >= 3:
-                samples[name].append(1e3 * (clock() - start))
+def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Milliseconds of each variant, and how many times longer our float32 takes than each."""
+    times = cpu_rows.measure(variants, rounds=rounds, seconds=1.0, limit=300.0)
+    samples = {name: found["samples_ms"] for name, found in times.items()}
     return {
-        "median_ms": {name: statistics.median(s) for name, s in samples.items()},
+        "median_ms": {name: found["median_ms"] for name, found in times.items()},
         "times_faster_than_ours_float32": {
-            name: statistics.median(ours / own for ours, own in zip(samples[OURS], s, strict=True))
-            for name, s in samples.items()
+            name: report.ratios(samples[OURS], own)["paired"] for name, own in samples.items()
         },
         "samples_ms": samples,
     }
@@ -150,7 +138,7 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             variants = calls(name, Path(folder), args.threads, not args.no_ort)
-            result["networks"][name] = row = measure(variants, args.rounds, args.threads)
+            result["networks"][name] = row = measure(variants, args.rounds)
         for variant, ms in row["median_ms"].items():
             times = row["times_faster_than_ours_float32"][variant]
             print(f"{name}  {variant:<18}  {ms:7.2f} ms  {times:.2f}×", flush=True)
