@@ -317,18 +317,21 @@ def plot_ratios(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     if not panels:
         return
     names = list(dict.fromkeys(n for rows in panels.values() for r in rows for n in r["ratios"]))
+    # each bar as high as its number
+    most = max(len(row["ratios"]) for rows in panels.values() for row in rows)
+    height = 0.17 * most * max(map(len, panels.values())) + 1.5
     figure = require("matplotlib.figure", "plot").Figure(
-        figsize=(max(4.5 * len(panels), 6), 5), layout="constrained"
+        figsize=(max(4.5 * len(panels), 6), max(height, 4)), layout="constrained"
     )
     for axes, ((dtype, model), rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        thickness = 0.8 / len(names)
+        thickness = 0.8 / most
         for k, name in enumerate(names):
-            ys = [
-                i - 0.4 + thickness * (k + 0.5) for i, r in enumerate(rows) if name in r["ratios"]
-            ]
-            values = [r["ratios"][name]["of_medians"] for r in rows if name in r["ratios"]]
+            placed = [(i, list(r["ratios"])) for i, r in enumerate(rows) if name in r["ratios"]]
+            # a row's own bars, around its middle
+            ys = [i + thickness * (own.index(name) - (len(own) - 1) / 2) for i, own in placed]
+            values = [rows[i]["ratios"][name]["of_medians"] for i, _ in placed]
             axes.barh(ys, values, thickness * 0.9, color=f"C{k}", label=name)
             for y, value in zip(ys, values, strict=True):
                 axes.text(value, y, f" {value:.1f}", va="center", fontsize=8)
