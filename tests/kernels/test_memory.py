@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import edet_kernels
 from edet_kernels.testing.samples import bifpn_graph, map_tree, sample
 
 STATM = Path("/proc/self/statm")
@@ -47,3 +50,22 @@ def test_the_memory_of_a_large_call_is_given_back():
     for _ in range(300):
         small(small.maps)
     assert resident_bytes() - before < 32 * 2**20
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux's large pages"
+)
+@pytest.mark.usefixtures("kernels_only")
+def test_a_large_map_asks_for_large_pages():
+    x = torch.zeros(1, 16, 512, 512).contiguous(memory_format=torch.channels_last)
+    one = torch.ones(16)
+    (found,) = edet_kernels.lateral(x, [torch.zeros(16, 16, 1, 1)], [one], [one])
+    middle = found.data_ptr() + found.numel() * found.element_size() // 2
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    ranges = [[int(x, 16) for x in part.split(" ", 1)[0].split("-")] for part in parts[1:]]
+    [flags] = [
+        re.search(r"^VmFlags:(.*)$", part, re.M)[1].split()
+        for part, (begin, end) in zip(parts[1:], ranges, strict=True)
+        if begin <= middle < end
+    ]
+    assert "hg" in flags
