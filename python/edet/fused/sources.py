@@ -202,10 +202,10 @@ def without_inference_tensors(model: nn.Module) -> None:
                     if x is None or not x.is_inference():
                         continue
                     if id(x) not in copies:  # a tensor may be in several places
-                        copy = x.clone()
+                        own = x.clone()
                         wanted = x.requires_grad
                         copies[id(x)] = (
-                            nn.Parameter(copy, wanted) if isinstance(x, nn.Parameter) else copy
+                            nn.Parameter(own, wanted) if isinstance(x, nn.Parameter) else own
                         )
                     table[key] = copies[id(x)]
 
