@@ -29,7 +29,8 @@ SOURCES = {
     "node": "fusion_node", "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
     "gates": "mbconv", "convolve_depthwise": "depthwise", "convolve": "stem",
     "multiply_pixels": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
-    "fuse_depthwise": "fused_depthwise", "multiply_large": "gemm", "multiply_rows": "gemm",
+    "fuse_depthwise": "fused_depthwise", "fuse_depthwise_strips": "fused_depthwise",
+    "multiply_large": "gemm", "multiply_rows": "gemm",
     "narrow": "gemm",
     "count": "detect", "collect": "detect", "take_best": "detect",
 }  # fmt: skip

@@ -39,15 +39,15 @@ def kernels():
     return predict.Kernels(90, ROOT / "build" / "gpu-model")
 
 
-def launch_of(kind, size, batch=1):
-    """The launch of a node of 64 channels, of a kind that its kernel is compiled for."""
+def launch_of(kind, size, batch=1, channels=64):
+    """The first launch of a node of a kind that its kernel is compiled for, which fuses."""
     if not list(ROOT.glob("build/*/edet_emulation.so")) and not os.environ.get("EDET_EMULATED"):
         pytest.skip("needs the emulation: EDET_EMULATION=1 python setup.py build_ext --inplace")
     sizes = {"one": [size], "down": [size, size // 2], "up": [size, size, 2 * size]}[kind]
-    maps = [torch.empty(batch, 64, side, side, dtype=torch.half)
+    maps = [torch.empty(batch, channels, side, side, dtype=torch.half)
             .to(memory_format=torch.channels_last) for side in sizes]  # fmt: skip
-    ones = torch.ones(64)
-    weights = (torch.empty(9, 64), torch.empty(4, 64, 16), ones, ones)
+    ones = torch.ones(channels)
+    weights = (torch.empty(9, channels), torch.empty(channels // 16, channels, 16), ones, ones)
     recorder = launches.Recorder()
     with launches.dry(rates.gpu("H100").device), recorder:
         if kind == "one":
@@ -56,7 +56,7 @@ def launch_of(kind, size, batch=1):
             edges = torch.ones(len(maps))
             torch.ops.edet_kernels.fusion_node(maps, edges, *weights, [size, size], 0, 0, 1, 0)
     ((call,),) = [recorder.calls]
-    return call.launches[0]
+    return next(launch for launch in call.launches if not launch.kernel.startswith("narrow<"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ sizes = pytest.mark.parametrize("size", [32, 64, 192])
     ("name", "count"),
     [("node<BlockMma<f16, 1, 2>>", 8), ("multiply<BlockMma<f16, 1, 2>>", 3),
      ("multiply_few<BlockMma<f16, 1, 2>>", 3),
-     ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3),
+     ("fuse_depthwise<BlockMma<f16, 1, 2>>", 3), ("fuse_depthwise_strips<f16, 2>", 3),
      ("convolve_depthwise<f16, 3, 1, true, true>", 12),
      ("multiply_pixels<unsigned char, f16>", 2)],
 )  # fmt: skip
@@ -138,6 +138,21 @@ def test_loads_in_flight(traced, kind, size):
         loads = sum(at.op == "LDG" and "fuse_known" in at.functions for at in code)
         assert loads
         assert timing.loads_in_flight(kernel, trace, "fuse_known") >= min(8, loads)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("one", 24), ("down", 38), ("up", 58)])
+def test_instructions_of_a_wide_node(kernels, kind, most):
+    """Of a thread, for each number of the first half's result: fused and convolved down strips."""
+    channels, size = 384, 192
+    launch = launch_of(kind, size, channels=channels)
+    kernel = kernels[launch.kernel]
+    assert launch.kernel.startswith("fuse_depthwise_strips<")
+    traces, _, _ = predict.trace_launch(kernel, launch)
+    assert predict.count(traces) * launch.grid[0] * 32 <= most * size**2 * channels
+    # of a block for each multiprocessor, or of several at once
+    held = timing.resident_blocks(kernel, 256, launch.shared_bytes, rates.gpu("H100"))
+    assert held >= (2 if kind == "up" else 3)
+    assert launch.grid[0] <= held * rates.gpu("H100").multiprocessors
 
 
 @sizes

@@ -199,20 +199,54 @@ def test_many_orders_of_blocks(emulated, dtype):
     sweep(emulated, dtype, range(DTYPES.index(dtype), 20, 3), (1, 2, 3, 7, 13, 32))
 
 
+@dtypes
 @pytest.mark.parametrize("channels", [136, 141])
-def test_a_wide_node_is_two_launches(emulated, monkeypatch, channels):
+def test_a_wide_node_is_two_launches(emulated, monkeypatch, channels, dtype):
     """One up to the depthwise convolution and one that projects; bit for bit what one computes."""
     graph = bifpn_graph((5, 4), levels=2, cells=1)
-    call = sample("bifpn", batch=1, channels=channels, graph=graph)
+    call = sample("bifpn", dtype, batch=1, channels=channels, graph=graph)
     nodes = len(graph.nodes)
     count, whole = count_launches(emulated, call)
     assert count == 1
     monkeypatch.setenv("EDET_CUDA_LAUNCH", "nodes")
     count, result = count_launches(emulated, call)
-    assert count == 2 * nodes
+    packs = sum(launch["kernel"] == "Packing" for launch in emulated.launches())
+    assert packs == (dtype != torch.float32 and channels % 8 == 0)  # weights for gemm.cu
+    assert count == packs + 2 * nodes
     assert_identical(result, whole)
-    assert [launch["pdl"] for launch in emulated.launches()] == [False] * 2 * nodes
+    assert [launch["pdl"] for launch in emulated.launches()] == [False] * count
     monkeypatch.setenv("EDET_CUDA_LAUNCH", "pdl")
-    count, result = count_launches(emulated, call)
+    overlapping, result = count_launches(emulated, call)
+    assert overlapping == count
     assert_identical(result, whole)
-    assert [launch["pdl"] for launch in emulated.launches()] == [False] + [True] * (2 * nodes - 1)
+    assert [launch["pdl"] for launch in emulated.launches()] == [False] + [True] * (count - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [136, 160, 192])
+@pytest.mark.parametrize("size", [(33, 47), (23, 14), (5, 70)], ids=str)
+def test_wide_nodes_of_many_pixels_go_down_strips(emulated, monkeypatch, size, channels, dtype):
+    """Bit for bit what one launch computes, non-finite numbers included."""
+    emulated.set_device(1, 227 * 1024)
+    call = sample("bifpn", dtype, batch=2, channels=channels, graph=bifpn_graph(size, 3, 1))
+    call.maps[0][0, 1, 4, 2] = torch.nan
+    call.maps[1][1, channels - 1, 0, 0] = torch.inf
+    whole = call()
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "nodes")
+    result = count_launches(emulated, call)[1]
+    assert "StripPlan" in {launch["kernel"] for launch in emulated.launches()}
+    assert_identical(result, whole)
+    call.check(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_strips_of_several_levels(emulated, monkeypatch, dtype):
+    emulated.set_device(1, 227 * 1024)
+    sizes = [(19, 31), (10, 16), (5, 8), (1, 1)]
+    call = sample("separable_conv", dtype, channels=160, sizes=sizes)
+    whole = call()
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "nodes")
+    result = count_launches(emulated, call)[1]
+    assert "StripPlan" in {launch["kernel"] for launch in emulated.launches()}
+    assert_identical(result, whole)
+    call.check(dtype)
