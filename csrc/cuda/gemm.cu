@@ -534,16 +534,29 @@ narrow(EDET_PARAMS(Packing) packing) {
   store(static_cast<T*>(w.to) + (int64_t(row) * round_up(int(w.n), 8) + column), from_floats<T>(x));
 }
 
-// A block has as many columns as shared memory allows, and as leave a block for each
-// multiprocessor; to gate rows takes registers, which leave room for fewer. 0: none.
-int64_t columns_of(int64_t rows, int64_t k, int64_t n, bool gated, const Device& device) {
-  int64_t columns = 0;
+// The columns of blocks of `most` at most, which share out n.
+int64_t columns_within(int64_t n, int64_t most) {
+  return round_up(divide_up(n, divide_up(n, most)), 32);
+}
+
+// A block's columns: those that are predicted to take least. A block takes as long as 58 columns
+// and its own; two at once on a multiprocessor take 7/4 of that, and of few such waves the last as
+// long as the others. In turns, blocks have as many columns as leave one for each multiprocessor.
+// To gate rows takes registers, which leave room for fewer. 0: none that shared memory has room
+// for. tiles: of rows.
+int64_t columns_of(int64_t tiles, int64_t k, int64_t n, bool gated, const Device& device) {
+  int64_t columns = 0, least = INT64_MAX;
   for (int64_t most = gated ? 96 : 128; most > 0; most -= 32) {
-    const int64_t now = round_up(divide_up(n, divide_up(n, most)), 32);
+    const int64_t now = columns_within(n, most);
     if (shared_of(k, now, gated) > device.shared_bytes) continue;
-    columns = now;
-    const int64_t blocks = divide_up(rows, int64_t(kGemmRows)) * divide_up(n, now);
-    if (blocks >= device.multiprocessors || most == 64) break;
+    const int64_t blocks = tiles * divide_up(n, now), all = device.multiprocessors;
+    const int64_t quarters = blocks <= all       ? 4
+                             : blocks <= 8 * all ? 7 * divide_up(blocks, 2 * all)
+                                                 : 7 * (blocks + all) / (2 * all);
+    const int64_t cost = (58 + now) * quarters;
+    if (!in_turns(k) && cost >= least) continue;
+    columns = now, least = cost;
+    if (in_turns(k) && (blocks >= all || most == 64)) break;
   }
   return columns;
 }
@@ -564,7 +577,7 @@ bool gemm_pays(DType dtype, int64_t rows, int64_t k, int64_t n, int64_t image_ro
   Device device;
   if (current_device(&device) != kSuccess) return false;
   // fewer blocks than that leave the machine emptier than smaller tiles would
-  const int64_t slices = divide_up(n, columns_of(rows, k, n, image_rows > 0, device));
+  const int64_t slices = divide_up(n, columns_within(n, 64));
   return divide_up(rows, int64_t(kGemmRows)) * slices >= device.multiprocessors * 3 / 8;
 }
 
@@ -592,11 +605,6 @@ Error gemm(const GemmParams& p, Stream stream, bool pdl) {
   if (error != kSuccess) return error;
   LargeProduct plan{};
   plan.p = p;
-  int64_t rows = 0;
-  for (int l = 0; l < p.levels; l++) rows += p.level[l].rows;
-  plan.columns = static_cast<int>(columns_of(rows, p.k, p.n, p.gate != nullptr, device));
-  if (plan.columns == 0) return kInvalidValue;
-  plan.slices = static_cast<int>(divide_up(p.n, plan.columns));
   plan.aligned_out = p.n % 8 == 0;
   int64_t tiles = 0;
   for (int l = 0; l < p.levels; l++) {
@@ -606,6 +614,9 @@ Error gemm(const GemmParams& p, Stream stream, bool pdl) {
   }
   plan.first_tile[p.levels] = static_cast<int>(tiles);
   if (tiles == 0) return kSuccess;
+  plan.columns = static_cast<int>(columns_of(tiles, p.k, p.n, p.gate != nullptr, device));
+  if (plan.columns == 0) return kInvalidValue;
+  plan.slices = static_cast<int>(divide_up(p.n, plan.columns));
   if (tiles * plan.slices > INT32_MAX) return kInvalidValue;
   pdl = pdl && device.capability >= 90;
   const auto by_columns = [&](auto type) {
