@@ -37,15 +37,16 @@ EDET_EVERYWHERE constexpr Memory memory_of(int chunks, bool resident) {
 }
 
 // The same for multiply_few, whose blocks have rows and weights of all their chunks; and where they
-// keep whether they are the last of their tile.
+// keep scales and shifts, and whether they are the last of their tile.
 struct FewMemory {
-  int w, last, bytes;
+  int w, affine, last, bytes;
 };
 template <class Mma>
 EDET_EVERYWHERE constexpr FewMemory few_memory(int chunks) {
   FewMemory m{};
   m.w = chunks * Mma::kBytesA > Mma::kBytesOut ? chunks * Mma::kBytesA : Mma::kBytesOut;
-  m.last = m.w + chunks * Mma::kBytesW;
+  m.affine = m.w + chunks * Mma::kBytesW;
+  m.last = m.affine + 2 * Mma::kColumns * 4;
   m.bytes = m.last + 16;
   return m;
 }
@@ -88,46 +89,70 @@ class RowPart {
     Words v[kParts];
     float gate[kParts][V];
   };
-  // Reads the next chunk's channels; zeros where there are none.
-  EDET_DEVICE Loaded load() {
+  // Reads the channels of the next chunks; zeros where there are none. All rows are on their way
+  // before the first gate is.
+  template <int kChunks>
+  EDET_DEVICE void load(Loaded (&parts)[kChunks]) {
     const int c = int(plan_.p.c_in);
-    Loaded part;
-    EDET_UNROLL
-    for (int j = 0; j < kParts; j++) {
-      part.v[j] = {};
+    const auto each = [&](const auto& use) {
       EDET_UNROLL
-      for (int i = 0; i < V; i++) part.gate[j][i] = 0.0f;
-      if (!real_[j] || left_ <= 0) continue;
-      part.v[j] = load_words<true>(from_ + j * kStep * c, left_, plan_.aligned_in);
-      if (plan_.p.gate) load_gate(gates_[j], part.gate[j]);
-    }
-    from_ += kChunk<T>;
-    left_ -= kChunk<T>;
-    EDET_UNROLL
-    for (int j = 0; j < kParts; j++) gates_[j] += kChunk<T>;
-    return part;
-  }
-  EDET_DEVICE void store_to(const Loaded& part, Shared<T> a) const {
-    a = a + (thread().x / kVectors * Mma::kPitchA + thread().x % kVectors * V);
-    EDET_UNROLL
-    for (int j = 0; j < kParts; j++) {
-      Words v = part.v[j];
-      if (plan_.p.gate || Mma::kRounds) {
-        float x[V];
-        to_floats<T>(v, x);
+      for (int i = 0; i < kChunks; i++) {
         EDET_UNROLL
-        for (int i = 0; i < V; i++) {
-          if (plan_.p.gate) x[i] *= part.gate[j][i];
-          if constexpr (Mma::kRounds) x[i] = Mma::operand(x[i]);
+        for (int j = 0; j < kParts; j++) {
+          if (real_[j] && left_ - i * kChunk<T> > 0) use(parts[i], j, i * kChunk<T>);
         }
-        v = to_words<T>(x);
       }
-      store(as<uint32_t>(a + j * kStep * Mma::kPitchA), v);
+    };
+    EDET_UNROLL
+    for (int i = 0; i < kChunks; i++) parts[i] = {};
+    const auto load_rows = [&](bool aligned) {
+      each([&](Loaded& part, int j, int k) {
+        part.v[j] = load_words<true>(from_ + (j * kStep * c + k), left_ - k, aligned);
+      });
+    };
+    if (plan_.aligned_in) {
+      load_rows(true);
+    } else {
+      load_rows(false);
     }
+    if (plan_.p.gate) {
+      each([&](Loaded& part, int j, int k) { load_gate(gates_[j] + k, left_ - k, part.gate[j]); });
+    }
+    from_ += kChunks * kChunk<T>;
+    left_ -= kChunks * kChunk<T>;
+    EDET_UNROLL
+    for (int j = 0; j < kParts; j++) gates_[j] += kChunks * kChunk<T>;
+  }
+  // Stores the first `count` of them, gated, each where place(i) is.
+  template <int kChunks, class Place>
+  EDET_DEVICE void store_to(const Loaded (&parts)[kChunks], int count, const Place& place) const {
+    const int offset = thread().x / kVectors * Mma::kPitchA + thread().x % kVectors * V;
+    const auto each = [&](const auto& change) {
+      EDET_UNROLL
+      for (int i = 0; i < kChunks; i++) {
+        if (i >= count) break;
+        EDET_UNROLL
+        for (int j = 0; j < kParts; j++) {
+          store(as<uint32_t>(place(i) + (offset + j * kStep * Mma::kPitchA)), change(parts[i], j));
+        }
+      }
+    };
+    const bool gated = plan_.p.gate;
+    if (!gated && !Mma::kRounds) return each([](const Loaded& part, int j) { return part.v[j]; });
+    each([&](const Loaded& part, int j) {
+      float x[V];
+      to_floats<T>(part.v[j], x);
+      EDET_UNROLL
+      for (int i = 0; i < V; i++) {
+        if (gated) x[i] *= part.gate[j][i];
+        if constexpr (Mma::kRounds) x[i] = Mma::operand(x[i]);
+      }
+      return to_words<T>(x);
+    });
   }
 
  private:
-  EDET_DEVICE void load_gate(const float* gate, float (&factor)[V]) const {
+  EDET_DEVICE void load_gate(const float* gate, int left, float (&factor)[V]) const {
     if (plan_.aligned_in) {
       EDET_UNROLL
       for (int i = 0; i < V; i += 4) {
@@ -138,7 +163,7 @@ class RowPart {
     } else {
       EDET_UNROLL
       for (int i = 0; i < V; i++)
-        if (i < left_) factor[i] = load_written<float, 1>(gate + i).value[0];
+        if (i < left) factor[i] = load_written<float, 1>(gate + i).value[0];
     }
   }
 
@@ -170,22 +195,48 @@ struct Slice {
   }
 };
 
-// Scales, shifts, activates, adds the residual and stores the rows from row0 on; `stage`: where
-// operands were.
+// What a thread brings of a slice's scales and shifts to shared memory.
 template <class Mma>
+class FactorPart {
+  static_assert(Mma::kColumns <= kProductThreads, "a thread has one column");
+
+ public:
+  EDET_DEVICE explicit FactorPart(const Slice& slice) {
+    const int t = thread().x, column = slice.n + t;
+    if (t >= slice.columns || column >= int(slice.to.c_out)) return;
+    scale_ = load_constant<float, 1>(slice.to.scale + column).value[0];
+    shift_ = load_constant<float, 1>(slice.to.shift + column).value[0];
+  }
+  EDET_DEVICE void store_to(Shared<float> affine) const {
+    const int t = thread().x;
+    if (t >= Mma::kColumns) return;
+    store(affine + t, scale_);
+    store(affine + (Mma::kColumns + t), shift_);
+  }
+
+ private:
+  float scale_ = 0.0f, shift_ = 0.0f;
+};
+// Of two columns.
+template <class Mma>
+EDET_DEVICE Affine factors_of(Shared<float> affine, int column) {
+  const Vector<float, 2> scale = load<2>(affine + column);
+  const Vector<float, 2> shift = load<2>(affine + (Mma::kColumns + column));
+  return {{scale.value[0], scale.value[1]}, {shift.value[0], shift.value[1]}};
+}
+
+// Scales, shifts, activates, adds the residual and stores the rows from row0 on; `stage`: where
+// operands were; factors(column): scale and shift of two columns of the slice.
+template <class Mma, class Factors>
 EDET_DEVICE void store_rows(const Plan& plan, const Slice& slice, int64_t row0, const Mma& product,
-                            Shared<typename Mma::Type> stage) {
+                            Shared<typename Mma::Type> stage, const Factors& factors) {
   using T = typename Mma::Type;
   const ProjectionParams& p = plan.p;
   const Projection& to = slice.to;
   const int n = slice.n;
   const auto store = [&](const auto& change) {
     store_product(
-        product, stage,
-        [&](int column) {
-          return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
-        },
-        n, slice.columns, to.c_out, plan.aligned_out, change,
+        product, stage, factors, n, slice.columns, to.c_out, plan.aligned_out, change,
         [&](auto v, const T* at) {
           constexpr int V = sizeof(v) / sizeof(T);
           if (!p.residual) return v;
@@ -267,7 +318,7 @@ multiply(EDET_PARAMS(Plan) plan) {
   const int n = slice.n, columns = slice.columns;
   WeightPart<Mma> weights;
   RowPart<Mma> rows(plan);
-  typename RowPart<Mma>::Loaded part;
+  typename RowPart<Mma>::Loaded part[1];
   bool with_weights = true;  // that are not in shared memory yet
   const auto begin = [&](int64_t at) {
     if (with_weights) weights.begin(to.pw, c, int(to.c_out), n, columns);
@@ -275,7 +326,7 @@ multiply(EDET_PARAMS(Plan) plan) {
   };
   const auto load = [&] {
     if (with_weights) weights.load();
-    part = rows.load();
+    rows.load(part);
   };
   const int64_t step = int64_t(grid_size().x) * Mma::kRows;
   int64_t row0 = int64_t(block().x) * Mma::kRows;
@@ -283,7 +334,7 @@ multiply(EDET_PARAMS(Plan) plan) {
   begin(row0);
   weights.load();
   griddep_wait();
-  part = rows.load();
+  rows.load(part);
 
   for (; row0 < p.rows; row0 += step) {
     Mma product;
@@ -292,7 +343,7 @@ multiply(EDET_PARAMS(Plan) plan) {
       const Shared<T> left = a + turn * (Mma::kBytesA / int(sizeof(T)));
       const Shared<T> right = w + (plan.resident ? chunk : turn) * (Mma::kBytesW / int(sizeof(T)));
       if (with_weights) weights.store_to(right);
-      rows.store_to(part, left);
+      rows.store_to(part, 1, [&](int) { return left; });
       // the next chunk is on its way during the product
       const bool last = chunk + 1 == chunks;
       if (last && row0 + step < p.rows) {
@@ -303,7 +354,9 @@ multiply(EDET_PARAMS(Plan) plan) {
       sync_threads();
       product.mma(left, right, round_up(min(kChunk<T>, c - chunk * kChunk<T>), kDepth), columns);
     }
-    store_rows(plan, slice, row0, product, a);
+    store_rows(plan, slice, row0, product, a, [&](int column) {
+      return load_affine(to.scale, to.shift, n + column, to.c_out, plan.aligned_out);
+    });
     if (row0 + step < p.rows) sync_threads();  // rows come where the result is read
   }
 }
@@ -328,31 +381,28 @@ multiply_few(EDET_PARAMS(Plan) plan) {
   const auto left_of = [&](int chunk) { return a + chunk * (Mma::kBytesA / int(sizeof(T))); };
   const auto right_of = [&](int chunk) { return w + chunk * (Mma::kBytesW / int(sizeof(T))); };
   const Slice slice(plan);
+  const Shared<float> affine = as<float>(memory + few_memory<Mma>(plan.few).affine);
   {
+    const FactorPart<Mma> factors(slice);
     WeightPart<Mma> weights;
     weights.begin(slice.to.pw, c, int(slice.to.c_out), slice.n, slice.columns, k0);
     for (int chunk = 0; chunk < chunks; chunk++) {
       weights.load();
       weights.store_to(right_of(chunk));
     }
+    factors.store_to(affine);
   }
   const int64_t step = int64_t(grid_size().x) * Mma::kRows;
   int64_t row0 = int64_t(block().x) * Mma::kRows;
   RowPart<Mma> rows(plan);
   typename RowPart<Mma>::Loaded part[kTogether<Mma>];
-  const auto load = [&] {
-    EDET_UNROLL
-    for (int j = 0; j < kTogether<Mma>; j++) part[j] = rows.load();
-  };
+  const auto load = [&] { rows.load(part); };
   rows.begin(row0, k0);
   griddep_wait();
   load();
   for (; row0 < p.rows; row0 += step) {
     for (int begin = 0; begin < chunks; begin += kTogether<Mma>) {
-      EDET_UNROLL
-      for (int j = 0; j < kTogether<Mma>; j++) {
-        if (begin + j < chunks) rows.store_to(part[j], left_of(begin + j));
-      }
+      rows.store_to(part, chunks - begin, [&](int i) { return left_of(begin + i); });
       if (begin + kTogether<Mma> < chunks) load();
     }
     const bool more = row0 + step < p.rows;
@@ -372,7 +422,8 @@ multiply_few(EDET_PARAMS(Plan) plan) {
         if (!add_splits(plan, product, last)) return;
       }
     }
-    store_rows(plan, slice, row0, product, a);
+    store_rows(plan, slice, row0, product, a,
+               [&](int column) { return factors_of<Mma>(affine, column); });
     if (more) sync_threads();  // rows come where the result is read
   }
 }
