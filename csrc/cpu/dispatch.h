@@ -6,7 +6,28 @@
 
 namespace edet::cpu {
 
-constexpr int64_t kLateralPixels = 96;  // of one lateral task: a multiple of every tile height
+constexpr int64_t kLateralPixels = 96;  // of one block of a projection, at most
+constexpr int64_t kTileRows = 12;       // of most register tiles a multiple of the height
+
+// The pixels of each of n images in blocks for a projection, as many of about the same size for
+// each thread. A small map in blocks of kLateralPixels would leave a few pixels to one thread.
+class PixelBlocks {
+ public:
+  PixelBlocks(int64_t pixels, int64_t n, int threads)
+      : pixels_(pixels),
+        tiles_(divide_up(pixels, kTileRows)),
+        count_(divide_up(tiles_, kLateralPixels / kTileRows)) {
+    while (count_ < tiles_ && n * count_ % threads) count_++;
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t block) const {
+    return block == count_ ? pixels_ : block * tiles_ / count_ * kTileRows;
+  }
+  int64_t end(int64_t block) const { return begin(block + 1); }
+
+ private:
+  int64_t pixels_, tiles_, count_;
+};
 
 constexpr int64_t kResizeRows = 8;  // of one resize_backward task, at most
 

@@ -62,9 +62,9 @@ void run_int8_mbconv(Int8MbconvParams& p, const Runtime& runtime, char* workspac
   const Int8Kernels& k = int8_kernels();
   const int64_t area = p.out_h * p.out_w, expand_tasks = p.bands * p.chunks;
   const int64_t panels = p.c_reduced ? padded(p.c_out) / kPanel : 0;
-  const int64_t blocks = divide_up(area, kLateralPixels);
+  const PixelBlocks blocks(area, p.n, runtime.threads);
   enum Step { expand, squeeze, gate, project };
-  Schedule schedule({p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * panels, p.n * blocks});
+  Schedule schedule({p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * panels, p.n * blocks.count()});
   const auto ready = [&](int64_t step, int64_t task) {
     const auto done = [&](Step before, int64_t image, int64_t tasks) {
       return schedule.done(before, image * tasks, (image + 1) * tasks);
@@ -74,7 +74,7 @@ void run_int8_mbconv(Int8MbconvParams& p, const Runtime& runtime, char* workspac
       case squeeze: return done(expand, task, expand_tasks);
       case gate: return done(squeeze, task / panels, 1);
     }
-    const int64_t image = task / blocks;
+    const int64_t image = task / blocks.count();
     return panels ? done(gate, image, panels) : done(expand, image, expand_tasks);
   };
   schedule.run(runtime, ready, [&](int64_t step, int64_t task, int thread) {
@@ -87,8 +87,8 @@ void run_int8_mbconv(Int8MbconvParams& p, const Runtime& runtime, char* workspac
     } else if (step == gate) {
       k.mbconv_gate(p, task / panels, task % panels);
     } else {
-      const int64_t image = task / blocks, begin = task % blocks * kLateralPixels;
-      k.mbconv_project(p, image, begin, std::min(begin + kLateralPixels, area), mine);
+      const int64_t image = task / blocks.count(), block = task % blocks.count();
+      k.mbconv_project(p, image, blocks.begin(block), blocks.end(block), mine);
     }
   });
 }

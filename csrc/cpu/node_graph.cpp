@@ -27,9 +27,11 @@ void rows_read(const Edge& edge, int64_t h, int64_t& begin, int64_t& end) {
 }  // namespace
 
 int64_t band_rows(int64_t h, int64_t w, int threads) {
-  const int64_t wanted = divide_up(h, 2 * std::max(threads, 1));
+  threads = std::max(threads, 1);
   const int64_t least = std::max<int64_t>(4, divide_up(128, w));
-  return std::min(h, std::max(wanted, least));
+  int64_t bands = std::min<int64_t>(2 * threads, divide_up(h, least));
+  if (bands > threads) bands -= bands % threads;
+  return divide_up(h, bands);
 }
 
 static int64_t thread_scratch(const NodeGraph& graph) {

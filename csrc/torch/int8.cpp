@@ -214,7 +214,8 @@ static Tensors int8_lateral(const Tensor input, const Tensors pw_weights, const 
     scratch = std::max(scratch, k.projection_scratch(projections.back()));
   }
   const int64_t pixels = n * h * w;
-  Ints tasks{divide_up(pixels, cpu::kLateralPixels)};
+  const cpu::PixelBlocks blocks(pixels, 1, threads.threads);
+  Ints tasks{blocks.count()};
   struct PoolStep {
     FusionParams params;
     uint8_t* out;
@@ -244,9 +245,8 @@ static Tensors int8_lateral(const Tensor input, const Tensors pw_weights, const 
   const auto ready = [&](int64_t step, int64_t) { return step == 0 || schedule.done(step - 1); };
   schedule.run(threads, ready, [&](int64_t step, int64_t task, int thread) {
     if (step == 0) {
-      const int64_t begin = task * cpu::kLateralPixels;
       for (const Int8Projection& p : projections)
-        k.projection(p, begin, std::min(begin + cpu::kLateralPixels, pixels),
+        k.projection(p, blocks.begin(task), blocks.end(task),
                      workspace.data() + thread * scratch);
       return;
     }

@@ -42,7 +42,8 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
   const int64_t c = results.back().size(1), cp = padded(c);
   std::vector<float> ones(static_cast<size_t>(cp), 1.0f);
   std::vector<PoolStep> pools;
-  Ints tasks{divide_up(p.pixels, cpu::kLateralPixels)};
+  const cpu::PixelBlocks blocks(p.pixels, 1, threads.threads);
+  Ints tasks{blocks.count()};
   Tensors chain{results.back()};
   for (int64_t i = 0; i < pooled; i++) {
     const Tensor from = chain.back();
@@ -70,8 +71,7 @@ static Tensors lateral(const Tensor input, const Tensors pw_weights, const Tenso
   schedule.run(threads, ready, [&](int64_t step, int64_t task, int thread) {
     float* mine = reinterpret_cast<float*>(workspace.data()) + thread * scratch;
     if (step == 0) {
-      const int64_t begin = task * cpu::kLateralPixels;
-      kernels.lateral_block(p, begin, std::min(begin + cpu::kLateralPixels, p.pixels), mine);
+      kernels.lateral_block(p, blocks.begin(task), blocks.end(task), mine);
       return;
     }
     const PoolStep& s = pools[static_cast<size_t>(step) - 1];

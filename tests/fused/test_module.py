@@ -176,7 +176,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_fused_ops_see_the_change(
     name: str, small: edet.EfficientDet, fused: Run, assert_agrees: Callable[..., None]
 ) -> None:
-    before = fused(small, IMAGES)
+    before = [fused(small, IMAGES) for _ in range(3)][-1]  # replayed
     CHANGES[name](small)
     after = fused(small, IMAGES)
     assert any(

@@ -1,9 +1,10 @@
-"""Frozen modules replay recorded op calls, until their weights may have changed."""
+"""Modules replay recorded op calls, until their weights may have changed."""
 
 import copy
 import pickle
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,6 +32,10 @@ def _parts(model):
     return [m for m in model.modules() if isinstance(m, PackedModule)]
 
 
+def _plans(part):
+    return part._cache.entry.weights.plans
+
+
 def test_freezing_imports_no_compiler():
     """torch.compile's machinery takes a second and more memory than the network."""
     code = f"""
@@ -44,24 +49,30 @@ print("torch._dynamo" in sys.modules)
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
-def test_frozen_model_gives_the_same_for_every_shape(model):
+def test_every_shape_gives_the_same_as_at_first(model, frozen):
     images = [torch.randn(1, 3, 64, 64), torch.randn(2, 3, 96, 64)]
     expected = [_flat(model(x)) for x in images]
-    assert model.freeze() is model
+    if frozen:
+        assert model.freeze() is model
     for _ in range(3):
         for x, wanted in zip(images, expected, strict=True):
             found = _flat(model(x))
             assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
-    assert all(len(part._frozen.plans) == len(images) for part in _parts(model))
+    assert all(len(_plans(part)) == len(images) for part in _parts(model))
 
 
-def test_a_replay_runs_no_python_of_the_module(model, monkeypatch):
+@pytest.mark.parametrize("frozen", [True, False])
+@torch.no_grad()
+def test_a_replay_runs_no_python_of_the_ops(model, frozen, monkeypatch):
     x = torch.randn(1, 3, 64, 64)
-    model.freeze()
+    if frozen:
+        model.freeze()
     expected = _flat(model(x))
-    for part in _parts(model):
-        monkeypatch.setattr(type(part), "packed", lambda *_: pytest.fail("not replayed"))
+    model(x)  # recorded
+    for op in ("stem", "mbconv", "lateral", "bifpn", "head"):
+        monkeypatch.setattr(edet_kernels, op, lambda *_, **__: pytest.fail("not replayed"))
     found = _flat(model(x + 1))
     assert not any(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
@@ -125,8 +136,10 @@ def test_copies_are_frozen_and_can_be_trained(model, how):
     x = torch.randn(1, 3, 64, 64)
     expected = _flat(model(x))
     copied = how(model)
-    assert all(torch.equal(f, e) for f, e in zip(_flat(copied(x)), expected, strict=True))
-    assert [len(part._frozen.plans) for part in _parts(copied)] == [1] * len(_parts(copied))
+    for _ in range(2):
+        assert all(torch.equal(f, e) for f, e in zip(_flat(copied(x)), expected, strict=True))
+    assert all(part._frozen is not None for part in _parts(copied))
+    assert [len(_plans(part)) for part in _parts(copied)] == [1] * len(_parts(copied))
     copied.train()
     assert sum(p.requires_grad for p in copied.parameters()) == parameters
     assert not any(p.requires_grad for p in model.parameters())
@@ -146,16 +159,18 @@ def test_what_a_frozen_module_does_see(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_threads_may_share_a_frozen_module(model):
-    fpn = model.fpn.freeze() or model.fpn
+def test_threads_may_share_a_module(model):
+    fpn = model.fpn
     maps = [
         [torch.randn(1, c, s, s) for c, s in zip(model.backbone.channels, sizes, strict=True)]
         for sizes in ([(8 + n) * 4, (8 + n) * 2, 8 + n] for n in range(MAX_PLANS + 2))
     ]
+    maps = [x for x in maps for _ in range(4)]  # more shapes than there are plans
     expected = [fpn(x) for x in maps]
+    fpn.repack()
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(fpn, maps * 3))  # more shapes than there are plans
-    for f, e in zip(found, expected * 3, strict=True):
+        found = list(pool.map(torch.no_grad()(fpn), maps))
+    for f, e in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(f, e, strict=True))
 
 
@@ -165,8 +180,10 @@ def test_plans_are_bounded(model):
     channels = model.backbone.channels
     for n in range(MAX_PLANS + 3):
         size = [(8 + n) * 4, (8 + n) * 2, 8 + n]
-        fpn([torch.randn(1, c, s, s) for c, s in zip(channels, size, strict=True)])
-    assert len(fpn._frozen.plans) == MAX_PLANS
+        maps = [torch.randn(1, c, s, s) for c, s in zip(channels, size, strict=True)]
+        fpn(maps)
+        fpn(maps)
+    assert len(_plans(fpn)) == MAX_PLANS
 
 
 @torch.no_grad()
@@ -187,6 +204,53 @@ def test_record():
     ):
         assert torch.equal(found, wanted)
     assert torch.equal(outputs[0], plan([x])[0])
+
+
+@torch.no_grad()
+def test_a_replay_lets_go_of_what_it_needs_no_more():
+    x = torch.randn(3)
+    _, plan = record(lambda: [((x + 1) * 2).exp()], [x])
+    results, alive = [], []
+
+    def watched(func):
+        def call(*args):
+            alive.append([result() is not None for result in results])
+            found = func(*args)
+            results.append(weakref.ref(found))
+            return found
+
+        return call
+
+    plan._steps = [step._replace(func=watched(step.func)) for step in plan._steps]
+    (found,) = plan([x])
+    assert alive == [[], [True], [False, True]]
+    assert torch.equal(found, ((x + 1) * 2).exp())
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+@torch.no_grad()
+def test_what_is_not_replayed(model):
+    """Inputs for which the ops' Python does something else than for those recorded."""
+    fpn, channels = model.fpn, model.backbone.channels
+    maps = [torch.randn(1, c, 8 >> i, 8 >> i) for i, c in enumerate(channels)]
+    expected = [fpn(maps) for _ in range(3)][-1]
+    assert len(_plans(fpn)) == 1
+    with pytest.raises(ValueError, match="dense"):
+        fpn([x.to_sparse() for x in maps])
+    with torch.enable_grad():
+        for p in fpn.parameters():
+            p.requires_grad_(False)
+        fpn([x.requires_grad_() for x in maps])[0].sum().backward()
+    assert all(x.grad is not None for x in maps)
+    marked = fpn([x.detach().as_subclass(Marked) for x in maps])
+    assert all(isinstance(x, Marked) for x in marked)
+    assert all(map(torch.equal, [x.as_subclass(torch.Tensor) for x in marked], expected))
+    strided = [x.detach().mT.contiguous().mT for x in maps]  # the same plan, of other strides
+    assert all(map(torch.equal, fpn(strided), expected))
+    assert len(_plans(fpn)) == 1
 
 
 @pytest.mark.parametrize(
@@ -224,6 +288,7 @@ def test_tf32_is_a_plan_of_its_own(model):
         for precision in ("ieee", "tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = precision
             fpn(maps)
+            fpn(maps)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert len(fpn._frozen.plans) == 2
+    assert len(_plans(fpn)) == 2

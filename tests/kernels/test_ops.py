@@ -518,6 +518,26 @@ def test_results_do_not_depend_on_threads_or_runs(backend, op, dtype, threads):
         assert_identical(call(), expected)
 
 
+@pytest.mark.parametrize("op", ["mbconv", "lateral"])
+def test_every_pixel_is_projected_once_for_any_number_of_threads(op, threads, monkeypatch):
+    """Projections are cut into blocks of pixels, of about the same size for all threads."""
+    monkeypatch.setenv("EDET_POISON", "1")  # a pixel that is left out is NaN
+    weights = torch.rand(8, 8, 1, 1), torch.rand(8), torch.rand(8)
+    depthwise = torch.rand(8, 1, 3, 3), *weights[1:]
+    for n in (1, 2, 3):
+        for width in (1, 11, 12, 13, 95, 96, 97, 100, 108, 193, 400):
+            x = torch.rand(n, 8, 1, width)
+            found = []
+            for count in (1, 2, 3, 5, 8):
+                threads(count)
+                if op == "mbconv":
+                    found.append(edet_kernels.mbconv(x, None, depthwise, None, weights))
+                else:
+                    found += edet_kernels.lateral(x, *([w] for w in weights))
+            assert not found[0].isnan().any()
+            assert all(torch.equal(found[0], other) for other in found)
+
+
 @pytest.mark.usefixtures("kernels_only")
 def test_cpu_ops_run_at_once_in_python_threads():
     calls = [sample(op, dtype) for op in MAP_OPS for dtype in DTYPES]

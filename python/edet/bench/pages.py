@@ -64,7 +64,8 @@ def markdown(result: dict[str, Any]) -> str:
             for name in names:
                 ratio = row["ratios"].get(name)
                 note = f" ({ratio['of_medians']:.1f}×)" if ratio else ""
-                note = " (the reference)" if note and row["stage"] in NO_RIVALS else note
+                if note and row["stage"] in NO_RIVALS:
+                    note = f" ({NO_RIVALS[row['stage']]})"
                 cells.append(f"{times[name]['median_ms']:.1f}{note}" if name in times else "")
             cells.append(f"**{times[OURS]['median_ms']:.2f}**" if OURS in times else "")
             if batches:

@@ -29,8 +29,9 @@ ROW_KEYS = ("model", "image_size", "dtype", "stage", "macs", "rounds", "times", 
 STAGE_ORDER = ("pre-processing", "backbone", "BiFPN", "heads", "post-processing", "network",
                "network + post-processing")  # fmt: skip
 
-#: Stages whose other variant is our own reference, which is written to be read.
-NO_RIVALS = ("post-processing",)
+#: Stages whose other variant is no rival, and what it is: our own reference, which is written to be
+#: read; what of a call is spent inside operators.
+NO_RIVALS = {"post-processing": "the reference", "predictor": "a part of ours"}
 
 #: Latencies published elsewhere, ms, as context and not as a comparison: batch 1, whole detector.
 PUBLISHED: dict[str, dict[str, float]] = {

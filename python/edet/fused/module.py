@@ -1,14 +1,14 @@
 """Weights folded and packed once for the fused ops, and again when a source tensor changes.
 
-A module that is frozen does not look any more and replays its op calls.
+The op calls for a shape that comes again are recorded and replayed, until then.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -30,7 +30,7 @@ RESERVED = (
     *("_cache", "_frozen", "_freeze", "_entry", "_constants", "int8"),
 )
 
-#: Plans that a frozen module keeps, one for each shape, dtype and backend of its inputs.
+#: Plans that a module keeps, one for each shape, dtype and backend of its inputs.
 MAX_PLANS = 16
 
 
@@ -50,6 +50,62 @@ def fold_batch_norm(bn: nn.BatchNorm2d, bias: Tensor | None = None) -> tuple[Ten
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of packed weights for maps of ``dtype``: float32, or float64 (reference only)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Replayed:
+    """Packed weights that record the op calls of their ``run``, and replay them.
+
+    An op's Python looks at every argument, weights too, which takes as long as a small map. The
+    first call of a shape runs as it is, the second is recorded, which needs more memory.
+    """
+
+    def __init__(self, weights: Any) -> None:
+        self._weights = weights
+        self._seen: Plans[None] = Plans(MAX_PLANS)
+        #: Of each kind of inputs the plan, and what makes of its list of maps what ``run`` returns.
+        self.plans: Plans[tuple[Plan, Callable[[list[Tensor]], Any]]] = Plans(MAX_PLANS)
+
+    def run(self, maps: Tensor | Sequence[Tensor], dtype: torch.dtype, *more: Tensor) -> Any:
+        """What the weights' ``run`` makes of one map or of several."""
+        inputs = [maps, *more] if isinstance(maps, Tensor) else [*maps, *more]
+        grad = torch.is_grad_enabled()
+        if (
+            torch._C._len_torch_dispatch_stack()  # calls are recorded or counted by another
+            or not all(type(x) is Tensor and x.layout is torch.strided for x in inputs)
+            or (grad and any(x.requires_grad for x in inputs))
+        ):
+            return self._weights.run(maps, dtype, *more)
+        key = (
+            settings(),
+            grad,
+            torch.is_inference_mode_enabled(),
+            autocast_dtype(inputs[0]),
+            dtype,
+            *((x.shape, x.dtype, x.device) for x in inputs),
+        )
+        known, planned = self.plans.find(key)
+        if planned is not None:
+            plan, finish = planned
+            return finish(plan(inputs))
+        if known or not self._seen.find(key)[0]:
+            self._seen.keep(key, None)
+            return self._weights.run(maps, dtype, *more)
+        return self._record(key, inputs, functools.partial(self._weights.run, maps, dtype, *more))
+
+    def _record(self, key: Hashable, inputs: list[Tensor], forward: Callable[[], Any]) -> Any:
+        results: list[Any] = []
+
+        def maps() -> Sequence[Tensor]:
+            results.append(forward())
+            found = results[0]
+            known = type(found) in (list, tuple) and all(isinstance(x, Tensor) for x in found)
+            return cast("Sequence[Tensor]", found) if known else [found]
+
+        _, plan = record(maps, inputs)
+        kind = type(results[0])
+        finish = kind if kind in (list, tuple) else itemgetter(0)
+        self.plans.keep(key, None if plan.refusal else (plan, finish))
+        return results[0]
 
 
 class _Entry(NamedTuple):
@@ -81,70 +137,14 @@ class _Cache:
 _Module = TypeVar("_Module", bound="PackedModule")
 
 
-class _Frozen:
-    """The plans of a frozen module, and the parameters that had a gradient before.
+class _Frozen(NamedTuple):
+    """That a module is frozen, and the parameters that had a gradient before.
 
     ``looks``: changed weights are looked for, as where a predictor froze the module by itself.
     """
 
-    def __init__(self, trained: list[nn.Parameter], looks: bool) -> None:
-        self.trained, self.looks = trained, looks
-        self.plans: Plans[Plan] = Plans(MAX_PLANS)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"trained": self.trained, "looks": self.looks}  # a copy records its own plans
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def run(self, forward: Callable[[], Sequence[Tensor]], inputs: list[Tensor]) -> list[Tensor]:
-        """``forward()``, which computes from ``inputs``: replayed when it was seen before."""
-        grad = torch.is_grad_enabled()
-        if grad and any(x.requires_grad for x in inputs):
-            return list(forward())
-        key = (
-            settings(),
-            grad,
-            torch.is_inference_mode_enabled(),
-            autocast_dtype(inputs[0]),
-            *((x.shape, x.dtype, x.device) for x in inputs),
-        )
-        known, plan = self.plans.find(key)
-        if known:
-            return list(forward()) if plan is None else plan(inputs)
-        forward()  # packs the weights, which are constants of the plan
-        outputs, recorded = record(forward, inputs)
-        self.plans.keep(key, None if recorded.refusal else recorded)
-        return outputs
-
-
-def planned(forward: Callable[[_Module, Any], list[Tensor]]) -> Any:
-    """Decorates the ``forward`` of a :class:`PackedModule`: once frozen, its op calls are replayed.
-
-    ``forward`` takes one map or a list of maps and returns a list of maps.
-    """
-
-    @functools.wraps(forward)
-    def wrapper(self: _Module, maps: Any) -> list[Tensor]:
-        inputs = [maps] if isinstance(maps, Tensor) else maps
-        if (
-            self._frozen is None
-            or not self.fused
-            or torch.compiler.is_compiling()
-            or torch.compiler.is_exporting()
-            or is_traced()
-            or not isinstance(inputs, (list, tuple))
-            or not inputs
-            or not all(isinstance(x, Tensor) for x in inputs)
-        ):
-            return forward(self, maps)
-        layers = self._entry().runs_layers()
-        frozen = self._frozen  # another one, if a change was seen
-        if layers or frozen is None:
-            return forward(self, maps)
-        return frozen.run(lambda: forward(self, maps), list(inputs))
-
-    return wrapper
+    trained: list[nn.Parameter]
+    looks: bool
 
 
 def _exports_layers() -> bool:
@@ -222,17 +222,16 @@ class PackedModule(nn.Module):
     def repack(self) -> None:
         """Packs the weights anew at the next use."""
         self._cache.entry = None
-        if self._frozen is not None:  # without the plans, whose weights are out of date
-            self._frozen = _Frozen(self._frozen.trained, self._frozen.looks)
+        if self._frozen is not None:  # anew, for a predictor that replays calls on the old weights
+            self._frozen = _Frozen(*self._frozen)
 
     def freeze(self) -> None:
         """Makes the weights constants: they are packed once, their values not looked at any more.
 
-        Switches to eval mode and to parameters without gradients; the op calls for each shape of
-        the inputs are recorded and replayed. Undone by :meth:`unfreeze` and by ``train()``,
-        ``.to()`` and ``load_state_dict()`` of this module or one that holds it. Any other write to
-        a weight is not seen until :meth:`repack` or until it is frozen again; exchanged layers and
-        tensors are. A copy is frozen too.
+        Switches to eval mode and to parameters without gradients. Undone by :meth:`unfreeze` and by
+        ``train()``, ``.to()`` and ``load_state_dict()`` of this module or one that holds it. Any
+        other write to a weight is not seen until :meth:`repack` or until it is frozen again;
+        exchanged layers and tensors are. A copy is frozen too.
         """
         self._freeze(looks=False)
 
@@ -297,7 +296,7 @@ class PackedModule(nn.Module):
         if entry.runs_layers():
             return None
         if entry.weights is None or entry.dtype != dtype:
-            entry = entry._replace(dtype=dtype, weights=self.pack(dtype))
+            entry = entry._replace(dtype=dtype, weights=Replayed(self.pack(dtype)))
             self._cache.entry = entry
         return entry.weights, dtype
 

@@ -96,7 +96,9 @@ def fold(
         scale, shift = fold_batch_norm(cast(nn.BatchNorm2d, bn), conv.bias)
         return weight, scale.to(dtype), shift.to(dtype)
     scale = torch.ones(conv.out_channels, dtype=dtype, device=conv.weight.device)
-    return weight, scale, torch.zeros_like(scale) if conv.bias is None else conv.bias.to(dtype)
+    if conv.bias is None:
+        return weight, scale, torch.zeros_like(scale)
+    return weight, scale, conv.bias.to(dtype, copy=True)  # what is packed changes no more
 
 
 def _coefficients(node: NodeLayers, like: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class _Step(NamedTuple):
     kwargs: dict[str, Any]
     used: set[int]
     results: range  # its slots
+    last: tuple[int, ...] = ()  # slots that no later step uses
 
 
 def _address(x: Tensor) -> int | None:
@@ -106,8 +107,9 @@ class Plan:
         steps = []
         for step in reversed(self._steps):
             if not needed.isdisjoint(step.results):
+                slots = step.used.union(step.results)
+                steps.append(step._replace(last=tuple(slots - needed)))
                 needed |= step.used
-                steps.append(step)
         self._steps = steps[::-1]
         self._slots, self._alive, self._addresses = {}, [], set()
 
@@ -115,8 +117,8 @@ class Plan:
         """The function's results for ``inputs``."""
         known: list[Any] = [*inputs, *[None] * (self._count - len(inputs))]
         with torch._C._AutoDispatchBelowAutograd():  # where the calls were recorded
-            for func, args, kwargs, _, results in self._steps:
-                filled = [
+            for func, args, kwargs, _, results, last in self._steps:
+                filled: Any = [
                     known[a]
                     if type(a) is _Slot
                     else [known[v] if type(v) is _Slot else v for v in a]
@@ -129,6 +131,8 @@ class Plan:
                     known[results.start] = result
                 else:
                     known[results.start : results.stop] = result
+                for slot in last:  # memory that is free again is still in the cache
+                    known[slot] = filled = result = None
         return [known[slot] for slot in self._outputs]
 
 

@@ -15,7 +15,7 @@ from edet_kernels.autocast import autocast_dtype
 from ..fused.cells import Node, graph_of
 from ..fused.describe import Edge, FusionNodes, Mismatch, NodeLayers
 from ..fused.int8 import Int8Nodes
-from ..fused.module import PackedModule, check_exported_size, planned
+from ..fused.module import PackedModule, check_exported_size
 from ..fused.packed import PackedNodes, pack_nodes
 from ..fused.sources import own_weight
 from .batch_norm import Normalised, SharedBatchNorm2d, normalise, training_maps
@@ -377,7 +377,6 @@ class BiFPN(PackedModule):
         """The cells in the order they run."""
         return cast("list[BiFPNCell]", list(self.cell))
 
-    @planned
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Backbone maps (N, in_channels[i], Hᵢ, Wᵢ) to one map (N, width, H, W) per level.
 

@@ -16,7 +16,7 @@ from edet_kernels.reference import activate
 
 from ..fused.describe import BackboneBlocks, BlockLayers, Mismatch
 from ..fused.int8 import Int8Backbone
-from ..fused.module import PackedModule, check_exported_size, planned
+from ..fused.module import PackedModule, check_exported_size
 from ..fused.packed import PackedBackbone, pack_backbone
 from ..fused.sources import own_weight
 from .batch_norm import SharedBatchNorm2d, training_maps
@@ -342,7 +342,6 @@ class EfficientNet(PackedModule):
         if images.dtype != weight.dtype and autocast_dtype(images) is None:
             raise TypeError(f"images must be {weight.dtype} like the model, got {images.dtype}")
 
-    @planned
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W), normalised, of any size and the model's dtype, to one map per level.
 

@@ -14,7 +14,7 @@ from edet_kernels.reference import activate
 
 from ..fused.describe import HeadLayers, Mismatch
 from ..fused.int8 import Int8Head
-from ..fused.module import PackedModule, planned
+from ..fused.module import PackedModule
 from ..fused.packed import PackedHead, pack_head
 from ..fused.sources import own_weight
 from .batch_norm import SharedBatchNorm2d, normalise, training_maps
@@ -95,7 +95,6 @@ class Head(PackedModule):
         outer, inner = (level, layer) if self.bn_level_first else (layer, level)
         return cast(LevelNorm, cast(nn.ModuleList, self.bn_rep[outer])[inner])
 
-    @planned
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (N, width, H, W), one per level, to predictions (N, out_channels, H, W).
 
