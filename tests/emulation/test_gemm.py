@@ -45,6 +45,27 @@ def test_a_wide_node(one_processor, monkeypatch, channels, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize(
+    ("multiprocessors", "blocks"),
+    # four tiles of rows: slices of 96 columns where all blocks run in as many turns as others,
+    # of 64 where those of 96 take a turn more or leave multiprocessors idle, of 32 likewise
+    [(1, 8), (3, 12), (4, 8), (12, 12), (20, 20)],
+)
+def test_columns_of_a_block(one_processor, monkeypatch, multiprocessors, blocks, dtype):
+    call = sample("separable_conv", dtype, channels=160, out_channels=160, sizes=[(15, 13)])
+    expected = call()
+    one_processor.set_device(multiprocessors, 227 * 1024, 90)
+    monkeypatch.setenv("EDET_CUDA_LAUNCH", "nodes")
+    one_processor.count_launches(True)
+    result = call()
+    one_processor.count_launches(False)
+    (product,) = [one for one in one_processor.launches() if one["kernel"] == "LargeProduct"]
+    assert product["blocks"] == blocks
+    assert_identical(result, expected)
+    call.check(dtype)
+
+
+@dtypes
 @pytest.mark.parametrize("seed", range(4))
 def test_copies_arrive_early_or_late(one_processor, dtype, seed):
     one_processor.set_seed(seed)
