@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <functional>
 #include <optional>
 #include <vector>
@@ -48,6 +49,9 @@ Tensor float_weight(const Tensor& weight, int64_t numel, const char* name);
 
 // An uninitialised channels_last map like `like` (NaN when EDET_POISON=1).
 Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t width);
+// The same of any size and dtype on the device of `like`.
+Tensor empty_map(const Tensor& like, const std::array<int64_t, 4>& size,
+                 torch::headeronly::ScalarType dtype);
 
 // `value` of an enumeration with `count` members.
 template <class E>

@@ -22,13 +22,6 @@ Tensor byte_map(const Tensor& map, const char* name) {
   return channels_last(map);
 }
 
-Tensor empty_like(const Tensor& like, int64_t channels, int64_t height, int64_t width,
-                  ScalarType dtype) {
-  const int64_t size[4] = {like.size(0), channels, height, width};
-  return torch::stable::empty({size, 4}, dtype, std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
-}
-
 // Reads weights, checked, and keeps contiguous copies alive.
 class Weights {
  public:
@@ -67,7 +60,8 @@ void in_chunks(int64_t n, const F& f) {
 static Tensor int8_quantize(const Tensor input, double inverse, int64_t zero) {
   STD_TORCH_CHECK(map_dtype(input) == DType::f32, "input must be float32");
   const Tensor map = channels_last(input);
-  Tensor out = empty_like(map, map.size(1), map.size(2), map.size(3), ScalarType::Byte);
+  Tensor out =
+      empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, ScalarType::Byte);
   const auto* from = static_cast<const float*>(map.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   in_chunks(map.numel(), [&](int64_t at, int64_t count) {
@@ -79,7 +73,8 @@ static Tensor int8_quantize(const Tensor input, double inverse, int64_t zero) {
 
 static Tensor int8_dequantize(const Tensor input, double scale, int64_t zero) {
   const Tensor map = byte_map(input, "input");
-  Tensor out = empty_like(map, map.size(1), map.size(2), map.size(3), ScalarType::Float);
+  Tensor out =
+      empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, ScalarType::Float);
   const auto* from = static_cast<const uint8_t*>(map.const_data_ptr());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   in_chunks(map.numel(), [&](int64_t at, int64_t count) {
@@ -104,7 +99,7 @@ static Tensor int8_stem(const Tensor image, const Tensor weight, const Tensor sc
       },
       &floats);
   for (int d = 0; d < 4; d++) p.stride[d] = image.stride(d);
-  Tensor out = empty_like(floats, p.c_out, p.out_h, p.out_w, ScalarType::Byte);
+  Tensor out = empty_map(floats, {floats.size(0), p.c_out, p.out_h, p.out_w}, ScalarType::Byte);
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
 
   const cpu::Runtime threads = runtime();
@@ -184,7 +179,7 @@ static Tensor int8_mbconv(const Tensor input, const Tensors expand, const Tensor
   p.residual = static_cast<float>(residual);
   STD_TORCH_CHECK(residual == 0 || (p.c_out == p.c_in && p.out_h == p.h && p.out_w == p.w),
                   "residual must be 0 where the result is of another shape");
-  Tensor out = empty_like(map, p.c_out, p.out_h, p.out_w, ScalarType::Byte);
+  Tensor out = empty_map(map, {map.size(0), p.c_out, p.out_h, p.out_w}, ScalarType::Byte);
   p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
   const cpu::Runtime threads = runtime();
   const Workspace workspace(cpu::plan_int8_mbconv(p, threads.threads));
@@ -206,7 +201,7 @@ static Tensors int8_lateral(const Tensor input, const Tensors pw_weights, const 
   int64_t scratch = 64;
   for (size_t i = 0; i < rows.size(); i++) {
     const int64_t c_out = rows[i].size(-1);
-    results.push_back(empty_like(map, c_out, h, w, ScalarType::Byte));
+    results.push_back(empty_map(map, {map.size(0), c_out, h, w}, ScalarType::Byte));
     projections.push_back({static_cast<const uint8_t*>(map.const_data_ptr()), c_in, c_out,
                            weights.bytes(pw_weights[i], packed_pointwise(c_out, c_in), "weight"),
                            weights.floats(rows[i], 2 * c_out, "rows"),
@@ -232,7 +227,8 @@ static Tensors int8_lateral(const Tensor input, const Tensors pw_weights, const 
                                  s.params.w, pool_of(pool), -1);
     if (s.params.edge[0].resize != Resize::max_pool)  // one pixel stays what it is
       s.params.edge[0].rows = s.params.edge[0].columns = {1, 1, 0};
-    chain.push_back(empty_like(map, s.params.c, s.params.h, s.params.w, ScalarType::Byte));
+    chain.push_back(
+        empty_map(map, {map.size(0), s.params.c, s.params.h, s.params.w}, ScalarType::Byte));
     s.out = static_cast<uint8_t*>(chain.back().mutable_data_ptr());
     s.rows = cpu::band_rows(s.params.h, s.params.w, threads.threads);
     s.bands = divide_up(s.params.h, s.rows);
@@ -246,8 +242,7 @@ static Tensors int8_lateral(const Tensor input, const Tensors pw_weights, const 
   schedule.run(threads, ready, [&](int64_t step, int64_t task, int thread) {
     if (step == 0) {
       for (const Int8Projection& p : projections)
-        k.projection(p, blocks.begin(task), blocks.end(task),
-                     workspace.data() + thread * scratch);
+        k.projection(p, blocks.begin(task), blocks.end(task), workspace.data() + thread * scratch);
       return;
     }
     const PoolStep& s = pools[static_cast<size_t>(step) - 1];
@@ -378,8 +373,8 @@ static Tensors int8_nodes(const Tensors inputs, const Tensors fuse_rows, const T
     STD_TORCH_CHECK(!is_output[i], "outputs must be different nodes");
     is_output[i] = true;
     const NodeParams& p = graph.nodes[i];
-    results.push_back(empty_like(inputs[0], p.c_out, p.fusion.h, p.fusion.w,
-                                 nodes[i].float_out ? ScalarType::Float : ScalarType::Byte));
+    results.push_back(empty_map(inputs[0], {inputs[0].size(0), p.c_out, p.fusion.h, p.fusion.w},
+                                nodes[i].float_out ? ScalarType::Float : ScalarType::Byte));
     graph.nodes[i].out = results.back().mutable_data_ptr();
   }
   for (size_t i = 0; i < count; i++)

@@ -1,6 +1,8 @@
 """Repeated calls use no more memory than one."""
 
+import copy
 import ctypes
+import io
 import os
 import re
 from pathlib import Path
@@ -12,6 +14,8 @@ import edet_kernels
 from edet_kernels.testing.samples import bifpn_graph, map_tree, sample
 
 STATM = Path("/proc/self/statm")
+
+pooled = pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.11 can hand memory back")
 
 
 def resident_bytes():
@@ -50,6 +54,58 @@ def test_the_memory_of_a_large_call_is_given_back():
     for _ in range(300):
         small(small.maps)
     assert resident_bytes() - before < 32 * 2**20
+
+
+def large_map(value=1.0):
+    """A map of 64 MiB, of which every number is ``value``."""
+    x = torch.zeros(1, 16, 1024, 1024).contiguous(memory_format=torch.channels_last)
+    shift = torch.full((16,), value)
+    (found,) = edet_kernels.lateral(x, [torch.zeros(16, 16, 1, 1)], [torch.ones(16)], [shift])
+    return found
+
+
+@pooled
+@pytest.mark.usefixtures("kernels_only")
+def test_the_memory_of_a_large_map_serves_the_next_one_when_it_is_free():
+    first = large_map(1.0)
+    second = large_map(2.0)
+    assert first.data_ptr() != second.data_ptr()
+    address, view = first.data_ptr(), first[:, :1]
+    del first
+    third = large_map(3.0)  # the view still needs the memory
+    assert third.data_ptr() not in (address, second.data_ptr())
+    assert (view == 1).all() and (second == 2).all() and (third == 3).all()
+    del view
+    fourth = large_map(4.0)
+    assert fourth.data_ptr() == address and (fourth == 4).all()
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_a_large_map_is_a_tensor_like_others():
+    found = large_map(2.0)
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.is_leaf
+    array = found.numpy()
+    kept = copy.deepcopy(found)
+    found.share_memory_()
+    file = io.BytesIO()
+    torch.save(found, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), found) and torch.equal(kept, found)
+    del found
+    assert (array == 2).all()
+
+
+@pooled
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc")
+@pytest.mark.usefixtures("kernels_only")
+def test_the_memory_of_a_large_map_is_given_back():
+    small = sample("bifpn", batch=1, channels=32, graph=bifpn_graph((64, 64), levels=5, cells=3))
+    small(small.maps)
+    large_map()
+    with_it = resident_bytes()
+    for _ in range(300):
+        small(small.maps)
+    assert with_it - resident_bytes() > 48 * 2**20
 
 
 @pytest.mark.skipif(
