@@ -348,18 +348,14 @@ EDET_INLINE void pointwise_as(const In* a, int64_t lda, int64_t rows, const Poin
     pointwise_registers<A>(a, lda, rows, w, out);
 }
 
-// out (rows, c_out) = activation(a (rows, c_in) · W · scale + shift) (+ add). Swish, the activation
-// of the published models, is applied in registers, the others in a second pass.
-template <class T, class In>
-inline void pointwise(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
-                      const PointwiseOut<T>& out) {
-  if (w.activation == Activation::swish)
-    return pointwise_as<Activation::swish>(a, lda, rows, w, out);
-  pointwise_as<Activation::none>(a, lda, rows, w, out);
-  if (w.activation == Activation::none) return;
-  const int64_t whole = w.c_out / kWidth * kWidth;
-  const int rest = static_cast<int>(w.c_out - whole);
-  with_activation(w.activation, [&](auto tag) {
+// Activates (rows, columns) of an output in a second pass.
+template <class T>
+void activate_rows(Activation activation, int64_t rows, int64_t columns,
+                   const PointwiseOut<T>& out) {
+  if (activation == Activation::none) return;
+  const int64_t whole = columns / kWidth * kWidth;
+  const int rest = static_cast<int>(columns - whole);
+  with_activation(activation, [&](auto tag) {
     constexpr Activation A = decltype(tag)::value;
     for (int64_t r = 0; r < rows; r++) {
       T* row = out.data + r * out.pitch;
@@ -367,6 +363,17 @@ inline void pointwise(const In* a, int64_t lda, int64_t rows, const PointwiseWei
       if (rest) store_tail(row + whole, activate<A, T>(load_tail(row + whole, rest)), rest);
     }
   });
+}
+
+// out (rows, c_out) = activation(a (rows, c_in) · W · scale + shift) (+ add). Swish is applied in
+// registers, the others in a second pass, which takes no longer for ReLU6.
+template <class T, class In>
+inline void pointwise(const In* a, int64_t lda, int64_t rows, const PointwiseWeights<In>& w,
+                      const PointwiseOut<T>& out) {
+  if (w.activation == Activation::swish)
+    return pointwise_as<Activation::swish>(a, lda, rows, w, out);
+  pointwise_as<Activation::none>(a, lda, rows, w, out);
+  activate_rows(w.activation, rows, w.c_out, out);
 }
 
 #if defined(EDET_PAIRS)
