@@ -18,7 +18,7 @@ class EfficientDet(nn.Module):
 
     In training mode, or when a gradient is needed, it is made of PyTorch's layers. In eval mode
     without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) each part runs on fused
-    ops, with batch norms folded and weights packed once; see :class:`edet.packing.PackedModule`.
+    ops, with batch norms folded and weights packed once; see :class:`edet.fused.module.PackedModule`.
 
     Args:
         config: the network's configuration.
@@ -111,7 +111,7 @@ class EfficientDet(nn.Module):
     def freeze(self) -> EfficientDet:
         """Makes the weights constants for the fastest repeated calls; returns the model.
 
-        See :meth:`edet.packing.PackedModule.freeze`, which this calls for every part.
+        See :meth:`edet.fused.module.PackedModule.freeze`, which this calls for every part.
         """
         for module in self.modules():
             if isinstance(module, PackedModule):
