@@ -197,6 +197,22 @@ def test_evaluate_refuses() -> None:
         edet_("evaluate", "data", "-c", "run/last.pt"), "has the classes disc, square, the data b"
     )
     assert_one_line_error(edet_("evaluate", "data", "-c", "run/last.pt", "--split", "x"), "'x'")
+    for model in ([], ["-m", "tf_efficientdet_d0"]):
+        assert_one_line_error(edet_("evaluate", "data", *model), "--checkpoint must be given")
+    assert_one_line_error(
+        edet_("evaluate", "data", "-m", "edet_lite0_person"), "has the classes person, the data b"
+    )
+
+
+def test_evaluate_the_detector_of_the_package() -> None:
+    file = Path("data/instances_val.json")
+    data = json.loads(file.read_text())
+    data["categories"] = [{"id": 1, "name": "person"}]
+    data["annotations"] = [{**a, "category_id": 1} for a in data["annotations"]]
+    file.write_text(json.dumps(data))
+    result = edet_("evaluate", "data", "-m", "edet_lite0_person", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"person +AP [\d.]+", result.stdout)
 
 
 @pytest.mark.slow

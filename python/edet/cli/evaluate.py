@@ -12,6 +12,7 @@ from ..models.configs import get_config
 from ..models.described import load_described, read_description
 from ..models.efficientdet import EfficientDet
 from ..models.factory import create_model
+from ..models.pretrained import PRETRAINED, pretrained_file
 from ..training import plots
 from ..training.datasets import Dataset, open_dataset
 from ..training.evaluation import evaluate as evaluate_model
@@ -30,13 +31,16 @@ from .predict import Nms
 from .train import Bad, Data, Images, OnBad
 
 Checkpoint = Annotated[
-    Path,
+    Path | None,
     typer.Option("--checkpoint", "-c", help="The weights, as training wrote them.", metavar="FILE"),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Model of a checkpoint that does not say it.", metavar="MODEL"
+        "--model",
+        "-m",
+        help="Model of a checkpoint that does not say it, or edet_lite0_person without one.",
+        metavar="MODEL",
     ),
 ]
 NumClasses = Annotated[
@@ -63,12 +67,23 @@ BatchSize = Annotated[int, typer.Option(help="Images at once.", min=1, metavar="
 Workers = Annotated[int, typer.Option(help="Processes that read ahead.", min=0, metavar="N")]
 
 
-def load(checkpoint: Path, model: str | None, num_classes: int, data: Dataset) -> EfficientDet:
-    """The model of a checkpoint, whether it says which one it is or not.
+def load(
+    checkpoint: Path | None, model: str | None, num_classes: int, data: Dataset
+) -> EfficientDet:
+    """The model of a checkpoint, whether it says which one it is or not; or one with its weights.
 
     Raises:
-        ValueError: it does not say it and no option does, or it is of other classes than the data.
+        ValueError: it does not say it and no option does, there is none, or it is of other classes
+            than the data.
     """
+    if checkpoint is None:
+        checkpoint = None if model is None else pretrained_file(model)
+        if checkpoint is None:
+            raise ValueError(
+                "--checkpoint must be given, but for models that come with their weights "
+                f"({', '.join(PRETRAINED)}), got {'no model' if model is None else model}"
+            )
+        model = None
     if model is not None:
         get_config(model)
     description = read_description(checkpoint)
@@ -90,7 +105,7 @@ def load(checkpoint: Path, model: str | None, num_classes: int, data: Dataset) -
 
 def evaluate(
     data: Data,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = None,
     model: Model = None,
     num_classes: NumClasses = None,
     split: Split = "val",

@@ -18,7 +18,8 @@ class EfficientDet(nn.Module):
 
     In training mode, or when a gradient is needed, it is made of PyTorch's layers. In eval mode
     without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) each part runs on fused
-    ops, with batch norms folded and weights packed once; see :class:`edet.fused.module.PackedModule`.
+    ops, with batch norms folded and weights packed once; see
+    :class:`edet.fused.module.PackedModule`.
 
     Args:
         config: the network's configuration.
