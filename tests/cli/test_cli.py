@@ -265,6 +265,12 @@ def test_models_lists_every_name():
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def test_info_of_the_detector_of_the_package():
+    result = edet_("info", "edet_lite0_person")
+    assert result.exit_code == 0, result.output
+    assert "input 320x320" in result.stdout and "1 classes" in result.stdout
+
+
 def test_info():
     result = edet_("info", "tf_efficientdet_d0")
     assert result.exit_code == 0

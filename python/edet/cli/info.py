@@ -16,7 +16,6 @@ from .common import (
     Dtype,
     DtypeOption,
     ModelName,
-    NumClasses,
     checked_device,
     one_line_errors,
     print_table,
@@ -25,7 +24,9 @@ from .common import (
 
 def info(
     model: Annotated[str, ModelName] = "tf_efficientdet_d0",
-    num_classes: NumClasses = 90,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes; the model's own when left out.", min=1, metavar="N")
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: Device = "cpu",
 ) -> None:
