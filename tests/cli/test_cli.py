@@ -265,10 +265,14 @@ def test_models_lists_every_name():
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_info_of_the_detector_of_the_package():
+def test_commands_know_the_detector_of_the_package():
     result = edet_("info", "edet_lite0_person")
     assert result.exit_code == 0, result.output
     assert "input 320x320" in result.stdout and "1 classes" in result.stdout
+    result = edet_("schedule", "edet_lite0_person")
+    assert result.exit_code == 0 and "P3" in result.stdout, result.output
+    result = edet_("bench", "edet_lite0_person", "--rounds", 1)
+    assert result.exit_code == 0 and "BiFPN" in result.stdout, result.output
 
 
 def test_info():

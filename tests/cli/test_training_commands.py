@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import drawn_shapes
 import edet
 from edet.cli import app, train
-from edet.models.described import read_training
+from edet.models.described import load_described, read_training
 from edet.training.augment import Augmentation
 from edet.training.trainer import NotFiniteError
 
@@ -202,6 +202,18 @@ def test_evaluate_refuses() -> None:
     assert_one_line_error(
         edet_("evaluate", "data", "-m", "edet_lite0_person"), "has the classes person, the data b"
     )
+
+
+def test_train_from_the_detector_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "create_model", edet.create_model)  # not a small one
+    options = ["--image-size", 64, "--batch-size", 4, "--workers", 0, "--epochs", 1]
+    result = edet_("train", "data", "-m", "edet_lite0_person", *options)
+    assert result.exit_code == 0, result.output
+    assert "Starts from the weights that come with edet_lite0_person" in result.stdout
+    model, description = load_described("run/last.pt")
+    assert description.class_names == ["disc", "square"] and model.config.num_classes == 2
+    begun = edet.create_model("edet_lite0_person").backbone.conv_stem.weight
+    assert (model.backbone.conv_stem.weight - begun).abs().max() < 0.1 * begun.abs().max()
 
 
 def test_evaluate_the_detector_of_the_package() -> None:

@@ -19,9 +19,9 @@ from edet_kernels.testing.numeric import (
 )
 from edet_kernels.testing.timing import Call, copy_bandwidth, host_clock, measure, product_peak
 
-from ..models.configs import get_config
 from ..models.counts import count_macs, count_parameters
 from ..models.efficientdet import EfficientDet
+from ..models.factory import model_config
 from .measure import machine_name
 from .result import OURS
 from .table import PAIRS, PARTS, Bench, Row
@@ -75,7 +75,7 @@ def run_bench(
         raise ValueError(f"rounds and batch_size must be at least 1, got {rounds} and {batch_size}")
     device = torch.device(device)
     if images is None:
-        config = get_config(model) if isinstance(model, str) else model.config
+        config = model_config(model) if isinstance(model, str) else model.config
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, 3, *config.image_size)
         images = torch.randn(shape, dtype=torch.float32, generator=generator)

@@ -12,7 +12,7 @@ import typer
 from ..bench import Bench, plot_table, result, run_bench
 from ..bench import report as reports
 from ..extras import require
-from ..models.configs import get_config
+from ..models.factory import model_config
 from .common import (
     Device,
     Dtype,
@@ -82,7 +82,7 @@ def run(
         place = checked_device(device)
         names = models or ["tf_efficientdet_d0"]
         for name in names:
-            get_config(name)
+            model_config(name)
         if json_file is not None:
             check_target(json_file, "--json")
         if plot_file is not None:

@@ -14,7 +14,8 @@ from ..extras import require
 from ..files import replacing
 from ..fused.cells import graph_of
 from ..models.bifpn import bifpn_nodes
-from ..models.configs import ModelConfig, get_config
+from ..models.configs import ModelConfig
+from ..models.factory import model_config
 from .common import ModelName, check_picture, one_line_errors, print_table
 
 
@@ -116,7 +117,7 @@ def schedule(
             raise ValueError(f"--tile-rows must be 4 or 8, got {tile_rows}")
         if plot is not None:
             check_picture(plot)
-        config = get_config(model)
+        config = model_config(model)
         pyramid = of_model(config, batch=batch, tile_rows=tile_rows)
         print_table(table(pyramid, config.min_level, config.levels, blocks))
         typer.echo(

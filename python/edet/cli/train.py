@@ -22,10 +22,10 @@ from rich.progress import (
 )
 
 from ..models.backbones import load_backbone
-from ..models.configs import get_config
 from ..models.detectors import load_detector
 from ..models.efficientdet import EfficientDet
-from ..models.factory import create_model
+from ..models.factory import create_model, model_config
+from ..models.pretrained import PRETRAINED
 from ..training import plots
 from ..training.augment import Augmentation
 from ..training.datasets import Dataset, open_dataset
@@ -210,10 +210,12 @@ def new_model(
     Raises:
         ValueError: both kinds of weights, or a file that does not fit.
     """
-    get_config(name)
+    model_config(name)
     if checkpoint is not None and backbone is not None:
         raise ValueError("--checkpoint and --backbone exclude each other")
-    model = create_model(name, num_classes=classes, image_size=size)
+    model = create_model(name, num_classes=classes, image_size=size, reinit_head=True)
+    if name in PRETRAINED and checkpoint is None and backbone is None:
+        announce(f"Starts from the weights that come with {name}")
     if checkpoint is not None:
         prediction = model.class_net.predict.conv_pw.weight
         before = prediction.detach().clone()

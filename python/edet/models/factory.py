@@ -9,10 +9,24 @@ from dataclasses import replace
 from torch import nn
 
 from .checkpoints import load_checkpoint
-from .configs import checked_size, get_config
+from .configs import ModelConfig, checked_size, get_config
 from .described import read_description
 from .efficientdet import EfficientDet
 from .pretrained import pretrained_file
+
+
+def model_config(name: str) -> ModelConfig:
+    """The configuration of any model :func:`create_model` knows, those with their weights included.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    weights = pretrained_file(name)
+    if weights is None:
+        return get_config(name)
+    description = read_description(weights)
+    assert description is not None  # a test reads each
+    return description.config
 
 
 def create_model(
@@ -61,13 +75,7 @@ def create_model(
         "min_level": min_level,
         "max_level": max_level,
     }
-    weights = pretrained_file(name)
-    if weights is None:
-        base = get_config(name)
-    else:
-        description = read_description(weights)
-        assert description is not None  # a test reads each
-        base = description.config
+    base = model_config(name)
     config = replace(
         base,
         num_classes=base.num_classes if num_classes is None else num_classes,
@@ -75,7 +83,7 @@ def create_model(
         **{key: value for key, value in changes.items() if value is not None},  # type: ignore[arg-type]
     )
     model = EfficientDet(config, backbone=backbone, backbone_channels=backbone_channels)
-    path = weights if checkpoint is None else checkpoint
+    path = pretrained_file(name) if checkpoint is None else checkpoint
     if path is not None:
         load_checkpoint(model, path, reinit_head=reinit_head)
     return model
