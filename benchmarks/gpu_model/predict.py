@@ -26,7 +26,8 @@ from benchmarks.gpu_model.work import Work
 
 #: Where kernels are, by the name of their function.
 SOURCES = {
-    "node": "fusion_node", "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
+    "node": "fusion_node", "narrow_node": "narrow_node",
+    "multiply": "lateral", "multiply_few": "lateral", "expand": "mbconv",
     "gates": "mbconv", "convolve_depthwise": "depthwise", "convolve": "stem",
     "multiply_pixels": "stem", "fuse": "weighted_fusion", "bifpn": "bifpn",
     "fuse_depthwise": "fused_depthwise", "fuse_depthwise_strips": "fused_depthwise",
@@ -40,6 +41,8 @@ PHASES = (
     ("fuse_patch", "fuse"), ("sample", "fuse"), ("convolve_patch", "depthwise"),
     ("expand_patch", "expand"), ("load_rows", "rows"), ("mma", "product"),
     ("gates", "gates"), ("reduce_part", "gates"), ("store_product", "epilogue"),
+    ("load_narrow_weights", "weights"), ("convolve_row", "depthwise"), ("store_row", "epilogue"),
+    ("compute_rows", "product"),
 )  # fmt: skip
 
 

@@ -94,7 +94,9 @@ def plain_name(symbol: str) -> str:
     name = re.sub(r"\((?!anonymous)[^()]*\)$", "", name)  # a parameter that is in no namespace
     name = re.sub(r"edet::(cuda|emulation)::|\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", name)
     name = name.removeprefix("void ").replace("__half", "f16").replace("__nv_bfloat16", "bf16")
-    return re.sub(r"\s*([<>,])\s*", r"\1", re.sub(r"\((?:int|bool)\)", "", name)).replace(",", ", ")
+    return re.sub(r"\s*([<>,])\s*", r"\1", re.sub(r"\((?:int|bool|FuseKind)\)", "", name)).replace(
+        ",", ", "
+    )
 
 
 def demangle(symbols: list[str]) -> list[str]:

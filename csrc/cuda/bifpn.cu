@@ -18,6 +18,7 @@
 #include "fused_depthwise.h"
 #include "gemm.h"
 #include "lateral.h"
+#include "narrow_node.h"
 #include "node_tile.cuh"
 
 namespace edet::cuda {
@@ -417,6 +418,30 @@ Error launch_wide(const FusionNodeParams& p, void* between, const void* weights,
   return project(to, stream, pdl);
 }
 
+// What one launch computes.
+FusionNodeParams params_of(const NodeGraph& graph, const Group& group) {
+  const NodeParams& node = group.node(graph);
+  FusionNodeParams p{};
+  p.dtype = node.fusion.dtype;
+  p.tf32 = graph.tf32;
+  p.pre_activation = node.fusion.activation;
+  p.post_activation = node.activation;
+  p.n = node.fusion.n, p.c = node.fusion.c, p.c_out = node.c_out;
+  p.edges = node.fusion.edges;
+  p.weights = node.fusion.weights;
+  p.dw = node.dw;
+  p.pw = node.pw;
+  for (size_t member = group.begin; member < group.end; member++) {
+    const NodeParams& level = graph.nodes[member];
+    for (int e = 0; e < level.fusion.edges; e++) {
+      p.edge[p.levels + e] = level.fusion.edge[e];
+      p.edge[p.levels + e].source = 0;  // of the graph; nodes alike have parameters alike
+    }
+    p.level[p.levels++] = {level.fusion.h, level.fusion.w, level.scale, level.shift, level.out};
+  }
+  return p;
+}
+
 Error launch_nodes(const NodeGraph& graph, bool pdl, void* workspace, Stream stream) {
   const std::vector<Group> groups = groups_of(graph);
   WideMemory memory = wide_memory(graph, groups);
@@ -432,25 +457,7 @@ Error launch_nodes(const NodeGraph& graph, bool pdl, void* workspace, Stream str
   bool first = memory.packed.empty();  // of the call's launches
   for (size_t i = 0; i < groups.size(); i++) {
     const Group& group = groups[i];
-    const NodeParams& node = group.node(graph);
-    FusionNodeParams p{};
-    p.dtype = node.fusion.dtype;
-    p.tf32 = graph.tf32;
-    p.pre_activation = node.fusion.activation;
-    p.post_activation = node.activation;
-    p.n = node.fusion.n, p.c = node.fusion.c, p.c_out = node.c_out;
-    p.edges = node.fusion.edges;
-    p.weights = node.fusion.weights;
-    p.dw = node.dw;
-    p.pw = node.pw;
-    for (size_t member = group.begin; member < group.end; member++) {
-      const NodeParams& level = graph.nodes[member];
-      for (int e = 0; e < level.fusion.edges; e++) {
-        p.edge[p.levels + e] = level.fusion.edge[e];
-        p.edge[p.levels + e].source = 0;  // of the graph; nodes alike have parameters alike
-      }
-      p.level[p.levels++] = {level.fusion.h, level.fusion.w, level.scale, level.shift, level.out};
-    }
+    const FusionNodeParams p = params_of(graph, group);
     const int which = memory.of_group[i];
     const void* const packed = which < 0 ? nullptr : memory.packed[static_cast<size_t>(which)].to;
     const Error error = is_wide(graph, group)
@@ -460,6 +467,15 @@ Error launch_nodes(const NodeGraph& graph, bool pdl, void* workspace, Stream str
     first = false;
   }
   return kSuccess;
+}
+
+// Whether launches of nodes would compute one by another kernel than one launch of all: results are
+// the same in any case.
+bool has_narrow_node(const NodeGraph& graph, const Device& device) {
+  const std::vector<Group> groups = groups_of(graph);
+  return std::any_of(groups.begin(), groups.end(), [&](const Group& group) {
+    return !is_wide(graph, group) && is_narrow_node(params_of(graph, group), device.capability);
+  });
 }
 
 }  // namespace
@@ -483,7 +499,8 @@ Error plan_graph(const NodeGraph& graph, const GraphLaunch* wanted, GraphPlan* p
     plan->workspace = 0;
     const bool possible = plan->launch == GraphLaunch::pdl ? device.capability >= 90
                           : plan->launch == GraphLaunch::persistent
-                              ? cut<typename decltype(operand)::Type>(graph, device, plan)
+                              ? !has_narrow_node(graph, device) &&
+                                    cut<typename decltype(operand)::Type>(graph, device, plan)
                               : true;
     if (!possible) plan->launch = GraphLaunch::nodes;
     if (plan->launch != GraphLaunch::persistent) {

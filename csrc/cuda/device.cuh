@@ -144,6 +144,12 @@ EDET_DEVICE float rcp_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// tanh(x), off by 2⁻¹¹ of it, infinities and NaN included.
+EDET_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Two neighbouring 16-bit numbers, the first in the low half of a word, as floats.
 template <class T>
@@ -237,6 +243,21 @@ EDET_DEVICE Vector<T, V> load_written(const T* p) {
     static_assert(V == 1, "an access is 16 bytes or one element");
     v.value[0] = *p;
   }
+  return v;
+}
+
+// The same of 16 bytes, or zeros, without a branch that other loads would wait for.
+template <class T, int V>
+EDET_DEVICE Vector<T, V> load_written_if(bool real, const T* p) {
+  static_assert(sizeof(Vector<T, V>) == 16, "an access is 16 bytes");
+  uint32_t bits[4] = {};
+  asm volatile(
+      "{\n.reg .pred real;\nsetp.ne.b32 real, %5, 0;\n"
+      "@real ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(bits[0]), "+r"(bits[1]), "+r"(bits[2]), "+r"(bits[3])
+      : "l"(p), "r"(int(real)));
+  Vector<T, V> v;
+  memcpy(&v, bits, sizeof(v));
   return v;
 }
 
@@ -431,13 +452,24 @@ EDET_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
   }
 #endif
 }
-// f16, on sm_75 too: the first half of that depth, a is 16×8 and b 8×8.
+// The first half of that depth, a is 16×8 and b 8×8; f16 on sm_75 too.
+template <class T>
 EDET_DEVICE void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b));
+  if constexpr (std::is_same_v<T, f16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
+#endif
+  }
 }
 // From sm_80, of floats that to_tf32 has rounded: a is 16×8, the elements (g, t), (g + 8, t),
 // (g, t + 4), (g + 8, t + 4), which ldmatrix_x4 finds if its 16-bit numbers are halves of floats;

@@ -10,6 +10,7 @@
 // A block owns tiles of 8×8 (4×8, 4×4) pixels and a slice of the output channels.
 #include "fusion_node.h"
 
+#include "narrow_node.h"
 #include "node_tile.cuh"
 
 namespace edet::cuda {
@@ -127,6 +128,7 @@ Error fusion_node(const FusionNodeParams& p, Stream stream, bool pdl) {
   for (int l = 0; l < p.levels; l++) pixels += p.n * p.level[l].h * p.level[l].w;
   return by_operand(p.dtype, p.tf32, [&](auto operand, const Device& device) {
     using Operand = typename decltype(operand)::Type;
+    if (is_narrow_node(p, device.capability)) return narrow_node(p, stream, pdl);
     // a layer much wider than its input, such as a head's prediction: many blocks with few columns
     const bool wide = p.c_out > 2 * std::max<int64_t>(64, p.c);
     const ProductShape shape = wide ? ProductShape{4, divide_up(p.c_out, int64_t(128))}

@@ -10,8 +10,8 @@ template <class T>
 EDET_DEVICE void warp_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if (!turing()) return mma_m16n8k16<T>(d, a, b0, b1);
   if constexpr (std::is_same_v<T, f16>) {
-    mma_m16n8k8(d, a[0], a[1], b0);
-    mma_m16n8k8(d, a[2], a[3], b1);
+    mma_m16n8k8<T>(d, a[0], a[1], b0);
+    mma_m16n8k8<T>(d, a[2], a[3], b1);
   } else {
     // Turing's tensor cores know no bf16: each lane gathers the rows of a and the columns of b that
     // its four sums need, from the lanes that hold them.

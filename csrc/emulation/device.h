@@ -85,6 +85,11 @@ inline float smaller(float a, float b) { return b != b || a < b ? a : b; }
 inline float exp(float x) { return std::exp(x); }
 
 inline float ex2_approx(float x) { return std::exp2(x); }
+// As far off as it may be, towards zero.
+inline float tanh_approx(float x) {
+  const float y = std::tanh(x);
+  return y == y ? bits_float(float_bits(y) & ~0xfffu) : y;
+}
 inline float rcp_approx(float x) {
   const float y = 1.0f / x;
   return std::fpclassify(y) == FP_SUBNORMAL ? std::copysign(0.0f, y) : y;
@@ -134,6 +139,10 @@ Vector<T, V> load_written(const T* p) {
   Vector<T, V> v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+template <class T, int V>
+Vector<T, V> load_written_if(bool real, const T* p) {
+  return real ? load_written<T, V>(p) : Vector<T, V>{};
 }
 template <class T>
 T load_shared_by_blocks(const T* p) {
@@ -308,16 +317,17 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   };
   detail::mma_together<16, Left, Right>(line, {d, a, {b0, b1}});
 }
-inline void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
-                        int line = __builtin_LINE()) {
+template <class T>
+void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, int line = __builtin_LINE()) {
+  if (!std::is_same_v<T, f16>) need_sm_80();
   struct Left {
     float operator()(const detail::Mma* const* lanes, int row, int k) const {
-      return detail::half_of<f16>(lanes[row % 8 * 4 + k / 2]->a[row / 8], k % 2);
+      return detail::half_of<T>(lanes[row % 8 * 4 + k / 2]->a[row / 8], k % 2);
     }
   };
   struct Right {
     float operator()(const detail::Mma* const* lanes, int k, int column) const {
-      return detail::half_of<f16>(lanes[column * 4 + k / 2]->b[0], k % 2);
+      return detail::half_of<T>(lanes[column * 4 + k / 2]->b[0], k % 2);
     }
   };
   const uint32_t a[2] = {a0, a1};

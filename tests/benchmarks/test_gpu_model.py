@@ -338,7 +338,9 @@ def test_launches_of_a_model_need_no_memory():
     calls = launches.of_model("tf_efficientdet_d0", 64, device)
     bifpn = next(call for call in calls if call.op == "bifpn")
     assert len(bifpn.launches) == len(bifpn.works) == 24
-    assert {launch.kernel.split("<")[0] for launch in bifpn.launches} == {"node"}
+    kernels = [launch.kernel.split("<")[0] for launch in bifpn.launches]
+    # of P3 to P5, in three cells; the smaller maps have few pixels
+    assert {name: kernels.count(name) for name in kernels} == {"node": 9, "narrow_node": 15}
     # the nodes of D0's cells at batch 64 read and write half a gigabyte
     assert sum(work.bytes for work in bifpn.works) == pytest.approx(534e6, rel=0.05)
 
