@@ -64,7 +64,8 @@ void run_int8_mbconv(Int8MbconvParams& p, const Runtime& runtime, char* workspac
   const int64_t panels = p.c_reduced ? padded(p.c_out) / kPanel : 0;
   const PixelBlocks blocks(area, p.n, runtime.threads);
   enum Step { expand, squeeze, gate, project };
-  Schedule schedule({p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * panels, p.n * blocks.count()});
+  Schedule schedule(
+      {p.n * expand_tasks, p.c_reduced ? p.n : 0, p.n * panels, p.n * blocks.count()});
   const auto ready = [&](int64_t step, int64_t task) {
     const auto done = [&](Step before, int64_t image, int64_t tasks) {
       return schedule.done(before, image * tasks, (image + 1) * tasks);
