@@ -12,7 +12,7 @@ from typing import Any
 
 from ..extras import require
 from ..files import replacing
-from .result import OURS, SCHEMA, compare, summary, write
+from .result import NO_RIVALS, OURS, SCHEMA, compare, summary, write
 
 #: The rows of the table. Pre- and post-processing run around the network, which is ``whole``.
 PARTS = ("BiFPN", "heads", "backbone", "whole", "pre-processing", "post-processing")
@@ -169,7 +169,10 @@ def format_table(bench: Bench) -> str:
     for row in (row for row in bench.rows if row.part in PAIRS):
         mine, other = row.median("ours"), row.median(PAIRS[row.part])
         assert mine is not None
-        against = "" if other is None else f"; {PAIRS[row.part]} {other:.2f} ({other / mine:.2f}x)"
+        against = ""
+        if other is not None:
+            share = f"{other / mine:.0%} of it" if row.part in NO_RIVALS else f"{other / mine:.2f}x"
+            against = f"; {PAIRS[row.part]} {other:.2f} ({share})"
         pairs.append(f"{row.part}: {mine:.2f}{against}")
     return (
         f"{bench.model}, {height}x{width}, batch {bench.batch_size}, {bench.dtype}, "
