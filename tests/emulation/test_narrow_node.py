@@ -89,6 +89,28 @@ def test_numbers_that_are_not_finite(value, dtype, sizes):
     call.check(dtype)
 
 
+@pytest.mark.parametrize(
+    ("fusion", "weights"),
+    [("fast", [0.5, -0.25]), ("fast", [0.0, 1.0]), ("softmax", [-3.0, 0.5]),
+     ("unbounded", [-1.0, 0.0])],
+)  # fmt: skip
+def test_edge_weights_at_zero_and_below(fusion, weights):
+    sizes = KINDS["enlarged"]
+    call = node(torch.float16, sizes, 16, 16, fusion=fusion, edge_weights=torch.tensor(weights))
+    assert kernels(call) == ["narrow_node"]
+    call.check(torch.float16)
+
+
+@kinds
+def test_subnormal_maps(sizes):
+    call = node(torch.float16, sizes, 16, 16)
+    for x in call.maps:
+        x.mul_(2**-20)
+    assert all(x.abs().max() < torch.finfo(torch.float16).tiny for x in call.maps)
+    assert kernels(call) == ["narrow_node"]
+    call.check(torch.float16)
+
+
 @dtypes
 def test_layers_of_numbers_that_are_not_finite(dtype):
     call = layer(dtype, [SIZE], 16, 16)
